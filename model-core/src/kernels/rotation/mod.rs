@@ -1,0 +1,3 @@
+//! Butterfly rotations `B(angles)`: `stages` stages of 2x2 Givens rotations.
+
+pub mod scalar;
