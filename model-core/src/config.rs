@@ -44,7 +44,14 @@ pub struct StemLayer {
 impl StemLayer {
     /// A non-overlapping patch embedding.
     pub const fn patch(d_model: usize, patch_size: usize) -> Self {
-        Self { channels: d_model, kernel: patch_size, stride: patch_size, padding: 0, norm_gelu: false, residual: false }
+        Self {
+            channels: d_model,
+            kernel: patch_size,
+            stride: patch_size,
+            padding: 0,
+            norm_gelu: false,
+            residual: false,
+        }
     }
 
     /// A 3x3 convolution with norm and GELU; `stride` 2 halves the side.
@@ -152,8 +159,12 @@ impl BackboneConfig {
         let (mut side, mut channels) = (self.image_size, 3);
         for (i, layer) in self.stem.iter().enumerate() {
             size(layer.channels, "backbone.stem.channels")?;
-            ensure((1..=64).contains(&layer.kernel), "backbone.stem.kernel", || format!("layer {i}: {} is not in 1..=64", layer.kernel))?;
-            ensure((1..=64).contains(&layer.stride), "backbone.stem.stride", || format!("layer {i}: {} is not in 1..=64", layer.stride))?;
+            ensure((1..=64).contains(&layer.kernel), "backbone.stem.kernel", || {
+                format!("layer {i}: {} is not in 1..=64", layer.kernel)
+            })?;
+            ensure((1..=64).contains(&layer.stride), "backbone.stem.stride", || {
+                format!("layer {i}: {} is not in 1..=64", layer.stride)
+            })?;
             ensure(layer.padding < layer.kernel, "backbone.stem.padding", || {
                 format!("layer {i}: {} is not below the kernel side {}", layer.padding, layer.kernel)
             })?;
@@ -164,11 +175,21 @@ impl BackboneConfig {
                     reason: format!("layer {i}: kernel {} does not fit a {side}x{side} input", layer.kernel),
                 });
             };
-            ensure((side + 2 * layer.padding - layer.kernel).is_multiple_of(layer.stride) || layer.padding > 0, "backbone.stem.stride", || {
-                format!("layer {i}: patches of {} with stride {} do not tile a side of {side}", layer.kernel, layer.stride)
-            })?;
+            ensure(
+                (side + 2 * layer.padding - layer.kernel).is_multiple_of(layer.stride) || layer.padding > 0,
+                "backbone.stem.stride",
+                || {
+                    format!(
+                        "layer {i}: patches of {} with stride {} do not tile a side of {side}",
+                        layer.kernel, layer.stride
+                    )
+                },
+            )?;
             ensure(!layer.residual || (out == side && channels == layer.channels), "backbone.stem.residual", || {
-                format!("layer {i} changes {side}x{side}x{channels} to {out}x{out}x{}, so its input cannot be added", layer.channels)
+                format!(
+                    "layer {i} changes {side}x{side}x{channels} to {out}x{out}x{}, so its input cannot be added",
+                    layer.channels
+                )
             })?;
             (side, channels) = (out, layer.channels);
         }
@@ -209,15 +230,21 @@ impl ExpertConfig {
     /// # Errors
     /// [`ConfigError`] naming the first field that does not fit.
     pub fn validate(&self, backbone: &BackboneConfig) -> Result<(), ConfigError> {
-        ensure((1..=4096).contains(&self.num_experts), "experts.num_experts", || format!("{} is not in 1..=4096", self.num_experts))?;
+        ensure((1..=4096).contains(&self.num_experts), "experts.num_experts", || {
+            format!("{} is not in 1..=4096", self.num_experts)
+        })?;
         ensure((1..=self.num_experts).contains(&self.top_k), "experts.top_k", || {
             format!("{} is not in 1..=num_experts ({})", self.top_k, self.num_experts)
         })?;
         stages(self.stages_in, backbone.d_model, "d_model", "experts.stages_in")?;
         stages(self.stages_hidden, backbone.d_ff, "d_ff", "experts.stages_hidden")?;
         stages(self.stages_out, backbone.d_model, "d_model", "experts.stages_out")?;
-        ensure([4, 6, 8, 16].contains(&self.angle_bits), "experts.angle_bits", || format!("{} is not 4, 6, 8 or 16", self.angle_bits))?;
-        ensure([8, 16].contains(&self.router_bits), "experts.router_bits", || format!("{} is not 8 or 16", self.router_bits))
+        ensure([4, 6, 8, 16].contains(&self.angle_bits), "experts.angle_bits", || {
+            format!("{} is not 4, 6, 8 or 16", self.angle_bits)
+        })?;
+        ensure([8, 16].contains(&self.router_bits), "experts.router_bits", || {
+            format!("{} is not 8 or 16", self.router_bits)
+        })
     }
 
     /// Angles of one expert in one layer, all sites.
@@ -234,7 +261,9 @@ impl ViTConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.backbone.validate()?;
         self.experts.validate(&self.backbone)?;
-        ensure((1..=MAX_SIZE).contains(&self.num_classes), "num_classes", || format!("{} is not in 1..={MAX_SIZE}", self.num_classes))
+        ensure((1..=MAX_SIZE).contains(&self.num_classes), "num_classes", || {
+            format!("{} is not in 1..={MAX_SIZE}", self.num_classes)
+        })
     }
 
     /// The configuration of that name, or `None`: see [`ViTConfig::PRESETS`].
@@ -276,7 +305,12 @@ impl ViTConfig {
             "cifar" => Self {
                 backbone: BackboneConfig {
                     image_size: 32,
-                    stem: vec![StemLayer::conv3(32, 1), StemLayer::conv3(64, 2), StemLayer::residual3(64), StemLayer::conv3(128, 2)],
+                    stem: vec![
+                        StemLayer::conv3(32, 1),
+                        StemLayer::conv3(64, 2),
+                        StemLayer::residual3(64),
+                        StemLayer::conv3(128, 2),
+                    ],
                     d_model: 128,
                     d_ff: 512,
                     num_layers: 4,
