@@ -2,6 +2,16 @@
 //! and per-ISA code that must equal it: bit for bit on integer paths, within a derived bound on float paths.
 
 pub mod activation;
+mod error;
+pub mod isa;
+pub mod linear;
+pub mod quantize;
 pub mod rotation;
 pub mod router;
 pub mod ternary;
+
+pub use error::KernelError;
+pub use isa::Isa;
+pub use linear::PackedInt8;
+pub use quantize::quantize_rows;
+pub use ternary::PackedTernary;

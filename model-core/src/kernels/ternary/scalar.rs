@@ -28,6 +28,7 @@ pub fn quantize_row(x: &[f32], codes: &mut [i8]) -> f32 {
 
 /// `out[m, n] = sum over k of lhs[m, k] * codes[n, k]`, exact. `lhs` is int8 `[m, k]`, `codes` ternary `[n, k]`.
 pub fn gemm_i8(lhs: &[i8], codes: &[i8], k: usize, out: &mut [i32]) {
+    out.fill(0);
     let n = codes.len() / k.max(1);
     for (lhs, out) in lhs.chunks_exact(k.max(1)).zip(out.chunks_exact_mut(n.max(1))) {
         for (row, out) in codes.chunks_exact(k.max(1)).zip(out) {

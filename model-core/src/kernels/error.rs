@@ -1,0 +1,62 @@
+//! What a kernel refuses.
+
+/// A kernel was handed something that it cannot work on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// A slice does not have the length that the shapes ask for.
+    #[error("{what} has {got} elements, expected {expected}")]
+    Length {
+        /// Which argument.
+        what: &'static str,
+        /// Elements that the shapes ask for.
+        expected: usize,
+        /// Elements that it has.
+        got: usize,
+    },
+    /// A ternary code is not -1, 0 or 1.
+    #[error("ternary code {index} is {value}, not -1, 0 or 1")]
+    NotTernary {
+        /// Position in the row-major codes.
+        index: usize,
+        /// What stands there.
+        value: i8,
+    },
+    /// A weight, scale or bias is infinite or not a number.
+    #[error("{what} {index} is not finite")]
+    NotFinite {
+        /// Which argument.
+        what: &'static str,
+        /// Position in it.
+        index: usize,
+    },
+    /// The inner dimension is so long that an i32 sum could overflow.
+    #[error("inner dimension {got} is more than {max}")]
+    InnerDimension {
+        /// Longest that is exact.
+        max: usize,
+        /// What was asked for.
+        got: usize,
+    },
+    /// An instruction set that this CPU or build does not have.
+    #[error("instruction set `{asked}` is not available; this CPU has {available}")]
+    IsaUnavailable {
+        /// The name that was asked for.
+        asked: String,
+        /// The names there are.
+        available: String,
+    },
+}
+
+/// Checks one length.
+pub(super) fn expect_len(what: &'static str, got: usize, expected: usize) -> Result<(), KernelError> {
+    if got == expected { Ok(()) } else { Err(KernelError::Length { what, expected, got }) }
+}
+
+/// Checks that all values are finite.
+pub(super) fn expect_finite(what: &'static str, values: &[f32]) -> Result<(), KernelError> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(KernelError::NotFinite { what, index }),
+    }
+}
