@@ -1,1 +1,5 @@
+//! `butterflyvit-trainer`: see [`butterflyvit_trainer`].
+
+#![forbid(unsafe_code)]
+
 fn main() {}

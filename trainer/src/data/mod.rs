@@ -1,0 +1,234 @@
+//! Image sets held in memory as bytes, and the way from them to training batches.
+//!
+//! [`open`] recognises a folder by its files: CIFAR binaries ([`cifar`]), IDX ([`idx`]) or one subfolder of images per
+//! class. Everything is read at the start, so a folder that changes under a run cannot change the run; a resumed run
+//! compares [`Dataset::fingerprint`].
+//!
+//! From there: [`split`] holds out a validation part, [`augment`] varies images, [`loader`] makes batches of them on a
+//! thread of its own. Every random choice is a pure function of (seed, epoch, image or batch number), so there is no
+//! generator state to save, and a resumed run sees exactly the images it would have seen.
+
+pub mod augment;
+pub mod cifar;
+pub mod idx;
+pub mod loader;
+pub mod random;
+pub mod split;
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Labelled RGB images of one size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dataset {
+    /// `[n, side, side, 3]`, channel-last.
+    pub images: Vec<u8>,
+    /// Height and width in pixels.
+    pub side: usize,
+    /// `[n]`, each an index into `class_names`.
+    pub labels: Vec<u16>,
+    /// What the labels stand for.
+    pub class_names: Vec<String>,
+}
+
+impl Dataset {
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there is no image at all.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// Number of classes.
+    pub fn num_classes(&self) -> usize {
+        self.class_names.len()
+    }
+
+    /// Bytes of one image.
+    pub fn image_bytes(&self) -> usize {
+        self.side * self.side * 3
+    }
+
+    /// Pixels of image `index`, `[side, side, 3]`.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Dataset::len`].
+    pub fn image(&self, index: usize) -> &[u8] {
+        &self.images[index * self.image_bytes()..][..self.image_bytes()]
+    }
+
+    /// Mean and standard deviation of every channel over all images, in units where 255 is 1.
+    pub fn normalisation(&self) -> Normalisation {
+        let (mut sum, mut squares) = ([0u64; 3], [0u64; 3]);
+        for pixel in self.images.chunks_exact(3) {
+            for c in 0..3 {
+                sum[c] += u64::from(pixel[c]);
+                squares[c] += u64::from(pixel[c]).pow(2);
+            }
+        }
+        let count = (self.images.len() / 3).max(1) as f64;
+        let mean = sum.map(|s| s as f64 / count);
+        let std = std::array::from_fn(|c| (squares[c] as f64 / count - mean[c] * mean[c]).max(0.0).sqrt() / 255.0);
+        Normalisation {
+            mean: mean.map(|m| (m / 255.0) as f32),
+            // A channel that never varies carries nothing; dividing by one keeps it finite.
+            std: std.map(|s| if s > 1e-3 { s as f32 } else { 1.0 }),
+        }
+    }
+
+    /// A number that changes when any pixel, label or name does (64-bit FNV-1a over words).
+    pub fn fingerprint(&self) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let mut mix = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23);
+        for chunk in self.images.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            mix(u64::from_le_bytes(word));
+        }
+        self.labels.iter().for_each(|&label| mix(u64::from(label)));
+        for name in &self.class_names {
+            name.bytes().for_each(|byte| mix(u64::from(byte)));
+            mix(u64::MAX);
+        }
+        mix(self.side as u64);
+        hash
+    }
+}
+
+/// `(value / 255 - mean) / std`, per channel.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Normalisation {
+    /// Mean of R, G and B in 0..=1.
+    pub mean: [f32; 3],
+    /// Standard deviation of R, G and B in the same units; positive.
+    pub std: [f32; 3],
+}
+
+impl Normalisation {
+    /// Writes the normalised pixels of `image` to `out`; both `[.., 3]`, of one length.
+    pub fn apply(&self, image: &[u8], out: &mut [f32]) {
+        for (pixel, out) in image.chunks_exact(3).zip(out.chunks_exact_mut(3)) {
+            for c in 0..3 {
+                out[c] = (f32::from(pixel[c]) / 255.0 - self.mean[c]) / self.std[c];
+            }
+        }
+    }
+}
+
+/// Which part of a data folder is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Learnt from; a held-out share of it makes every choice.
+    Train,
+    /// Measured once at the end.
+    Test,
+}
+
+/// Which of CIFAR-100's two label columns to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LabelColumn {
+    /// 100 classes.
+    #[default]
+    Fine,
+    /// 20 superclasses.
+    Coarse,
+}
+
+/// How to read a data folder.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OpenOptions {
+    /// For CIFAR-100 only.
+    pub labels: LabelColumn,
+    /// Refuse what would otherwise be counted and skipped.
+    pub strict: bool,
+}
+
+/// A data set and what was wrong with its files.
+#[derive(Debug)]
+pub struct Opened {
+    /// The readable images.
+    pub dataset: Dataset,
+    /// One sentence for each image left out.
+    pub skipped: Vec<String>,
+    /// Things worth a sentence that left nothing out.
+    pub warnings: Vec<String>,
+}
+
+/// Reads one part of the data folder `folder`, whatever its format.
+///
+/// # Errors
+/// When the folder holds no known format, a file is damaged as a whole, nothing is left, or (with
+/// [`OpenOptions::strict`]) a single image had to be left out.
+pub fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
+    ensure!(folder.is_dir(), "{} is not a folder", folder.display());
+    let opened = if cifar::is_cifar100(folder) {
+        cifar::open_cifar100(folder, part, options.labels)
+    } else if cifar::is_cifar10(folder) {
+        cifar::open_cifar10(folder, part)
+    } else if idx::is_idx(folder) {
+        idx::open(folder, part)
+    } else {
+        bail!(
+            "{}: no known data set: looked for train.bin (CIFAR-100), data_batch_1.bin (CIFAR-10) and \
+             train-images-idx3-ubyte (IDX)",
+            folder.display()
+        )
+    }
+    .with_context(|| format!("reading the data set in {}", folder.display()))?;
+    if let (true, Some(first)) = (options.strict, opened.skipped.first()) {
+        bail!("{} unusable images, refused because of --strict; the first: {first}", opened.skipped.len());
+    }
+    ensure!(!opened.dataset.is_empty(), "{} holds no usable image", folder.display());
+    Ok(opened)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two 1x1 images, one black and one (255, 0, 51).
+    fn two_pixels() -> Dataset {
+        Dataset {
+            images: vec![0, 0, 0, 255, 0, 51],
+            side: 1,
+            labels: vec![0, 1],
+            class_names: vec!["a".into(), "b".into()],
+        }
+    }
+
+    #[test]
+    fn normalisation_centres_and_scales_each_channel() {
+        let norm = two_pixels().normalisation();
+        assert_eq!(norm.mean, [0.5, 0.0, 0.1]);
+        assert_eq!(norm.std, [0.5, 1.0, 0.1]);
+        let mut out = [0.0; 3];
+        norm.apply(&[255, 0, 51], &mut out);
+        assert!(out.iter().zip([1.0, 0.0, 1.0]).all(|(a, b): (&f32, f32)| (a - b).abs() < 1e-6), "{out:?}");
+    }
+
+    #[test]
+    fn fingerprint_sees_pixels_labels_and_names() {
+        let original = two_pixels();
+        let edits: [fn(&mut Dataset); 3] =
+            [|d| d.images[5] ^= 1, |d| d.labels.swap(0, 1), |d| d.class_names[1] = "c".into()];
+        for edit in edits {
+            let mut other = original.clone();
+            edit(&mut other);
+            assert_ne!(other.fingerprint(), original.fingerprint());
+        }
+    }
+
+    #[test]
+    fn unknown_folders_say_what_was_looked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = open(folder.path(), Part::Train, &OpenOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("train.bin"), "{error}");
+        let error = open(&folder.path().join("none"), Part::Train, &OpenOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("not a folder"), "{error}");
+    }
+}
