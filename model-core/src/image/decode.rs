@@ -1,0 +1,182 @@
+//! Untrusted bytes to RGB8: header first, dimensions checked before anything is allocated from them.
+
+use std::io::Cursor;
+
+use ::image::metadata::Orientation;
+use ::image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+
+use super::error::ImageError;
+use super::jpeg;
+
+/// What is decoded at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodeLimits {
+    /// Most pixels of an image, whatever its shape.
+    pub max_pixels: u64,
+}
+
+impl Default for DecodeLimits {
+    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera.
+    fn default() -> Self {
+        Self { max_pixels: 16 << 20 }
+    }
+}
+
+/// What the header of an image says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Pixels across, before EXIF orientation.
+    pub width: u32,
+    /// Pixels down, before EXIF orientation.
+    pub height: u32,
+    /// No call of [`decode`] on these bytes holds more memory than this at any moment, the result included and the
+    /// encoded bytes not.
+    pub decode_bytes_upper_bound: u64,
+}
+
+/// Reads the header of an image, allocating nothing that depends on its dimensions.
+///
+/// # Errors
+/// [`ImageError`]: everything [`decode`] reports that shows in the header.
+pub fn probe(bytes: &[u8], limits: &DecodeLimits) -> Result<ImageInfo, ImageError> {
+    Ok(Opened::new(bytes, limits)?.info)
+}
+
+/// Decodes an image to RGB8: EXIF orientation applied, grey and palette expanded, 16 bits rounded to 8,
+/// transparency flattened on black, of an animation the first frame.
+///
+/// # Errors
+/// [`ImageError`] saying which kind of wrong the bytes are.
+pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+    let Opened { decoder, info, orientation } = Opened::new(bytes, limits)?;
+    let mut decoder = decoder;
+    let mut allocations = Limits::no_limits();
+    allocations.max_alloc = Some(info.decode_bytes_upper_bound);
+    decoder.set_limits(allocations).map_err(ImageError::Undecodable)?;
+    let decoded = DynamicImage::from_decoder(decoder).map_err(ImageError::Undecodable)?;
+    let mut rgb = DynamicImage::ImageRgb8(flatten(decoded));
+    rgb.apply_orientation(orientation);
+    Ok(rgb.into_rgb8())
+}
+
+/// A decoder whose header has been read and found acceptable.
+struct Opened<'a> {
+    decoder: Box<dyn ImageDecoder + 'a>,
+    info: ImageInfo,
+    orientation: Orientation,
+}
+
+impl<'a> Opened<'a> {
+    fn new(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Self, ImageError> {
+        if bytes.is_empty() {
+            return Err(ImageError::Empty);
+        }
+        let format = ::image::guess_format(bytes).map_err(|_| ImageError::NotAnImage)?;
+        let progressive = match format {
+            ImageFormat::Jpeg => check_jpeg(bytes)?,
+            ImageFormat::Png | ImageFormat::WebP | ImageFormat::Gif | ImageFormat::Bmp => false,
+            other => {
+                let format = other.extensions_str().first().copied().unwrap_or("such");
+                return Err(ImageError::UnsupportedFormat { format });
+            }
+        };
+        let reader = ImageReader::with_format(Cursor::new(bytes), format);
+        let mut decoder = reader.into_decoder().map_err(ImageError::Undecodable)?;
+        let (width, height) = decoder.dimensions();
+        if width == 0 || height == 0 {
+            return Err(ImageError::ZeroSized { width, height });
+        }
+        let pixels = u64::from(width) * u64::from(height);
+        if pixels > limits.max_pixels {
+            return Err(ImageError::TooManyPixels { width, height, limit: limits.max_pixels });
+        }
+        // Broken EXIF is no reason to refuse a photo.
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let job = Job { format, progressive, color: decoder.color_type(), transposed: transposes(orientation) };
+        let decode_bytes_upper_bound = job.bytes_upper_bound(width, pixels, bytes.len() as u64);
+        Ok(Self {
+            decoder: Box::new(decoder),
+            info: ImageInfo { width, height, decode_bytes_upper_bound },
+            orientation,
+        })
+    }
+}
+
+/// Refuses what the decoder would let pass; returns whether the file is progressive.
+fn check_jpeg(bytes: &[u8]) -> Result<bool, ImageError> {
+    match jpeg::markers(bytes) {
+        Some(markers) if markers.components == 4 => Err(ImageError::Cmyk),
+        Some(markers) if markers.complete => Ok(markers.progressive),
+        _ => Err(ImageError::TruncatedJpeg),
+    }
+}
+
+fn transposes(orientation: Orientation) -> bool {
+    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+    matches!(orientation, Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH)
+}
+
+/// What the memory of a decoding depends on.
+struct Job {
+    format: ImageFormat,
+    progressive: bool,
+    color: ColorType,
+    transposed: bool,
+}
+
+impl Job {
+    /// Tables, rows in flight and windows of the decompressors, whatever the image.
+    const FIXED_BYTES: u64 = 1 << 20;
+    /// Bytes a decoder keeps per pixel of width: JPEG holds a few rows of 16x16 blocks, others less.
+    const BYTES_PER_COLUMN: u64 = 512;
+
+    fn bytes_upper_bound(&self, width: u32, pixels: u64, file_bytes: u64) -> u64 {
+        let native = pixels * u64::from(self.color.bytes_per_pixel());
+        // Beside the output: JPEG keeps a copy of the file, and progressive files 16-bit coefficients of up to three
+        // components; WebP holds a frame of 4 bytes a pixel beside its planes; GIF composes one.
+        let working = match self.format {
+            ImageFormat::Jpeg => 2 * file_bytes + if self.progressive { 7 * pixels } else { 0 },
+            ImageFormat::WebP => 8 * pixels + file_bytes,
+            ImageFormat::Gif => 5 * pixels,
+            _ => 0,
+        };
+        let converting = match self.color {
+            ColorType::Rgb8 | ColorType::Rgba8 => 0,
+            _ if self.color.has_alpha() => 4 * pixels,
+            _ => 3 * pixels,
+        };
+        // `flatten` leaves an RGBA8 image in its buffer, so the original may have 4 bytes a pixel here.
+        let rotating = if self.transposed { (4 + 3) * pixels } else { 0 };
+        let peak = (native + working).max(native + converting).max(rotating);
+        peak + Self::FIXED_BYTES + u64::from(width) * Self::BYTES_PER_COLUMN
+    }
+}
+
+/// Any colour type to RGB8; 16-bit samples round to the nearest of 8 bits, and alpha blends with black.
+fn flatten(image: DynamicImage) -> RgbImage {
+    if !image.color().has_alpha() {
+        return image.into_rgb8();
+    }
+    let rgba = image.into_rgba8();
+    let (width, height) = rgba.dimensions();
+    let mut samples = rgba.into_raw();
+    let pixels = samples.len() / 4;
+    // In place: three samples are written where four were read.
+    for pixel in 0..pixels {
+        let alpha = samples[4 * pixel + 3];
+        for channel in 0..3 {
+            samples[3 * pixel + channel] = on_black(samples[4 * pixel + channel], alpha);
+        }
+    }
+    samples.truncate(3 * pixels);
+    RgbImage::from_raw(width, height, samples).expect("three samples a pixel were kept")
+}
+
+/// `round(sample * alpha / 255)`, halves up.
+fn on_black(sample: u8, alpha: u8) -> u8 {
+    ((u32::from(sample) * u32::from(alpha) * 2 + 255) / 510) as u8
+}
+
+#[cfg(test)]
+#[path = "decode_tests.rs"]
+mod tests;

@@ -1,0 +1,56 @@
+//! RGB8 to the model's input. `FORMAT.md` says the same in words, for other languages.
+
+use ::image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+use super::resize::resize_square;
+
+/// How an image of any size becomes the square a model was trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resize {
+    /// The largest centred square, then antialiased bilinear interpolation; untouched when it already fits.
+    #[default]
+    CenterCropBilinear,
+}
+
+/// How an image becomes the model's input: `(sample / 255 - mean) / std` per channel after [`Resize`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocess {
+    /// From any size to the model's.
+    pub resize: Resize,
+    /// Mean of red, green and blue over the training images, in 0..=1.
+    pub mean: [f32; 3],
+    /// Standard deviation of red, green and blue.
+    pub std: [f32; 3],
+}
+
+impl Default for Preprocess {
+    /// Samples from -1 to 1.
+    fn default() -> Self {
+        Self { resize: Resize::default(), mean: [0.5; 3], std: [0.5; 3] }
+    }
+}
+
+impl Preprocess {
+    /// The model's input `[side, side, 3]` from an image of any size.
+    pub fn pixels(&self, image: &RgbImage, side: usize) -> Vec<f32> {
+        self.normalize(&self.fit(image, side))
+    }
+
+    /// The image cropped and resized to RGB8 `[side, side, 3]`.
+    pub fn fit(&self, image: &RgbImage, side: usize) -> Vec<u8> {
+        let Resize::CenterCropBilinear = self.resize;
+        let (width, height) = (image.width() as usize, image.height() as usize);
+        let square = width.min(height);
+        let corner = ((width - square) / 2, (height - square) / 2);
+        resize_square(image.as_raw(), width, corner, square, side)
+    }
+
+    /// RGB8 samples `[.., 3]` to the values the model sees.
+    pub fn normalize(&self, samples: &[u8]) -> Vec<f32> {
+        let value = |(i, &sample): (usize, &u8)| (f32::from(sample) / 255.0 - self.mean[i % 3]) / self.std[i % 3];
+        samples.iter().enumerate().map(value).collect()
+    }
+}
