@@ -19,4 +19,8 @@
 
 pub mod config;
 pub mod kernels;
+pub mod layers;
+pub mod ops;
+pub mod train;
+pub mod vit;
 pub mod weights;

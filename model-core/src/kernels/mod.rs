@@ -5,6 +5,7 @@ pub mod activation;
 mod error;
 pub mod isa;
 pub mod linear;
+pub mod matmul;
 pub mod quantize;
 pub mod rotation;
 pub mod router;

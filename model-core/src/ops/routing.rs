@@ -1,0 +1,179 @@
+//! What the router adds to a layer: softmax, the weighted sum over chosen experts, and the smoothness of its choices.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+
+use super::elementwise::exp_nonpositive;
+use super::{last_dim, output, slice, tensor_like, view};
+
+/// Softmax over the last axis.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(Softmax)
+}
+
+struct Softmax;
+
+pub(super) fn softmax_row(row: &mut [f32]) {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for v in row.iter_mut() {
+        *v = exp_nonpositive(*v - max);
+    }
+    let scale = 1.0 / row.iter().sum::<f32>();
+    for v in row.iter_mut() {
+        *v *= scale;
+    }
+}
+
+impl CustomOp1 for Softmax {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut y = slice(x, layout)?.to_vec();
+        y.chunks_exact_mut(last_dim(layout)?).for_each(softmax_row);
+        Ok(output(y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let n = x.dim(candle_core::D::Minus1)?;
+        let grad = grad.contiguous()?;
+        let (y_view, grad_view) = (view(y)?, view(&grad)?);
+        let mut grad_x = grad_view.values()?.to_vec();
+        for (p, d) in y_view.values()?.chunks_exact(n).zip(grad_x.chunks_exact_mut(n)) {
+            let dot: f32 = p.iter().zip(&*d).map(|(p, d)| p * d).sum();
+            for (d, p) in d.iter_mut().zip(p) {
+                *d = p * (*d - dot);
+            }
+        }
+        Ok(Some(tensor_like(grad_x, x)?))
+    }
+}
+
+/// `sum_k weights[t, k] x[t * top_k + k]`: `x [tokens * top_k, n]`, `weights [tokens, top_k] -> [tokens, n]`.
+pub fn combine(x: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    let ((rows, _), (tokens, top_k)) = (x.dims2()?, weights.dims2()?);
+    if rows != tokens * top_k {
+        candle_core::bail!("combine: {rows} rows for {tokens} tokens and top-{top_k}");
+    }
+    x.contiguous()?.apply_op2(&weights.contiguous()?, Combine)
+}
+
+struct Combine;
+
+impl CustomOp2 for Combine {
+    fn name(&self) -> &'static str {
+        "combine"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weights: &CpuStorage,
+        weights_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let n = last_dim(x_layout)?;
+        let (tokens, top_k) = weights_layout.shape().dims2()?;
+        let (x, weights) = (slice(x, x_layout)?, slice(weights, weights_layout)?);
+        let mut y = vec![0.0; tokens * n];
+        for (row, (x, w)) in x.chunks_exact(n).zip(weights).enumerate() {
+            for (y, x) in y[row / top_k * n..][..n].iter_mut().zip(x) {
+                *y += w * x;
+            }
+        }
+        Ok(output(y, (tokens, n)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weights: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (n, top_k) = (x.dim(1)?, weights.dim(1)?);
+        let grad = grad.contiguous()?;
+        let (x_view, weights_view, grad_view) = (view(x)?, view(weights)?, view(&grad)?);
+        let g = grad_view.values()?;
+        let mut grad_x = Vec::with_capacity(x.elem_count());
+        let mut grad_weights = Vec::with_capacity(weights.elem_count());
+        for (row, (x, w)) in x_view.values()?.chunks_exact(n).zip(weights_view.values()?).enumerate() {
+            let g = &g[row / top_k * n..][..n];
+            grad_x.extend(g.iter().map(|g| w * g));
+            let mut lanes = [0f32; 8];
+            for (i, (g, x)) in g.iter().zip(x).enumerate() {
+                lanes[i % 8] += g * x;
+            }
+            grad_weights.push(lanes.iter().sum());
+        }
+        Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_weights, weights)?)))
+    }
+}
+
+/// Spatial smoothness (`golden/reference.py: smoothness_loss`): the mean over 4-neighbour patch pairs of the squared
+/// distance between their router probabilities. `probabilities [batch, side * side, experts]` to a scalar.
+pub fn smoothness(probabilities: &Tensor, side: usize) -> Result<Tensor> {
+    let (_, tokens, _) = probabilities.dims3()?;
+    if tokens != side * side {
+        candle_core::bail!("smoothness: {tokens} tokens are not a {side}x{side} grid");
+    }
+    probabilities.contiguous()?.apply_op1(Smoothness { height: side, width: side })
+}
+
+struct Smoothness {
+    height: usize,
+    width: usize,
+}
+
+impl Smoothness {
+    /// Pairs of neighbouring patches (indices into the grid), across then down.
+    fn pairs(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let (height, width) = (self.height, self.width);
+        let across = (0..height * width).filter(move |p| p % width + 1 < width).map(|p| (p, p + 1));
+        let down = (0..height.saturating_sub(1) * width).map(move |p| (p, p + width));
+        across.chain(down)
+    }
+}
+
+/// [`smoothness`] of plain values over a `height x width` grid; 0 for a grid without neighbours.
+pub fn smoothness_of_slice(probabilities: &[f32], height: usize, width: usize, experts: usize) -> f64 {
+    let op = Smoothness { height, width };
+    let (mut sum, mut count) = (0.0, 0usize);
+    for image in probabilities.chunks_exact(height * width * experts) {
+        for (a, b) in op.pairs() {
+            let (a, b) = (&image[a * experts..][..experts], &image[b * experts..][..experts]);
+            sum += a.iter().zip(b).map(|(a, b)| f64::from((a - b) * (a - b))).sum::<f64>();
+            count += 1;
+        }
+    }
+    sum / count.max(1) as f64
+}
+
+impl CustomOp1 for Smoothness {
+    fn name(&self) -> &'static str {
+        "smoothness"
+    }
+
+    fn cpu_fwd(&self, p: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let loss = smoothness_of_slice(slice(p, layout)?, self.height, self.width, last_dim(layout)?);
+        Ok(output(vec![loss as f32], ()))
+    }
+
+    fn bwd(&self, p: &Tensor, _loss: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (batch, tokens, experts) = p.dims3()?;
+        let view = view(p)?;
+        let scale = 2.0 * grad.to_scalar::<f32>()? / (batch * self.pairs().count()).max(1) as f32;
+        let mut grad_p = vec![0.0; p.elem_count()];
+        let len = tokens * experts;
+        for (p, d) in view.values()?.chunks_exact(len).zip(grad_p.chunks_exact_mut(len)) {
+            for (a, b) in self.pairs() {
+                for e in 0..experts {
+                    let g = scale * (p[a * experts + e] - p[b * experts + e]);
+                    d[a * experts + e] += g;
+                    d[b * experts + e] -= g;
+                }
+            }
+        }
+        Ok(Some(tensor_like(grad_p, p)?))
+    }
+}
