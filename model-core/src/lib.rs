@@ -17,7 +17,9 @@
 
 #![warn(missing_docs)]
 
+pub mod artifact;
 pub mod config;
+pub mod image;
 pub mod kernels;
 pub mod layers;
 pub mod ops;
