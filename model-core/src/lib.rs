@@ -19,6 +19,7 @@
 
 pub mod artifact;
 pub mod config;
+pub mod footprint;
 pub mod image;
 pub mod kernels;
 pub mod layers;

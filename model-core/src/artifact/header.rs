@@ -11,7 +11,9 @@ use serde_json::Value;
 
 use super::digest::Digest;
 use super::error::ArtifactError;
-use super::layout::{TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
+use super::layout::{
+    Slot, TensorSize, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set,
+};
 use crate::config::{BackboneConfig, ExpertConfig, MAX_SIZE, ViTConfig};
 use crate::image::Preprocess;
 
@@ -156,7 +158,7 @@ impl RawHeader {
         }
         let (document, digest) = metadata_values(&metadata)?;
         let (name, contents, training) = parse_document(&document)?.check()?;
-        let tensors = contents.tensors()?;
+        let tensors = contents.tensors();
         check_tensors(&metadata, &tensors)?;
         Ok(Self { header: Header { name, contents, training, digest, file_bytes }, document, tensors })
     }
@@ -254,24 +256,36 @@ fn check_labels(labels: &[String]) -> Result<(), ArtifactError> {
 }
 
 impl Contents {
-    /// Every tensor the artifact has, in its place in the file.
-    pub(super) fn tensors(&self) -> Result<Vec<TensorSpec>, ArtifactError> {
-        let mut tensors = Vec::new();
-        match self {
-            Self::Backbone { config, .. } => visit_backbone(&mut empty_backbone(config.clone()), |slot| {
-                tensors.push(slot.spec());
-                Ok(())
-            }),
+    /// Hands every tensor the artifact has to `visit`, in the order of the forward pass.
+    fn visit(&self, mut visit: impl FnMut(&Slot<'_>)) {
+        let visit = |slot: Slot<'_>| {
+            visit(&slot);
+            Ok(())
+        };
+        let visited = match self {
+            Self::Backbone { config, .. } => visit_backbone(&mut empty_backbone(config.clone()), visit),
             Self::ExpertSet { config, backbone_config, labels, .. } => {
                 let mut empty = empty_expert_set(config.clone(), backbone_config, labels.clone());
-                visit_expert_set(&mut empty, backbone_config, |slot| {
-                    tensors.push(slot.spec());
-                    Ok(())
-                })
+                visit_expert_set(&mut empty, backbone_config, visit)
             }
-        }?;
+        };
+        visited.expect("a visitor that returns no error causes none");
+    }
+
+    /// Every tensor in its place in the file.
+    fn tensors(&self) -> Vec<TensorSpec> {
+        let mut tensors = Vec::new();
+        self.visit(|slot| tensors.push(slot.spec()));
         sort_by_place(&mut tensors, |spec| spec);
-        Ok(tensors)
+        tensors
+    }
+
+    /// The size of every tensor, in the order of the forward pass. The configuration must be valid, as it is in a
+    /// [`Header`].
+    pub fn tensor_sizes(&self) -> Vec<TensorSize> {
+        let mut sizes = Vec::new();
+        self.visit(|slot| sizes.push(slot.size()));
+        sizes
     }
 }
 

@@ -30,6 +30,34 @@ pub(super) struct Slot<'a> {
     values: Values<'a>,
 }
 
+/// How the values of a tensor are encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoding {
+    /// IEEE single precision.
+    Float,
+    /// Ternary weights, packed.
+    Ternary,
+    /// Unsigned codes of that many bits, packed.
+    Codes(u32),
+    /// Signed codes of that many bits.
+    Signed(u32),
+}
+
+/// How large one tensor of an artifact is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSize {
+    /// Name in the file.
+    pub name: String,
+    /// How its values are encoded.
+    pub encoding: Encoding,
+    /// Values.
+    pub elements: usize,
+    /// Length of the first axis: output features, experts.
+    pub rows: usize,
+    /// Bytes in the file.
+    pub disk_bytes: usize,
+}
+
 /// What the safetensors header must say of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TensorSpec {
@@ -47,6 +75,21 @@ impl TensorSpec {
 impl Slot<'_> {
     fn row(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
+    }
+
+    pub(super) fn size(&self) -> TensorSize {
+        TensorSize {
+            name: self.name.clone(),
+            encoding: match &self.values {
+                Values::Float(_) | Values::PositiveFloat(_) => Encoding::Float,
+                Values::Ternary(_) => Encoding::Ternary,
+                Values::Codes(_, bits) => Encoding::Codes(*bits),
+                Values::Signed(_, bits) => Encoding::Signed(*bits),
+            },
+            elements: self.shape.iter().product(),
+            rows: self.shape.first().copied().unwrap_or(1),
+            disk_bytes: self.spec().bytes(),
+        }
     }
 
     /// How the tensor appears in the header: packed tensors are bytes, their last axis counted in bytes.

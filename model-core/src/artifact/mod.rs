@@ -19,6 +19,7 @@ pub use digest::{Digest, ParseDigestError};
 pub use error::ArtifactError;
 pub use header::{Contents, FORMAT_VERSION, Header, MAX_HEADER_BYTES, MAX_TEXT_BYTES};
 use header::{DIGEST_KEY, DOCUMENT_KEY, Document, LENGTH_BYTES, RawHeader, header_bytes};
+pub use layout::{Encoding, TensorSize};
 use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
 
 use crate::config::BackboneConfig;

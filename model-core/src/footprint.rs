@@ -1,0 +1,358 @@
+//! Where every byte goes: components of an artifact on disk and in memory, and what the feed-forward layers save
+//! against dense experts, by the paper's accounting and by ours. `butterflyvit inspect` prints it.
+//!
+//! The paper (arXiv 2603.06746) counts one substrate at 1.58 bits a weight and 16-bit angles against dense fp32
+//! experts of two matrices. Ours counts everything that the layers need at run time: both substrates as the engine
+//! holds them, their scales, angle codes and routers, against dense fp32 experts with a fp32 router.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::artifact::{Contents, Encoding, TensorSize};
+use crate::config::{BackboneConfig, ExpertConfig, ViTConfig};
+
+/// How the engine holds parameters; what is not named here is held as on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Residency {
+    /// Bits of a ternary weight.
+    pub ternary_bits: u64,
+    /// Bits of a weight of stem, attention or head; its row has a f32 scale beside.
+    pub dense_bits: u64,
+    /// Least bits of an angle code: 8 when codes narrower than a byte are held one to a byte.
+    pub min_angle_bits: u64,
+}
+
+impl Residency {
+    /// What [`crate::kernels`] pack: see `PackedTernary`, `PackedInt8`.
+    pub const ENGINE: Self = Self { ternary_bits: 8, dense_bits: 8, min_angle_bits: 8 };
+
+    fn tensor_bytes(&self, tensor: &TensorSize) -> u64 {
+        let elements = tensor.elements as u64;
+        match tensor.encoding {
+            Encoding::Float if tensor.name.ends_with(".weight") => {
+                elements * self.dense_bits / 8 + tensor.rows as u64 * F32_BYTES
+            }
+            Encoding::Float => elements * F32_BYTES,
+            Encoding::Ternary => elements * self.ternary_bits / 8,
+            Encoding::Codes(bits) => elements * self.angle_bits(bits) / 8,
+            Encoding::Signed(bits) => elements * u64::from(bits) / 8,
+        }
+    }
+
+    fn angle_bits(&self, bits: u32) -> u64 {
+        u64::from(bits).max(self.min_angle_bits)
+    }
+}
+
+const F32_BYTES: u64 = 4;
+
+/// Bytes of one kind of parameter in an artifact.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Component {
+    /// What the parameters are, in the words of the design.
+    pub name: &'static str,
+    /// Bytes in the file.
+    pub disk_bytes: u64,
+    /// Bytes the engine holds.
+    pub resident_bytes: u64,
+}
+
+/// Components of an artifact, in the order of the forward pass. `file_bytes` is the size of the whole file; what the
+/// tensors leave of it is the header.
+pub fn components(contents: &Contents, file_bytes: u64) -> Vec<Component> {
+    let tensors = contents.tensor_sizes();
+    let data_bytes: u64 = tensors.iter().map(|tensor| tensor.disk_bytes as u64).sum();
+    let text_bytes = match contents {
+        Contents::Backbone { .. } => 0,
+        Contents::ExpertSet { labels, .. } => {
+            labels.iter().map(|label| (size_of::<String>() + label.len()) as u64).sum()
+        }
+    };
+    let header_bytes = file_bytes.saturating_sub(data_bytes);
+    let mut components =
+        vec![Component { name: "header and labels", disk_bytes: header_bytes, resident_bytes: text_bytes }];
+    for tensor in &tensors {
+        let name = component_of(&tensor.name);
+        let (disk_bytes, resident_bytes) = (tensor.disk_bytes as u64, Residency::ENGINE.tensor_bytes(tensor));
+        match components.iter_mut().find(|component| component.name == name) {
+            Some(component) => {
+                component.disk_bytes += disk_bytes;
+                component.resident_bytes += resident_bytes;
+            }
+            None => components.push(Component { name, disk_bytes, resident_bytes }),
+        }
+    }
+    components
+}
+
+/// The component a tensor of `FORMAT.md` counts towards.
+fn component_of(tensor: &str) -> &'static str {
+    let parts = [
+        ("stem.", "stem"),
+        ("pos_embed", "position embedding"),
+        (".attention.", "attention"),
+        (".up.codes", "substrates"),
+        (".down.codes", "substrates"),
+        (".up.scale", "substrate scales"),
+        (".down.scale", "substrate scales"),
+        (".router", "routers"),
+        (".rotation_", "angle codes"),
+        ("head.", "head"),
+        ("norm", "norms"),
+    ];
+    parts.iter().find(|(part, _)| tensor.contains(part)).map_or("other", |(_, name)| name)
+}
+
+/// Bytes of the feed-forward layers against those of the dense experts they replace.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Compression {
+    /// Dense fp32 experts of two matrices `[d_ff, d_model]`, without biases.
+    pub dense_bytes: f64,
+    /// The same layers as substrates and rotations.
+    pub butterfly_bytes: f64,
+}
+
+impl Compression {
+    /// How many times smaller.
+    pub fn ratio(&self) -> f64 {
+        self.dense_bytes / self.butterfly_bytes
+    }
+}
+
+/// The paper's accounting for one layer: one substrate at 1.58 bits a weight and 16 bits an angle, whatever the
+/// configuration's own code widths, against dense fp32 experts.
+pub fn paper_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> Compression {
+    const TERNARY_BITS: f64 = 1.58;
+    const ANGLE_BYTES: usize = 2;
+    let matrix = backbone.d_model * backbone.d_ff;
+    let angles = experts.num_experts * experts.angles_per_expert(backbone);
+    Compression {
+        dense_bytes: (experts.num_experts * 2 * matrix * F32_BYTES as usize) as f64,
+        butterfly_bytes: matrix as f64 * TERNARY_BITS / 8.0 + (angles * ANGLE_BYTES) as f64,
+    }
+}
+
+/// Bytes that one feed-forward layer takes at run time, by what they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct LayerBytes {
+    /// Both substrates.
+    pub substrates: u64,
+    /// One f32 per row of each substrate.
+    pub scales: u64,
+    /// Angle codes of all experts.
+    pub angles: u64,
+    /// Router codes and their scales.
+    pub router: u64,
+}
+
+impl LayerBytes {
+    /// One layer as the engine holds it.
+    pub fn resident(backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
+        Self::with(Residency::ENGINE, backbone, experts)
+    }
+
+    fn with(residency: Residency, backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
+        let (d_model, d_ff) = (backbone.d_model as u64, backbone.d_ff as u64);
+        let num_experts = experts.num_experts as u64;
+        let angles = num_experts * experts.angles_per_expert(backbone) as u64;
+        Self {
+            substrates: 2 * d_model * d_ff * residency.ternary_bits / 8,
+            scales: (d_model + d_ff) * F32_BYTES,
+            angles: angles * residency.angle_bits(experts.angle_bits) / 8,
+            router: num_experts * (d_model * u64::from(experts.router_bits) / 8 + F32_BYTES),
+        }
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.substrates + self.scales + self.angles + self.router
+    }
+}
+
+/// Our accounting for one layer: everything it needs at run time, against dense fp32 experts with a fp32 router.
+pub fn runtime_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> Compression {
+    let (d_model, d_ff, num_experts) = (backbone.d_model, backbone.d_ff, experts.num_experts);
+    let dense = num_experts * (2 * d_model * d_ff + d_model) * F32_BYTES as usize;
+    Compression { dense_bytes: dense as f64, butterfly_bytes: LayerBytes::resident(backbone, experts).total() as f64 }
+}
+
+/// Everything `butterflyvit inspect` says of the memory of one artifact.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Footprint {
+    /// Bytes by component.
+    pub components: Vec<Component>,
+    /// The feed-forward layers; for an expert set only, since a backbone has no experts.
+    pub feed_forward: Option<FeedForward>,
+}
+
+/// What the feed-forward layers take, per layer, and what they save.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FeedForward {
+    /// Experts a layer.
+    pub num_experts: usize,
+    /// Bytes of one layer at run time.
+    pub layer: LayerBytes,
+    /// The paper's accounting.
+    pub paper: Compression,
+    /// Ours.
+    pub runtime: Compression,
+}
+
+impl FeedForward {
+    fn of(backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
+        Self {
+            num_experts: experts.num_experts,
+            layer: LayerBytes::resident(backbone, experts),
+            paper: paper_compression(backbone, experts),
+            runtime: runtime_compression(backbone, experts),
+        }
+    }
+}
+
+impl Footprint {
+    /// The footprint of an artifact whose file has `file_bytes` bytes.
+    pub fn of_artifact(contents: &Contents, file_bytes: u64) -> Self {
+        let feed_forward = match contents {
+            Contents::Backbone { .. } => None,
+            Contents::ExpertSet { config, backbone_config, .. } => Some(FeedForward::of(backbone_config, config)),
+        };
+        Self { components: components(contents, file_bytes), feed_forward }
+    }
+
+    /// The savings of a configuration that need not exist as a file.
+    pub fn of_config(config: &ViTConfig) -> Self {
+        Self { components: Vec::new(), feed_forward: Some(FeedForward::of(&config.backbone, &config.experts)) }
+    }
+
+    /// Bytes on disk and resident, all components together.
+    pub fn totals(&self) -> (u64, u64) {
+        self.components.iter().fold((0, 0), |(disk, resident), component| {
+            (disk + component.disk_bytes, resident + component.resident_bytes)
+        })
+    }
+}
+
+impl fmt::Display for Footprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.components.is_empty() {
+            writeln!(f, "{:<24} {:>14} {:>14}", "component", "bytes on disk", "resident")?;
+            for Component { name, disk_bytes, resident_bytes } in &self.components {
+                writeln!(f, "{name:<24} {disk_bytes:>14} {resident_bytes:>14}")?;
+            }
+            let (disk, resident) = self.totals();
+            writeln!(f, "{:<24} {disk:>14} {resident:>14}", "total")?;
+        }
+        let Some(FeedForward { num_experts, layer, paper, runtime }) = &self.feed_forward else { return Ok(()) };
+        if !self.components.is_empty() {
+            writeln!(f)?;
+        }
+        writeln!(f, "{:<24} {:>14}", format!("one layer, {num_experts} experts"), "resident")?;
+        for (name, bytes) in [
+            ("substrates (shared)", layer.substrates),
+            ("substrate scales", layer.scales),
+            ("angle codes", layer.angles),
+            ("router", layer.router),
+            ("total", layer.total()),
+        ] {
+            writeln!(f, "{name:<24} {bytes:>14}")?;
+        }
+        writeln!(f)?;
+        writeln!(f, "{:<24} {:>14} {:>14} {:>9}", "against dense experts", "dense fp32", "butterfly", "smaller")?;
+        for (name, c) in [("the paper's accounting", paper), ("all bytes at run time", runtime)] {
+            writeln!(f, "{name:<24} {:>14.0} {:>14.0} {:>8.1}x", c.dense_bytes, c.butterfly_bytes, c.ratio())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::artifact::Digest;
+    use crate::image::Preprocess;
+
+    fn paper() -> ViTConfig {
+        ViTConfig::preset("paper").unwrap()
+    }
+
+    fn expert_set(config: &ViTConfig) -> Contents {
+        Contents::ExpertSet {
+            config: config.experts.clone(),
+            backbone_config: config.backbone.clone(),
+            backbone_digest: Digest::of("", &[]),
+            labels: (0..config.num_classes).map(|i| format!("{i:03}")).collect(),
+        }
+    }
+
+    #[test]
+    fn the_papers_configuration_is_354_times_smaller() {
+        let config = paper();
+        let compression = paper_compression(&config.backbone, &config.experts);
+        // 64 experts x 2 matrices x 256 x 1024 weights x 4 bytes.
+        assert_eq!(compression.dense_bytes, 134_217_728.0);
+        // 256 x 1024 x 1.58 / 8 = 51,773.44, and 64 x 4 x (128 + 512) angles x 2 bytes = 327,680.
+        assert!((compression.butterfly_bytes - 379_453.44).abs() < 1e-6);
+        assert!((compression.ratio() - 353.7).abs() < 0.05, "{}", compression.ratio());
+    }
+
+    #[test]
+    fn run_time_bytes_of_the_papers_configuration_count_everything() {
+        let config = paper();
+        let packed = Residency { ternary_bits: 2, dense_bits: 8, min_angle_bits: 4 };
+        let layer = LayerBytes::with(packed, &config.backbone, &config.experts);
+        let expected = LayerBytes {
+            substrates: 131_072, // 2 x 262,144 weights x 2 bits
+            scales: 5_120,       // (256 + 1024) x 4
+            angles: 327_680,     // 163,840 x 2
+            router: 33_024,      // 64 x (256 x 2 + 4)
+        };
+        assert_eq!(layer, expected);
+        assert_eq!(layer.total(), 496_896);
+        // Dense: 64 x (524,288 + 256) x 4 bytes.
+        let runtime = runtime_compression(&config.backbone, &config.experts);
+        assert_eq!(runtime.dense_bytes, 134_283_264.0);
+    }
+
+    #[test]
+    fn narrow_angle_codes_are_held_as_the_residency_says() {
+        let mut config = ViTConfig::preset("cifar").unwrap();
+        let bytes = |config: &ViTConfig, min_angle_bits| {
+            let residency = Residency { min_angle_bits, ..Residency::ENGINE };
+            LayerBytes::with(residency, &config.backbone, &config.experts).angles
+        };
+        // 64 experts x 4 stages x (64 + 256) pairs.
+        assert_eq!(bytes(&config, 8), 81_920);
+        config.experts.angle_bits = 6;
+        assert_eq!(bytes(&config, 8), 81_920);
+        assert_eq!(bytes(&config, 4), 61_440);
+    }
+
+    #[test]
+    fn components_add_up_to_the_file() {
+        let config = paper();
+        let file_bytes = 10_000_000;
+        let backbone = Contents::Backbone { config: config.backbone.clone(), preprocess: Preprocess::default() };
+        for contents in [backbone, expert_set(&config)] {
+            let footprint = Footprint::of_artifact(&contents, file_bytes);
+            assert_eq!(footprint.totals().0, file_bytes);
+            assert!(footprint.components.iter().all(|component| component.name != "other"));
+        }
+    }
+
+    #[test]
+    fn components_of_the_papers_expert_set_by_hand() {
+        let footprint = Footprint::of_artifact(&expert_set(&paper()), 3_000_000);
+        let disk = |name| footprint.components.iter().find(|component| component.name == name).unwrap().disk_bytes;
+        assert_eq!(disk("angle codes"), 7 * 327_680);
+        assert_eq!(disk("routers"), 7 * 33_024);
+        assert_eq!(disk("head"), (100 * 256 + 100) * 4);
+    }
+
+    #[test]
+    fn the_table_shows_both_accountings() {
+        let text = Footprint::of_config(&paper()).to_string();
+        assert!(text.contains("the paper's accounting        134217728         379453    353.7x"), "{text}");
+        assert!(text.contains("all bytes at run time"), "{text}");
+    }
+}
