@@ -126,6 +126,10 @@ impl Isa {
     pub fn name(self) -> &'static str {
         self.0.name()
     }
+
+    pub(super) fn kind(self) -> Kind {
+        self.0
+    }
 }
 
 impl Default for Isa {

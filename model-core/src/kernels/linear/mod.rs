@@ -1,8 +1,14 @@
 //! Dense int8 layers: stem, qkv, projection and head, whose weights are not ternary.
+//!
+//! The definition is [`scalar`]; the packed layout and the micro-kernels are those of all integer products, in
+//! `kernels/gemm`.
 
 pub mod scalar;
+#[cfg(test)]
+mod tests;
 
 use super::error::{KernelError, expect_finite, expect_len};
+use super::gemm::{self, Packed, Sink};
 use super::isa::Isa;
 
 /// Longest inner dimension: weights are stored as w + 128 in 1..=255, so a partial sum is at most `255 * 127 * k`,
@@ -12,12 +18,11 @@ pub const MAX_COLS: usize = 1 << 16;
 /// A dense layer `y = x W^T + b` with int8 weights (absmax scale per row) and f32 bias, packed for one instruction set.
 #[derive(Debug, Clone)]
 pub struct PackedInt8 {
-    isa: Isa,
-    rows: usize,
-    cols: usize,
+    packed: Packed,
+    /// Padded with zeros to whole panels.
     scale: Box<[f32]>,
+    /// Padded with zeros to whole panels.
     bias: Box<[f32]>,
-    codes: Box<[i8]>,
 }
 
 impl PackedInt8 {
@@ -34,47 +39,41 @@ impl PackedInt8 {
         expect_finite("dense weight", weight)?;
         expect_finite("dense bias", bias)?;
         let (codes, scale) = scalar::quantize_weight(weight, rows, cols);
-        Ok(Self { isa, rows, cols, scale: scale.into(), bias: bias.into(), codes: codes.into() })
+        Ok(Self {
+            packed: gemm::pack_int8(isa, &codes, rows, cols),
+            scale: gemm::pad_to_panels(&scale),
+            bias: gemm::pad_to_panels(bias),
+        })
     }
 
     /// Output features.
     pub fn rows(&self) -> usize {
-        self.rows
+        self.packed.rows()
     }
 
     /// Input features.
     pub fn cols(&self) -> usize {
-        self.cols
+        self.packed.cols()
     }
 
     /// The instruction set that it was packed for.
     pub fn isa(&self) -> Isa {
-        self.isa
+        self.packed.isa()
     }
 
     /// Bytes on the heap: packed weights with their padding, scales and biases.
     pub fn resident_bytes(&self) -> usize {
-        size_of_val(&*self.scale) + size_of_val(&*self.bias) + size_of_val(&*self.codes)
+        size_of_val(&*self.scale) + size_of_val(&*self.bias) + self.packed.resident_bytes()
     }
 
     /// `out[m, n] = step[m] * scale[n] * (sum over k of lhs[m, k] * codes[n, k]) + bias[n]`; the sum is exact, the
-    /// rest f32, as `(dot * step) * scale + bias`. `lhs` is int8 `[m, k]` in -127..=127.
+    /// rest f32, as `(dot * step) * scale + bias`. `lhs` is int8 `[m, k]`, row-major.
     ///
     /// # Errors
     /// [`KernelError::Length`] when a slice does not match `m = steps.len()`.
     pub fn matmul(&self, lhs: &[i8], steps: &[f32], out: &mut [f32]) -> Result<(), KernelError> {
-        self.check(steps.len(), lhs, out.len())?;
-        if self.rows == 0 {
-            return Ok(());
-        }
-        let mut dots = vec![0; self.rows];
-        for (row, (out, &step)) in out.chunks_exact_mut(self.rows).zip(steps).enumerate() {
-            scalar::gemm_i8(&lhs[row * self.cols..][..self.cols], &self.codes, 1, self.cols, &mut dots);
-            for (((out, &dot), scale), bias) in out.iter_mut().zip(&dots).zip(&self.scale).zip(&self.bias) {
-                *out = dot as f32 * step * scale + bias;
-            }
-        }
-        Ok(())
+        let mut sink = Sink::Scaled { out, steps, scale: &self.scale, bias: Some(&self.bias) };
+        gemm::matmul(&self.packed, lhs, steps.len(), &mut sink)
     }
 
     /// The exact sums of [`PackedInt8::matmul`], without step, scale or bias: `[m, n]` for `m` rows of `lhs`.
@@ -82,13 +81,6 @@ impl PackedInt8 {
     /// # Errors
     /// [`KernelError::Length`] when a slice does not match `m`.
     pub fn matmul_i32(&self, lhs: &[i8], m: usize, out: &mut [i32]) -> Result<(), KernelError> {
-        self.check(m, lhs, out.len())?;
-        scalar::gemm_i8(lhs, &self.codes, m, self.cols, out);
-        Ok(())
-    }
-
-    fn check(&self, m: usize, lhs: &[i8], out: usize) -> Result<(), KernelError> {
-        expect_len("activation codes", lhs.len(), m.saturating_mul(self.cols))?;
-        expect_len("product", out, m.saturating_mul(self.rows))
+        gemm::matmul(&self.packed, lhs, m, &mut Sink::Dots(out))
     }
 }

@@ -1,0 +1,269 @@
+//! Integer matrix products, shared by [`ternary`](super::ternary) and [`linear`](super::linear): one packed layout, one
+//! tile driver, one micro-kernel per instruction set.
+//!
+//! ```text
+//! dot[m, n] = sum over k of lhs[m, k] * w[n, k]                       lhs int8, exact in i32
+//! for each tile of ROWS rows of lhs:                                  ROWS fits the register file
+//!     for each panel of 16 rows of w:                                 one cache line of weights per 16 k (ternary)
+//!         acc[ROWS, 16] = micro-kernel(tile, panel)                   i32, in registers over all of k
+//!         out = f32(acc - offset * row_sum(lhs)) * step * scale + bias
+//! ```
+//!
+//! Three ideas make it fast:
+//! - **Columns sit in lanes, four k at a time**: a 32-bit lane holds four consecutive k of one column, which is what
+//!   `vpdpbusd` and `sdot` reduce, and an activation is a broadcast of four bytes. No horizontal sums.
+//! - **Ternary weights stay at two bits until they are in a register**: a byte holds the same lane of four successive
+//!   k groups, so unpacking is one shift and one mask per vector, shared by all rows of the tile.
+//! - **Unsigned weights**: x86 multiplies u8 by i8, so weights are stored as w + offset, and `offset * sum(lhs row)` is
+//!   subtracted once per output. For ternary w + 1 in {0, 1, 2} the products are so small that `vpmaddubsw` and `smlal`
+//!   sum many of them in 16 bits.
+//!
+//! Tried on paper and measured per instruction, and left out: table lookups (`vpermw` on the 27 sums of three
+//! activations, indices straight from 1.8-bit packed weights) cost 1.3 to 1.5 cycles per 96 products on Zen 4 where
+//! `vpdpbusd` takes one cycle per 64, and building the tables eats what is left of the gain.
+//!
+//! # Layout
+//! Panels of [`PANEL`] rows of w, blocks of [`K_BLOCK`] columns, zero-padded in both directions; within a block:
+//! - int8, 256 bytes: byte `64 i + 4 c + j` is `w[panel * 16 + c, block * 16 + 4 i + j]`;
+//! - ternary, 64 bytes: bits `2 i..2 i + 2` of byte `4 c + j` are that element, as w + 1.
+//!
+//! The same bytes serve every instruction set, except that int8 weights are stored as w + 128 where the kernel wants
+//! them unsigned.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod pack;
+mod portable;
+
+use super::error::{KernelError, expect_len};
+use super::isa::{Isa, Kind};
+pub(super) use pack::{pack_int8, pack_ternary, unpack_ternary};
+
+/// Rows of w in a panel: one 512-bit register of 32-bit lanes.
+pub(super) const PANEL: usize = 16;
+
+/// Columns of w (k) in a block of a panel: what one cache line holds for 16 rows at two bits a weight.
+pub(super) const K_BLOCK: usize = 16;
+
+/// Most rows of a tile, over all micro-kernels.
+const MAX_TILE_ROWS: usize = 16;
+
+/// The i32 sums of a tile. Micro-kernels write all 16 columns of the rows that the tile has.
+type Acc = [[i32; PANEL]; MAX_TILE_ROWS];
+
+/// How weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    /// Two bits, w + 1.
+    Ternary,
+    /// Eight bits: w, or w + 128 for kernels that multiply unsigned weights.
+    Int8,
+}
+
+/// A packed matrix `[rows, cols]` and the instruction set that it was packed for.
+#[derive(Debug, Clone)]
+pub(super) struct Packed {
+    isa: Isa,
+    format: Format,
+    rows: usize,
+    cols: usize,
+    /// Whole panels of whole blocks; see the module's layout.
+    panels: Box<[u8]>,
+}
+
+impl Packed {
+    pub(super) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub(super) fn resident_bytes(&self) -> usize {
+        self.panels.len()
+    }
+}
+
+/// Where the sums go.
+pub(super) enum Sink<'a> {
+    /// As they are: `out[m, n]`.
+    Dots(&'a mut [i32]),
+    /// `out[m, n] = (f32(dot) * steps[m]) * scale[n] (+ bias[n])`.
+    Scaled {
+        /// `[m, rows]`.
+        out: &'a mut [f32],
+        /// `[m]`.
+        steps: &'a [f32],
+        /// `[rows]`, padded to whole panels.
+        scale: &'a [f32],
+        /// `[rows]`, padded to whole panels.
+        bias: Option<&'a [f32]>,
+    },
+}
+
+/// The rows of `lhs` that one tile works on.
+#[derive(Clone, Copy)]
+struct Tile<'a> {
+    /// `[rows, cols]`.
+    lhs: &'a [i8],
+    cols: usize,
+    /// The last `cols % K_BLOCK` columns of every row, zero-padded, so that no kernel reads past a row's end.
+    tail: &'a [[i8; K_BLOCK]; MAX_TILE_ROWS],
+}
+
+impl Tile<'_> {
+    /// Whole blocks of k.
+    fn full_blocks(&self) -> usize {
+        self.cols / K_BLOCK
+    }
+
+    fn has_tail(&self) -> bool {
+        !self.cols.is_multiple_of(K_BLOCK)
+    }
+}
+
+/// A micro-kernel: the sums of a tile with one panel.
+trait Kernel {
+    /// Rows of a tile that fit its registers; at most [`MAX_TILE_ROWS`].
+    const TILE_ROWS: usize;
+    /// Whether int8 weights are stored as w + 128.
+    const UNSIGNED_INT8: bool;
+
+    /// Writes `acc[..rows]`, where `rows` is in `1..=TILE_ROWS` and `tile.lhs` is `[rows, tile.cols]`.
+    ///
+    /// # Safety
+    /// The CPU has the kernel's instruction set, and `panel` holds all blocks of `tile.cols` in `format`.
+    unsafe fn dots(format: Format, rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc);
+}
+
+/// Whether `isa` wants int8 weights stored as w + 128.
+fn unsigned_int8(isa: Isa) -> bool {
+    match isa.kind() {
+        Kind::Scalar => portable::Portable::UNSIGNED_INT8,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => avx2::Avx2::UNSIGNED_INT8,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => avx512::Avx512::UNSIGNED_INT8,
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon => neon::Neon::UNSIGNED_INT8,
+        #[cfg(target_arch = "aarch64")]
+        Kind::NeonDot => neon::NeonDot::UNSIGNED_INT8,
+    }
+}
+
+/// Multiplies `lhs` `[m, cols]` by the packed matrix into `sink`: the dispatch point of all integer products.
+///
+/// # Errors
+/// [`KernelError::Length`] when a slice does not match.
+pub(super) fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) -> Result<(), KernelError> {
+    expect_len("activation codes", lhs.len(), m.saturating_mul(weights.cols))?;
+    let out = match sink {
+        Sink::Dots(out) => out.len(),
+        Sink::Scaled { out, .. } => out.len(),
+    };
+    expect_len("product", out, m.saturating_mul(weights.rows))?;
+    // SAFETY (of every call of an entry below): `weights.isa` is an `Isa`, which exists only where detection found
+    // its instructions, and lengths were checked above.
+    match weights.isa.kind() {
+        Kind::Scalar => drive::<portable::Portable>(weights, lhs, m, sink),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as said above.
+        Kind::Avx2 => unsafe { avx2::matmul(weights, lhs, m, sink) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as said above.
+        Kind::Avx512 => unsafe { avx512::matmul(weights, lhs, m, sink) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as said above.
+        Kind::Neon => unsafe { neon::matmul(weights, lhs, m, sink) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as said above.
+        Kind::NeonDot => unsafe { neon::matmul_dot(weights, lhs, m, sink) },
+    }
+    Ok(())
+}
+
+/// The tile loop. Inlined into an entry function per instruction set, so that row sums and scaling are compiled for it
+/// as well.
+#[inline(always)]
+fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) {
+    let cols = weights.cols;
+    let offset = match weights.format {
+        Format::Ternary => 1,
+        Format::Int8 if K::UNSIGNED_INT8 => 128,
+        Format::Int8 => 0,
+    };
+    let panel_bytes = pack::panel_bytes(weights.format, cols);
+    let mut acc = [[0; PANEL]; MAX_TILE_ROWS];
+    let mut tail = [[0; K_BLOCK]; MAX_TILE_ROWS];
+    let mut first = 0;
+    while first < m {
+        // Tiles of nearly equal size: 17 rows run as 9 + 8, not as 16 + 1.
+        let rows = (m - first).div_ceil((m - first).div_ceil(K::TILE_ROWS));
+        let lhs = &lhs[first * cols..][..rows * cols];
+        let mut corrections = [0; MAX_TILE_ROWS];
+        for r in 0..rows {
+            let row = &lhs[r * cols..][..cols];
+            let rest = row.chunks_exact(K_BLOCK).remainder();
+            tail[r][..rest.len()].copy_from_slice(rest);
+            if offset != 0 {
+                corrections[r] = offset * row.iter().map(|&a| i32::from(a)).sum::<i32>();
+            }
+        }
+        let tile = Tile { lhs, cols, tail: &tail };
+        // Not `chunks_exact`: with no columns a panel has no bytes, but its sums are still zeros to be written.
+        for index in 0..weights.rows.div_ceil(PANEL) {
+            let panel = &weights.panels[index * panel_bytes..][..panel_bytes];
+            // SAFETY: the caller of the entry vouched for the instruction set; `pack` made whole panels.
+            unsafe { K::dots(weights.format, rows, tile, panel, &mut acc) };
+            let columns = index * PANEL..weights.rows.min((index + 1) * PANEL);
+            for r in 0..rows {
+                // Wrapping: the stored sum and the correction may each pass 2^31; their difference never does.
+                let dots = acc[r].map(|dot| dot.wrapping_sub(corrections[r]));
+                store(sink, first + r, weights.rows, columns.clone(), &dots);
+            }
+        }
+        first += rows;
+    }
+}
+
+/// Writes one row's sums with one panel.
+#[inline(always)]
+fn store(sink: &mut Sink<'_>, row: usize, n: usize, columns: std::ops::Range<usize>, dots: &[i32; PANEL]) {
+    let at = row * n + columns.start;
+    let len = columns.len();
+    match sink {
+        Sink::Dots(out) => out[at..][..len].copy_from_slice(&dots[..len]),
+        Sink::Scaled { out, steps, scale, bias } => {
+            let step = steps[row];
+            let scale: &[f32; PANEL] = scale[columns.start..][..PANEL].try_into().expect("the slice is one panel");
+            let mut y: [f32; PANEL] = std::array::from_fn(|c| dots[c] as f32 * step * scale[c]);
+            if let Some(bias) = bias {
+                let bias: &[f32; PANEL] = bias[columns.start..][..PANEL].try_into().expect("the slice is one panel");
+                for c in 0..PANEL {
+                    y[c] += bias[c];
+                }
+            }
+            // The common case has a length known to the compiler: one vector store.
+            match <&mut [f32; PANEL]>::try_from(&mut out[at..][..len]) {
+                Ok(out) => *out = y,
+                Err(_) => out[at..][..len].copy_from_slice(&y[..len]),
+            }
+        }
+    }
+}
+
+/// `values` zero-padded to whole panels, as [`Sink::Scaled`] wants scale and bias.
+pub(super) fn pad_to_panels(values: &[f32]) -> Box<[f32]> {
+    let mut padded = values.to_vec();
+    padded.resize(values.len().next_multiple_of(PANEL), 0.0);
+    padded.into()
+}
