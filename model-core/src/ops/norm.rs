@@ -12,20 +12,26 @@ pub fn layer_norm(x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
 
 struct LayerNorm;
 
-/// Sums in eight lanes, so that the compiler may vectorise what strict left-to-right order forbids.
-fn lane_sum(values: impl Iterator<Item = f32>) -> f32 {
-    let mut lanes = [0f32; 8];
-    for (i, v) in values.enumerate() {
-        lanes[i % 8] += v;
+/// Sums of `f` over pairs, in sixteen lanes, so that the compiler may vectorise what strict left-to-right order
+/// forbids.
+#[inline(always)]
+pub(super) fn lane_sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (a_blocks, a_rest) = a.as_chunks::<16>();
+    let (b_blocks, b_rest) = b.as_chunks::<16>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for i in 0..16 {
+            lanes[i] += f(a[i], b[i]);
+        }
     }
-    lanes.iter().sum()
+    lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(&a, &b)| f(a, b)).sum::<f32>()
 }
 
 /// Mean and reciprocal standard deviation of a row.
 fn moments(row: &[f32]) -> (f32, f32) {
     let n = row.len() as f32;
-    let mean = lane_sum(row.iter().copied()) / n;
-    let var = lane_sum(row.iter().map(|v| (v - mean) * (v - mean))) / n;
+    let mean = lane_sum(row, row, |v, _| v) / n;
+    let var = lane_sum(row, row, |v, _| (v - mean) * (v - mean)) / n;
     (mean, 1.0 / (var + LAYER_NORM_EPS).sqrt())
 }
 
@@ -69,16 +75,19 @@ impl CustomOp3 for LayerNorm {
         let (x_values, gamma_values, g) = (x_view.values()?, gamma_view.values()?, grad_view.values()?);
         let n = gamma_values.len();
         let mut grad_x = vec![0.0; x_values.len()];
-        let (mut grad_gamma, mut grad_beta) = (vec![0.0; n], vec![0.0; n]);
+        let (mut grad_gamma, mut grad_beta, mut scaled) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
         // xhat = (x - mean) rstd;  dx = rstd (g gamma - mean(g gamma) - xhat mean(g gamma xhat)).
         for ((row, g), dx) in x_values.chunks_exact(n).zip(g.chunks_exact(n)).zip(grad_x.chunks_exact_mut(n)) {
             let (mean, rstd) = moments(row);
-            let scaled = || g.iter().zip(gamma_values).map(|(g, gamma)| g * gamma);
-            let mean_scaled = lane_sum(scaled()) / n as f32;
-            let mean_product = lane_sum(scaled().zip(row).map(|(s, v)| s * (v - mean) * rstd)) / n as f32;
+            for (scaled, (g, gamma)) in scaled.iter_mut().zip(g.iter().zip(gamma_values)) {
+                *scaled = g * gamma;
+            }
+            let mean_scaled = lane_sum(&scaled, &scaled, |s, _| s) / n as f32;
+            let mean_product = lane_sum(&scaled, row, |s, v| s * (v - mean)) * rstd / n as f32;
+            let (g, dx) = (&g[..n], &mut dx[..n]);
             for i in 0..n {
                 let xhat = (row[i] - mean) * rstd;
-                dx[i] = rstd * (g[i] * gamma_values[i] - mean_scaled - xhat * mean_product);
+                dx[i] = rstd * (scaled[i] - mean_scaled - xhat * mean_product);
                 grad_gamma[i] += g[i] * xhat;
                 grad_beta[i] += g[i];
             }

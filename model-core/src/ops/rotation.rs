@@ -101,13 +101,28 @@ fn stage(x: &mut [f32], cos: &[f32], sin: &[f32], stride: usize, sign: f32) {
     }
 }
 
+/// `v[i ^ STRIDE]` for every i, spelled out so that the compiler sees one shuffle instead of a gather.
+#[inline(always)]
+fn swapped<const STRIDE: usize>(v: &[f32; BLOCK]) -> [f32; BLOCK] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *v;
+    match STRIDE {
+        1 => [b, a, d, c, f, e, h, g, j, i, l, k, n, m, p, o],
+        2 => [c, d, a, b, g, h, e, f, k, l, i, j, o, p, m, n],
+        4 => [e, f, g, h, a, b, c, d, m, n, o, p, i, j, k, l],
+        8 => [i, j, k, l, m, n, o, p, a, b, c, d, e, f, g, h],
+        _ => unreachable!("strides of whole blocks do not come here"),
+    }
+}
+
 fn short_stage<const STRIDE: usize>(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     let blocks =
         x.as_chunks_mut::<BLOCK>().0.iter_mut().zip(cos.as_chunks::<BLOCK>().0).zip(sin.as_chunks::<BLOCK>().0);
     for ((x, cos), sin) in blocks {
-        let old = *x;
+        // Without this the loop vectoriser fuses blocks into gathers, eight times slower than one shuffle per block.
+        let x = std::hint::black_box(x);
+        let partner = swapped::<STRIDE>(x);
         for i in 0..BLOCK {
-            x[i] = cos[i] * old[i] + sign * sin[i] * old[i ^ STRIDE];
+            x[i] = cos[i] * x[i] + sign * sin[i] * partner[i];
         }
     }
 }
@@ -131,8 +146,10 @@ fn short_accumulate<const STRIDE: usize>(sums: &mut [f32], grad: &[f32], y: &[f3
     let blocks =
         sums.as_chunks_mut::<BLOCK>().0.iter_mut().zip(grad.as_chunks::<BLOCK>().0).zip(y.as_chunks::<BLOCK>().0);
     for ((sums, grad), y) in blocks {
+        let y = std::hint::black_box(y);
+        let partner = swapped::<STRIDE>(y);
         for i in 0..BLOCK {
-            sums[i] += grad[i] * y[i ^ STRIDE];
+            sums[i] += grad[i] * partner[i];
         }
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::elementwise::exp_nonpositive;
+use super::norm::lane_sum;
 use super::{last_dim, output, slice, tensor_like, view};
 
 /// Softmax over the last axis.
@@ -100,11 +101,7 @@ impl CustomOp2 for Combine {
         for (row, (x, w)) in x_view.values()?.chunks_exact(n).zip(weights_view.values()?).enumerate() {
             let g = &g[row / top_k * n..][..n];
             grad_x.extend(g.iter().map(|g| w * g));
-            let mut lanes = [0f32; 8];
-            for (i, (g, x)) in g.iter().zip(x).enumerate() {
-                lanes[i % 8] += g * x;
-            }
-            grad_weights.push(lanes.iter().sum());
+            grad_weights.push(lane_sum(g, x, |g, x| g * x));
         }
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_weights, weights)?)))
     }

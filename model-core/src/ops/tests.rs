@@ -30,7 +30,8 @@ fn check_gradients(vars: &[&Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     };
     let grads = probe(&f(&tensors).unwrap()).unwrap().backward().unwrap();
     for (which, var) in vars.iter().enumerate() {
-        let analytic = grads.get(var).expect("every argument has a gradient").flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let analytic =
+            grads.get(var).expect("every argument has a gradient").flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let values = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         for i in 0..values.len() {
             let at = |delta: f32| -> f32 {
@@ -42,7 +43,11 @@ fn check_gradients(vars: &[&Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
             };
             let numeric = (at(STEP) - at(-STEP)) / (2.0 * STEP);
             let bound = TOLERANCE * analytic[i].abs().max(1.0);
-            assert!((numeric - analytic[i]).abs() <= bound, "argument {which}[{i}]: {} but numerically {numeric}", analytic[i]);
+            assert!(
+                (numeric - analytic[i]).abs() <= bound,
+                "argument {which}[{i}]: {} but numerically {numeric}",
+                analytic[i]
+            );
         }
     }
 }
@@ -105,8 +110,10 @@ fn substrate_gradients_pass_straight_through_the_rounding() {
     // Rounding has no useful derivative of its own, so the reference is the same product with the rounded values
     // held constant: grad_x = g Q(w), grad_w = g^T x.
     let (x, w) = (var(&[3, 8], 0.1), var(&[5, 8], 0.2));
-    let (codes, scale) = crate::kernels::ternary::scalar::ternarize(&w.flatten_all().unwrap().to_vec1::<f32>().unwrap(), 8);
-    let dense: Vec<f32> = codes.chunks_exact(8).zip(&scale).flat_map(|(r, s)| r.iter().map(move |&c| f32::from(c) * s)).collect();
+    let (codes, scale) =
+        crate::kernels::ternary::scalar::ternarize(&w.flatten_all().unwrap().to_vec1::<f32>().unwrap(), 8);
+    let dense: Vec<f32> =
+        codes.chunks_exact(8).zip(&scale).flat_map(|(r, s)| r.iter().map(move |&c| f32::from(c) * s)).collect();
     let dense = Var::from_vec(dense, (5, 8), &Device::Cpu).unwrap();
     let expected = x.matmul(&dense.t().unwrap()).unwrap();
     let y = ternary_linear(&x, &w, true, Activations::Float).unwrap();
@@ -139,6 +146,9 @@ fn ops_take_transposed_and_offset_views() {
         same(softmax(&view), softmax(&copy));
         same(layer_norm(&view, &gamma, &beta), layer_norm(&copy, &gamma, &beta));
         same(linear(&view, &weight, &beta), linear(&copy, &weight, &beta));
-        same(ternary_linear(&view, &weight, true, Activations::Int8), ternary_linear(&copy, &weight, true, Activations::Int8));
+        same(
+            ternary_linear(&view, &weight, true, Activations::Int8),
+            ternary_linear(&copy, &weight, true, Activations::Int8),
+        );
     }
 }
