@@ -1,0 +1,124 @@
+//! The candle model as a whole: determinism, gradients, and what rounding to an artifact keeps.
+
+use candle_core::{Device, Tensor};
+use model_core::config::ViTConfig;
+use model_core::ops::Activations;
+use model_core::train::{AdamW, AdamWConfig, Batch, LossWeights, gradients};
+use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
+
+fn tiny() -> ViTConfig {
+    ViTConfig::preset("tiny").unwrap()
+}
+
+fn batch(config: &ViTConfig, len: usize) -> Batch {
+    let pixels = len * config.backbone.image_size.pow(2) * 3;
+    let mut targets = vec![0.0; len * config.num_classes];
+    for i in 0..len {
+        targets[i * config.num_classes + i % config.num_classes] = 1.0;
+    }
+    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len }
+}
+
+fn logits(vit: &ViT, batch: &Batch, quantizers: Quantizers) -> Vec<f32> {
+    let side = vit.config().backbone.image_size;
+    let pixels = Tensor::from_vec(batch.pixels.clone(), (batch.len, side, side, 3), &Device::Cpu).unwrap();
+    vit.forward(&pixels, quantizers).unwrap().logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn every_parameter_receives_gradient_the_router_included() {
+    let config = tiny();
+    let vit = ViT::init(&config, 1).unwrap();
+    // Without routing losses: what reaches the router here came through the weights of the chosen experts.
+    let weights = LossWeights { balance: 0.0, smoothness: 0.0 };
+    let (gradients, _) = gradients(&vit, Quantizers::ALL, &batch(&config, 8), weights, 8, 1).unwrap();
+    for name in vit.parameters().all().keys() {
+        let largest = gradients[name].iter().fold(0f32, |m, g| m.max(g.abs()));
+        assert!(largest > 1e-6, "{name}: largest gradient {largest}");
+    }
+}
+
+#[test]
+fn loss_gradient_matches_finite_differences_through_the_whole_model() {
+    let config = tiny();
+    let vit = ViT::init(&config, 2).unwrap();
+    let batch = batch(&config, 4);
+    // Without rounding the loss is smooth except where a routing choice flips.
+    let loss = |vit: &ViT| gradients(vit, Quantizers::NONE, &batch, LossWeights::default(), 4, 1).unwrap();
+    let (analytic, _) = loss(&vit);
+    let names = [
+        "stem.0.conv.weight",
+        "blocks.0.moe.router",
+        "blocks.0.moe.rotation_in",
+        "blocks.1.moe.rotation_out",
+        "blocks.1.moe.up",
+        "head.bias",
+    ];
+    for name in names {
+        let values = vit.parameters().var(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let largest = |best: (usize, f32), (i, g): (usize, &f32)| if g.abs() > best.1.abs() { (i, *g) } else { best };
+        let (at, gradient) = analytic[name].iter().enumerate().fold((0, 0.0), largest);
+        let step = 5e-3;
+        let shifted = |delta: f32| {
+            let mut moved = values.clone();
+            moved[at] += delta;
+            vit.parameters().set(name, &moved).unwrap();
+            loss(&vit).1.loss
+        };
+        let numeric = (shifted(step) - shifted(-step)) / f64::from(2.0 * step);
+        vit.parameters().set(name, &values).unwrap();
+        // f32 rounding of a loss near 2 is about 2e-7 times a few dozen operations, over 2 * step = 1e-2: 1e-3. The
+        // truncation error, of order step^2, is below that.
+        assert!((numeric - f64::from(gradient)).abs() < 2e-3, "{name}[{at}]: {gradient} but numerically {numeric}");
+    }
+}
+
+#[test]
+fn gradients_do_not_depend_on_the_number_of_threads() {
+    let config = tiny();
+    let vit = ViT::init(&config, 3).unwrap();
+    let batch = batch(&config, 12);
+    let run = |threads| gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 4, threads).unwrap();
+    assert_eq!(run(1), run(3));
+}
+
+#[test]
+fn a_few_steps_lower_the_loss() {
+    let config = tiny();
+    let vit = ViT::init(&config, 4).unwrap();
+    let batch = batch(&config, 10);
+    let mut optimizer = AdamW::new(AdamWConfig::default());
+    let mut losses = Vec::new();
+    for _ in 0..40 {
+        let (gradients, stats) = gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 5, 2).unwrap();
+        optimizer.step(vit.parameters(), &gradients, 3e-3).unwrap();
+        losses.push(stats.loss);
+    }
+    assert!(losses[39] < 0.5 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn rounding_to_codes_keeps_the_float_logits() {
+    let config = tiny();
+    let vit = ViT::init(&config, 5).unwrap();
+    let batch = batch(&config, 4);
+    let labels: Vec<String> = (0..config.num_classes).map(|i| format!("class {i}")).collect();
+    let (backbone, set) = vit.to_weights(&labels).unwrap();
+    let stored = ViT::from_weights(&backbone, &set).unwrap();
+    let rounded = Quantizers { activations: Activations::Float, ..Quantizers::ALL };
+    for (a, b) in logits(&vit, &batch, rounded).iter().zip(logits(&stored, &batch, Quantizers::NONE)) {
+        // The same numbers but for angles that pass through one f32 rounding more (2^-24 * 2 pi each).
+        assert!((a - b).abs() < 1e-4, "{a} and {b}");
+    }
+}
+
+#[test]
+fn a_frozen_backbone_stays_out_of_the_gradient() {
+    let config = tiny();
+    let vit = ViT::init(&config, 6).unwrap().freeze(|name| !is_expert_set_parameter(name)).unwrap();
+    let (gradients, _) = gradients(&vit, Quantizers::ALL, &batch(&config, 4), LossWeights::default(), 4, 1).unwrap();
+    assert!(gradients.keys().all(|name| is_expert_set_parameter(name)));
+    for part in ["head.weight", "blocks.0.moe.router", "blocks.1.moe.rotation_hidden"] {
+        assert!(gradients.contains_key(part), "{part} is trainable");
+    }
+}
