@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Installs what the tests need on Debian, then checks formatting, lints and documentation and runs every test.
+# Under CI (CI=true) nothing may be skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() { printf '\n== %s\n' "$*"; }
+
+# python3 and numpy run the artifact reader that was written from FORMAT.md alone.
+missing=()
+command -v cc >/dev/null || missing+=(build-essential)
+/usr/bin/python3 -c 'import numpy' 2>/dev/null || missing+=(python3 python3-numpy)
+if [ ${#missing[@]} -gt 0 ]; then
+    step "installing ${missing[*]}"
+    sudo=$([ "$(id -u)" -eq 0 ] || echo sudo)
+    $sudo apt-get update -q
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+fi
+
+step "formatting"
+cargo fmt --all --check
+step "lints"
+cargo clippy --workspace --all-targets --locked -- -D warnings
+step "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+step "the binaries the system tests drive"
+cargo build --release --locked -p butterflyvit -p butterflyvit-trainer
+step "tests"
+cargo test --workspace --locked
