@@ -30,8 +30,9 @@ pub(super) const DOCUMENT_KEY: &str = "butterflyvit";
 pub(super) const DIGEST_KEY: &str = "sha256";
 /// Bytes before the header: its length.
 pub(super) const LENGTH_BYTES: usize = 8;
-/// Most JSON values in a document: each takes tens of bytes in memory but may take only two in the file.
-const MAX_DOCUMENT_VALUES: usize = 2 * MAX_SIZE;
+/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240 while
+/// it is parsed.
+const MAX_DOCUMENT_VALUES: usize = MAX_SIZE + 4096;
 
 /// The JSON document that describes an artifact. Field order is the order in the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -10,8 +10,6 @@ mod error;
 mod header;
 mod layout;
 mod pack;
-#[cfg(test)]
-mod tests;
 
 use serde_json::{Map, Value, json};
 
@@ -129,6 +127,10 @@ pub fn write_backbone(
     };
     document.clone().check()?;
     check_count("stem", weights.config.stem.len(), weights.stem.len())?;
+    for (i, (layer, stem)) in weights.config.stem.iter().zip(&weights.stem).enumerate() {
+        let (expected, got) = (usize::from(layer.norm_gelu), usize::from(stem.norm.is_some()));
+        check_count(&format!("stem.{i}.norm"), expected, got)?;
+    }
     check_count("blocks", weights.config.num_layers, weights.blocks.len())?;
     let mut tensors = Vec::new();
     visit_backbone(&mut weights.clone(), |slot| {
