@@ -178,5 +178,28 @@ fn on_black(sample: u8, alpha: u8) -> u8 {
 }
 
 #[cfg(test)]
-#[path = "decode_tests.rs"]
-mod tests;
+mod tests {
+    use ::image::{ImageBuffer, Luma};
+
+    use super::*;
+
+    #[test]
+    fn alpha_blends_with_black_to_the_nearest() {
+        for sample in 0..=255u8 {
+            for alpha in 0..=255u8 {
+                let exact = f64::from(sample) * f64::from(alpha) / 255.0;
+                assert_eq!(f64::from(on_black(sample, alpha)), (exact + 0.5).floor(), "{sample} at {alpha}");
+            }
+        }
+    }
+
+    #[test]
+    fn sixteen_bits_round_to_the_nearest_of_eight() {
+        let all = ImageBuffer::<Luma<u16>, _>::from_raw(256, 256, (0..=u16::MAX).collect()).unwrap();
+        let rgb = flatten(DynamicImage::ImageLuma16(all));
+        for (wide, pixel) in (0..=u16::MAX).zip(rgb.pixels()) {
+            let nearest = ((u32::from(wide) * 255 + 32767) / 65535) as u8;
+            assert_eq!(pixel.0, [nearest; 3], "{wide}");
+        }
+    }
+}

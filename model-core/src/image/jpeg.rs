@@ -50,3 +50,39 @@ pub(super) fn markers(bytes: &[u8]) -> Option<JpegMarkers> {
     let complete = rest.windows(2).any(|pair| pair == [0xFF, EOI]);
     Some(JpegMarkers { components, progressive, complete })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Start of image, an APP1 segment that contains a whole thumbnail, frame header, scan header.
+    const HEAD: [u8; 38] = [
+        0xFF, 0xD8, // SOI
+        0xFF, 0xE1, 0x00, 0x06, 0xFF, 0xD8, 0xFF, 0xD9, // APP1
+        0xFF, 0xFF, // fill
+        0xFF, 0xC0, 0x00, 0x0B, 8, 0, 1, 0, 1, 3, 1, 0x11, 0, // SOF0: 8 bits, 1x1, three components
+        0xFF, 0xDA, 0x00, 0x08, 1, 1, 0, 0, 63, 0, // SOS
+        0x12, 0xFF, 0x00,
+    ];
+
+    #[test]
+    fn only_an_end_after_the_scan_counts() {
+        let expected = JpegMarkers { components: 3, progressive: false, complete: false };
+        assert_eq!(markers(&HEAD), Some(expected));
+        assert_eq!(markers(&[&HEAD[..], &[0xFF, 0xD9]].concat()), Some(JpegMarkers { complete: true, ..expected }));
+    }
+
+    #[test]
+    fn a_progressive_frame_is_told_apart() {
+        let mut bytes = HEAD;
+        bytes[13] = 0xC2;
+        assert!(markers(&bytes).unwrap().progressive);
+    }
+
+    #[test]
+    fn any_cut_before_the_scan_is_no_jpeg() {
+        for length in 0..HEAD.len() - 3 {
+            assert_eq!(markers(&HEAD[..length]), None, "{length}");
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Image bytes to pixels: every accepted kind, every refusal, and preprocessing to the last bit.
+
+use std::io::Cursor;
+
+use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
+use model_core::image::{DecodeLimits, ImageError, Preprocess, decode, probe};
+use proptest::prelude::*;
+
+fn fixture(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+fn decoded(bytes: &[u8]) -> RgbImage {
+    decode(bytes, &DecodeLimits::default()).unwrap()
+}
+
+fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    image.write_to(&mut Cursor::new(&mut bytes), format).unwrap();
+    bytes
+}
+
+fn photo() -> RgbImage {
+    decoded(&fixture("photo.png"))
+}
+
+#[test]
+fn resizing_equals_pillows_to_the_last_bit() {
+    let photo = photo();
+    for side in [1, 8, 32, 61, 100] {
+        let expected = decoded(&fixture(&format!("photo_{side}.png")));
+        assert_eq!(Preprocess::default().fit(&photo, side), expected.as_raw()[..], "side {side}");
+    }
+}
+
+#[test]
+fn an_image_that_fits_passes_through_untouched() {
+    let image = RgbImage::from_fn(32, 32, |x, y| Rgb([x as u8, y as u8, (x * y) as u8]));
+    let preprocess = Preprocess { mean: [0.5071, 0.4865, 0.4409], std: [0.2673, 0.2564, 0.2762], ..Default::default() };
+    assert_eq!(preprocess.fit(&image, 32), image.as_raw()[..]);
+    let pixels = preprocess.pixels(&image, 32);
+    assert_eq!(pixels.len(), 32 * 32 * 3);
+    // Row 2, column 31: samples 31, 2, 62.
+    assert_eq!(pixels[(2 * 32 + 31) * 3 + 2], (62.0 / 255.0 - 0.4409) / 0.2762);
+}
+
+#[test]
+fn lossless_formats_decode_to_what_was_encoded() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    for format in [ImageFormat::Png, ImageFormat::WebP, ImageFormat::Bmp] {
+        assert_eq!(decoded(&encoded(&photo, format)), *photo.as_rgb8().unwrap(), "{format:?}");
+    }
+    assert_eq!(decoded(&fixture("palette.png")), decoded(&fixture("palette_expected.png")));
+}
+
+#[test]
+fn lossy_formats_decode_to_something_close() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    for format in [ImageFormat::Jpeg, ImageFormat::Gif] {
+        let image = decoded(&encoded(&photo, format));
+        let samples = image.as_raw().iter().zip(photo.as_bytes());
+        let error: u64 = samples.map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        assert!(error / (photo.as_bytes().len() as u64) < 16, "{format:?}: {error}");
+    }
+    for name in ["progressive.jpg", "lossy.webp"] {
+        assert_eq!(decoded(&fixture(name)).dimensions(), (320, 256));
+    }
+}
+
+#[test]
+fn every_colour_type_becomes_rgb() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    let grey = DynamicImage::ImageLuma8(photo.to_luma8()).to_rgb8();
+    let cases: [(DynamicImage, &RgbImage); 7] = [
+        (DynamicImage::ImageLuma8(photo.to_luma8()), &grey),
+        (DynamicImage::ImageLumaA8(DynamicImage::ImageLuma8(photo.to_luma8()).to_luma_alpha8()), &grey),
+        (DynamicImage::ImageLuma16(DynamicImage::ImageLuma8(photo.to_luma8()).to_luma16()), &grey),
+        (DynamicImage::ImageLumaA16(DynamicImage::ImageLuma8(photo.to_luma8()).to_luma_alpha16()), &grey),
+        (DynamicImage::ImageRgba8(photo.to_rgba8()), photo.as_rgb8().unwrap()),
+        (DynamicImage::ImageRgb16(photo.to_rgb16()), photo.as_rgb8().unwrap()),
+        (DynamicImage::ImageRgba16(photo.to_rgba16()), photo.as_rgb8().unwrap()),
+    ];
+    for (image, expected) in cases {
+        assert_eq!(decoded(&encoded(&image, ImageFormat::Png)), *expected, "{:?}", image.color());
+    }
+}
+
+#[test]
+fn transparency_is_flattened_on_black() {
+    let mut image = DynamicImage::ImageRgb8(photo()).to_rgba8();
+    for (x, _, pixel) in image.enumerate_pixels_mut() {
+        pixel.0[3] = [0, 128, 255][x as usize % 3];
+    }
+    let flat = decoded(&encoded(&DynamicImage::ImageRgba8(image), ImageFormat::Png));
+    for (x, y, pixel) in photo().enumerate_pixels() {
+        let expected = match x % 3 {
+            0 => [0; 3],
+            1 => pixel.0.map(|sample| ((u32::from(sample) * 128 * 2 + 255) / 510) as u8),
+            _ => pixel.0,
+        };
+        assert_eq!(flat.get_pixel(x, y).0, expected);
+    }
+}
+
+/// A JPEG with an EXIF block that holds nothing but the orientation.
+fn with_orientation(jpeg: &[u8], orientation: u8) -> Vec<u8> {
+    let mut exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".to_vec();
+    exif.extend([orientation, 0, 0, 0, 0, 0, 0, 0]);
+    let length = (exif.len() + 2) as u16;
+    [&jpeg[..2], &[0xFF, 0xE1], &length.to_be_bytes(), &exif, &jpeg[2..]].concat()
+}
+
+#[test]
+fn exif_orientation_is_applied() {
+    let jpeg = encoded(&DynamicImage::ImageRgb8(photo()), ImageFormat::Jpeg);
+    let upright = DynamicImage::ImageRgb8(decoded(&jpeg));
+    let cases: [(u8, DynamicImage); 8] = [
+        (1, upright.clone()),
+        (2, upright.fliph()),
+        (3, upright.rotate180()),
+        (4, upright.flipv()),
+        (5, upright.rotate90().fliph()),
+        (6, upright.rotate90()),
+        (7, upright.rotate270().fliph()),
+        (8, upright.rotate270()),
+    ];
+    for (orientation, expected) in cases {
+        assert_eq!(decoded(&with_orientation(&jpeg, orientation)), *expected.as_rgb8().unwrap(), "{orientation}");
+    }
+    assert_eq!(decoded(&with_orientation(&jpeg, 77)), *upright.as_rgb8().unwrap(), "nonsense is ignored");
+}
+
+/// A PNG that consists of its header: enough to be asked for its size.
+fn png_header(width: u32, height: u32) -> Vec<u8> {
+    let mut ihdr = b"IHDR".to_vec();
+    ihdr.extend([width.to_be_bytes(), height.to_be_bytes()].concat());
+    ihdr.extend([8, 2, 0, 0, 0]);
+    let crc = ihdr.iter().fold(!0u32, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| crc >> 1 ^ if crc & 1 == 1 { 0xEDB8_8320 } else { 0 })
+    });
+    let idat = [0, 0, 0, 0, b'I', b'D', b'A', b'T', 0x35, 0xAF, 0x06, 0x1E];
+    [b"\x89PNG\r\n\x1a\n\0\0\0\x0D", &ihdr[..], &(!crc).to_be_bytes(), &idat].concat()
+}
+
+#[test]
+fn a_bomb_is_refused_by_its_header() {
+    let limits = DecodeLimits::default();
+    let error = decode(&png_header(30_000, 30_000), &limits).unwrap_err();
+    assert!(matches!(error, ImageError::TooManyPixels { width: 30_000, height: 30_000, .. }), "{error}");
+    assert_eq!(error.to_string(), "the image has 30000x30000 pixels; at most 16777216 are accepted");
+    assert!(matches!(probe(&png_header(4097, 4096), &limits), Err(ImageError::TooManyPixels { .. })));
+    assert_eq!(probe(&png_header(4096, 4096), &limits).unwrap().width, 4096);
+    let narrow = DecodeLimits { max_pixels: 97 * 61 - 1 };
+    assert!(matches!(decode(&fixture("photo.png"), &narrow), Err(ImageError::TooManyPixels { .. })));
+}
+
+#[test]
+fn what_is_not_an_image_is_told_apart() {
+    let limits = DecodeLimits::default();
+    let refuse = |bytes: &[u8]| decode(bytes, &limits).unwrap_err();
+    assert!(matches!(refuse(b""), ImageError::Empty));
+    assert!(matches!(refuse(b"Dear sir or madam"), ImageError::NotAnImage));
+    assert!(matches!(refuse(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), ImageError::NotAnImage));
+    assert!(matches!(refuse(b"II*\0\x08\0\0\0"), ImageError::UnsupportedFormat { format: "tiff" }));
+    assert!(matches!(refuse(&fixture("cmyk.jpg")), ImageError::Cmyk));
+    for zero in [png_header(0, 5), png_header(5, 0), b"GIF89a\0\0\0\0\0\0\0".to_vec()] {
+        let error = refuse(&zero);
+        assert!(matches!(error, ImageError::ZeroSized { .. } | ImageError::Undecodable(_)), "{error}");
+    }
+}
+
+#[test]
+fn truncated_images_are_refused() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    let formats = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::Gif, ImageFormat::Bmp, ImageFormat::WebP];
+    for format in formats {
+        let whole = encoded(&photo, format);
+        // The trailer of a PNG or GIF carries no pixels; a file that lacks only that may be accepted.
+        for length in (1..whole.len() * 9 / 10).step_by(whole.len() / 97 + 1) {
+            let result = decode(&whole[..length], &DecodeLimits::default());
+            assert!(result.is_err(), "{format:?} cut to {length} of {} bytes was accepted", whole.len());
+        }
+    }
+    let jpeg = encoded(&photo, ImageFormat::Jpeg);
+    assert!(matches!(decode(&jpeg[..jpeg.len() - 2], &DecodeLimits::default()), Err(ImageError::TruncatedJpeg)));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn damaged_images_never_panic(
+        which in 0usize..8,
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+    ) {
+        let photo = DynamicImage::ImageRgb8(RgbImage::from_fn(23, 17, |x, y| Rgb([x as u8 * 9, y as u8 * 11, 77])));
+        let mut bytes = match which {
+            0 => encoded(&photo, ImageFormat::Jpeg),
+            1 => encoded(&photo, ImageFormat::Png),
+            2 => encoded(&photo, ImageFormat::Gif),
+            3 => encoded(&photo, ImageFormat::Bmp),
+            4 => encoded(&photo, ImageFormat::WebP),
+            5 => fixture("progressive.jpg"),
+            6 => fixture("lossy.webp"),
+            _ => fixture("palette.png"),
+        };
+        for (index, byte) in edits {
+            let at = index.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Ok(image) = decode(&bytes, &DecodeLimits::default()) {
+            prop_assert!(image.width() > 0 && image.height() > 0);
+        }
+    }
+
+    #[test]
+    fn any_size_preprocesses_to_the_models(width in 1u32..70, height in 1u32..70, side in 1usize..40, grey: u8) {
+        // Weights sum to one but for rounding in the 22nd bit, so a flat image stays flat.
+        let image = RgbImage::from_pixel(width, height, Rgb([grey, 255, 0]));
+        let fitted = Preprocess::default().fit(&image, side);
+        prop_assert_eq!(fitted.len(), side * side * 3);
+        prop_assert!(fitted.chunks_exact(3).all(|pixel| pixel == [grey, 255, 0]));
+    }
+}

@@ -1,0 +1,92 @@
+//! The memory that a decoding is said to need bounds what it takes. A binary of its own, because it counts allocations.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::io::Cursor;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use image::{DynamicImage, ImageFormat, RgbImage};
+use model_core::image::{DecodeLimits, decode, probe};
+
+/// Counts the bytes that are allocated, and their peak.
+struct Counting;
+
+static CURRENT: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is handed on to `System` unchanged; the counters do not touch the memory.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        PEAK.fetch_max(CURRENT.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        // SAFETY: the caller's promises are those `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        CURRENT.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn fixture(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    image.write_to(&mut Cursor::new(&mut bytes), format).unwrap();
+    bytes
+}
+
+/// Bytes a decoding and a probing of `bytes` held at their peak, and the bound that was promised.
+fn measure(bytes: &[u8]) -> (usize, usize, u64) {
+    let peak_of = |run: &dyn Fn()| {
+        let before = CURRENT.load(Relaxed);
+        PEAK.store(before, Relaxed);
+        run();
+        PEAK.load(Relaxed) - before
+    };
+    let limits = DecodeLimits::default();
+    let bound = probe(bytes, &limits).unwrap().decode_bytes_upper_bound;
+    let decoding = peak_of(&|| drop(decode(bytes, &limits).unwrap()));
+    let probing = peak_of(&|| assert!(probe(bytes, &limits).is_ok()));
+    (decoding, probing, bound)
+}
+
+#[test]
+fn decoding_takes_no_more_memory_than_its_bound() {
+    let mut state = 1u32;
+    let noise = RgbImage::from_fn(1600, 1200, |_, _| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        image::Rgb((state >> 8).to_le_bytes()[..3].try_into().unwrap())
+    });
+    let rgb = DynamicImage::ImageRgb8(noise);
+    let grey16 = DynamicImage::ImageLuma16(rgb.to_luma16());
+    let rgba16 = DynamicImage::ImageRgba16(rgb.to_rgba16());
+    let rgba = DynamicImage::ImageRgba8(rgb.to_rgba8());
+    let flat = DynamicImage::new_rgb8(1600, 1200);
+    let mut cases: Vec<(String, Vec<u8>)> =
+        ["progressive.jpg", "lossy.webp", "palette.png"].map(|name| (name.to_owned(), fixture(name))).into();
+    let mut case = |name: &str, image: &DynamicImage, format| {
+        cases.push((format!("{name} {format:?}"), encoded(image, format)));
+    };
+    for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::Bmp, ImageFormat::WebP, ImageFormat::Gif] {
+        case("noise", &rgb, format);
+        case("flat", &flat, format);
+    }
+    case("alpha", &rgba, ImageFormat::Png);
+    case("alpha", &rgba, ImageFormat::WebP);
+    case("grey 16", &grey16, ImageFormat::Png);
+    case("rgba 16", &rgba16, ImageFormat::Png);
+
+    for (name, bytes) in cases {
+        let (decoding, probing, bound) = measure(&bytes);
+        eprintln!("{name}: file {}, peak {decoding}, probing {probing}, bound {bound}", bytes.len());
+        assert!(decoding as u64 <= bound, "{name}: {decoding} bytes, but the bound says {bound}");
+        // A header may be followed by nothing, so reading it must not cost what an image costs.
+        assert!(probing <= bytes.len() * 2 + (1 << 18), "{name}: {probing} bytes to look at the header");
+    }
+}
