@@ -5,8 +5,26 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`data`] | image sets in memory, held-out splits, augmentation, batches on their own thread |
+//! | [`recipe`] | everything that decides what a run computes, in one value |
+//! | [`train`] | the loop: steps, validation, checkpoints, diary |
+//! | [`checkpoint`], [`metrics`], [`files`] | what a run leaves on the disk, and how it survives a crash |
+//! | [`predict`], [`evaluate`] | running a model over a data set; accuracy, calibration, routing |
+//! | [`plot`] | the learning curve, and what pictures share |
+//! | [`store`] | artifacts in the layout that the server reads |
+//! | [`cli`], [`commands`] | from arguments to files |
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod checkpoint;
+pub mod cli;
+pub mod commands;
 pub mod data;
+pub mod evaluate;
+pub mod files;
+pub mod metrics;
+pub mod plot;
+pub mod predict;
+pub mod recipe;
+pub mod store;
+pub mod train;

@@ -2,4 +2,56 @@
 
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use butterflyvit_trainer::cli::{Cli, Command};
+use butterflyvit_trainer::commands;
+use butterflyvit_trainer::train::Ended;
+use clap::Parser;
+
+/// Training allocates and frees tensors of megabytes all the time; the system's allocator returns each to the kernel
+/// and has it zeroed again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// As shells count a program that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(Ended::Interrupted) => ExitCode::from(INTERRUPTED),
+        Ok(Ended::Finished | Ended::OutOfTime) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<Ended> {
+    match &cli.command {
+        Command::Init(args) => commands::init(args)?,
+        Command::Train(args) => return commands::train(args, &*stop_on_signal()?),
+        Command::Specialise(args) => return commands::specialise(args, &*stop_on_signal()?),
+        Command::Export(args) => commands::export(args)?,
+        Command::Evaluate(args) => commands::evaluate(args)?,
+    }
+    Ok(Ended::Finished)
+}
+
+/// A flag that the first Ctrl-C (or SIGTERM) sets; the second one ends the program at once.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("\nsaving a checkpoint; once more to stop without");
+    };
+    ctrlc::set_handler(handler).context("listening for Ctrl-C")?;
+    Ok(stop)
+}

@@ -92,6 +92,8 @@ mod tests {
     use super::super::{OpenOptions, open};
     use super::*;
 
+    const OPTIONS: OpenOptions = OpenOptions { side: SIDE, labels: LabelColumn::Fine, strict: false };
+
     /// A record whose red is `fill`, green `fill + 1`, blue `fill + 2` everywhere.
     fn record(labels: &[u8], fill: u8) -> Vec<u8> {
         let planes = (0..3).flat_map(|c| vec![fill + c; PLANE]);
@@ -109,11 +111,11 @@ mod tests {
     #[test]
     fn cifar100_gives_channel_last_pixels_and_either_label() {
         let folder = cifar100(&[record(&[1, 2], 10), record(&[0, 0], 20)]);
-        let fine = open(folder.path(), Part::Train, &OpenOptions::default()).unwrap().dataset;
+        let fine = open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset;
         assert_eq!(fine.labels, [2, 0]);
         assert_eq!(fine.image(0)[..6], [10, 11, 12, 10, 11, 12]);
         assert_eq!(fine.image(1)[3069..], [20, 21, 22]);
-        let options = OpenOptions { labels: LabelColumn::Coarse, ..OpenOptions::default() };
+        let options = OpenOptions { labels: LabelColumn::Coarse, ..OPTIONS };
         let coarse = open(folder.path(), Part::Train, &options).unwrap().dataset;
         assert_eq!(coarse.labels, [1, 0]);
         assert_eq!(coarse.class_names, ["food", "animal"]);
@@ -126,17 +128,17 @@ mod tests {
         fs::write(folder.path().join("data_batch_1.bin"), record(&[1], 1)).unwrap();
         fs::write(folder.path().join("data_batch_2.bin"), record(&[0], 2)).unwrap();
         fs::write(folder.path().join("test_batch.bin"), record(&[0], 3)).unwrap();
-        let train = open(folder.path(), Part::Train, &OpenOptions::default()).unwrap().dataset;
+        let train = open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset;
         assert_eq!((train.labels, train.class_names.len()), (vec![1, 0], 2));
-        assert_eq!(open(folder.path(), Part::Test, &OpenOptions::default()).unwrap().dataset.image(0)[0], 3);
+        assert_eq!(open(folder.path(), Part::Test, &OPTIONS).unwrap().dataset.image(0)[0], 3);
     }
 
     #[test]
     fn a_label_out_of_range_is_skipped_or_refused() {
         let folder = cifar100(&[record(&[1, 2], 10), record(&[0, 3], 20)]);
-        let opened = open(folder.path(), Part::Train, &OpenOptions::default()).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
         assert_eq!((opened.dataset.len(), opened.skipped.len()), (1, 1));
-        let strict = OpenOptions { strict: true, ..OpenOptions::default() };
+        let strict = OpenOptions { strict: true, ..OPTIONS };
         let error = open(folder.path(), Part::Train, &strict).unwrap_err().to_string();
         assert!(error.contains("label 3") && error.contains("--strict"), "{error}");
     }
@@ -144,9 +146,9 @@ mod tests {
     #[test]
     fn damaged_files_are_named() {
         let folder = cifar100(&[record(&[1, 2], 10)[..3000].to_vec()]);
-        let error = format!("{:#}", open(folder.path(), Part::Train, &OpenOptions::default()).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS).unwrap_err());
         assert!(error.contains("train.bin") && error.contains("truncated"), "{error}");
-        let error = format!("{:#}", open(folder.path(), Part::Test, &OpenOptions::default()).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Test, &OPTIONS).unwrap_err());
         assert!(error.contains("test.bin"), "{error}");
     }
 }

@@ -105,9 +105,11 @@ fn read<const D: usize>(path: &Path) -> Result<([usize; D], Vec<u8>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{OpenOptions, open};
+    use super::super::{LabelColumn, OpenOptions, open};
     use super::*;
     use std::io::Write;
+
+    const OPTIONS: OpenOptions = OpenOptions { side: 2, labels: LabelColumn::Fine, strict: false };
 
     fn idx(sizes: &[u32], bytes: &[u8]) -> Vec<u8> {
         let header = [0, 0, 8, sizes.len() as u8].into_iter().chain(sizes.iter().flat_map(|s| s.to_be_bytes()));
@@ -122,7 +124,7 @@ mod tests {
         let mut gz = flate2::write::GzEncoder::new(labels, flate2::Compression::fast());
         gz.write_all(&idx(&[2], &[9, 0])).unwrap();
         gz.finish().unwrap();
-        let dataset = open(folder.path(), Part::Train, &OpenOptions::default()).unwrap().dataset;
+        let dataset = open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset;
         assert_eq!((dataset.side, dataset.labels.as_slice(), dataset.num_classes()), (2, &[9, 0][..], 10));
         assert_eq!(dataset.image(1), [5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8]);
     }
@@ -145,7 +147,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             fs::write(folder.path().join("train-images-idx3-ubyte"), images).unwrap();
             fs::write(folder.path().join("train-labels-idx1-ubyte"), idx(&[1], &[0])).unwrap();
-            let error = format!("{:#}", open(folder.path(), Part::Train, &OpenOptions::default()).unwrap_err());
+            let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS).unwrap_err());
             assert!(error.contains(sentence), "{sentence}: {error}");
         }
     }

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
+use model_core::image::Preprocess;
 use rand::Rng;
 
+use super::Dataset;
 use super::augment::Augment;
 use super::random::{Purpose, beta, rng, shuffle};
-use super::{Dataset, Normalisation};
 
 /// Batches made ahead; enough to hide the odd slow one.
 const AHEAD: usize = 3;
@@ -49,7 +50,7 @@ pub struct Plan {
     /// Share of the target spread evenly over all classes.
     pub label_smoothing: f32,
     /// From bytes to the model's pixels.
-    pub normalisation: Normalisation,
+    pub preprocess: Preprocess,
 }
 
 /// The next batch to make.
@@ -133,8 +134,7 @@ fn make_batch(dataset: &Dataset, order: &[u32], plan: &Plan, position: Position)
         let mut rng = rng(plan.seed, Purpose::Image, position.epoch, u64::from(index));
         plan.augment.apply(dataset.image(index as usize), dataset.side, &mut rng, out);
     }
-    let mut pixels = vec![0.0; images.len()];
-    plan.normalisation.apply(&images, &mut pixels);
+    let mut pixels = plan.preprocess.normalize(&images);
     // Partners are read from here, so that nobody receives an image that was already mixed.
     let unmixed = (plan.mixing.probability > 0.0).then(|| pixels.clone());
 
@@ -202,7 +202,7 @@ mod tests {
             augment: Augment { crop_padding: 1, reflect: false, flip: true, ..Augment::NONE },
             mixing,
             label_smoothing: 0.1,
-            normalisation: Normalisation { mean: [0.0; 3], std: [1.0; 3] },
+            preprocess: Preprocess { mean: [0.0; 3], std: [1.0; 3], ..Preprocess::default() },
         }
     }
 

@@ -1,7 +1,7 @@
 //! Image sets held in memory as bytes, and the way from them to training batches.
 //!
 //! [`open`] recognises a folder by its files: CIFAR binaries ([`cifar`]), IDX ([`idx`]) or one subfolder of images per
-//! class. Everything is read at the start, so a folder that changes under a run cannot change the run; a resumed run
+//! class ([`folder`]). Everything is read at the start, so a folder that changes under a run cannot change the run; a resumed run
 //! compares [`Dataset::fingerprint`].
 //!
 //! From there: [`split`] holds out a validation part, [`augment`] varies images, [`loader`] makes batches of them on a
@@ -10,6 +10,7 @@
 
 pub mod augment;
 pub mod cifar;
+pub mod folder;
 pub mod idx;
 pub mod loader;
 pub mod random;
@@ -18,6 +19,8 @@ pub mod split;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use model_core::image::{Preprocess, Resize, RgbImage};
+use rayon::prelude::*;
 
 /// Labelled RGB images of one size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +51,13 @@ impl Dataset {
         self.class_names.len()
     }
 
+    /// Images of every class.
+    pub fn class_counts(&self) -> Vec<usize> {
+        let mut counts = vec![0; self.num_classes()];
+        self.labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
+        counts
+    }
+
     /// Bytes of one image.
     pub fn image_bytes(&self) -> usize {
         self.side * self.side * 3
@@ -61,8 +71,8 @@ impl Dataset {
         &self.images[index * self.image_bytes()..][..self.image_bytes()]
     }
 
-    /// Mean and standard deviation of every channel over all images, in units where 255 is 1.
-    pub fn normalisation(&self) -> Normalisation {
+    /// The preprocessing that centres and scales every channel over all images.
+    pub fn preprocess(&self) -> Preprocess {
         let (mut sum, mut squares) = ([0u64; 3], [0u64; 3]);
         for pixel in self.images.chunks_exact(3) {
             for c in 0..3 {
@@ -73,11 +83,26 @@ impl Dataset {
         let count = (self.images.len() / 3).max(1) as f64;
         let mean = sum.map(|s| s as f64 / count);
         let std = std::array::from_fn(|c| (squares[c] as f64 / count - mean[c] * mean[c]).max(0.0).sqrt() / 255.0);
-        Normalisation {
+        Preprocess {
+            resize: Resize::default(),
             mean: mean.map(|m| (m / 255.0) as f32),
             // A channel that never varies carries nothing; dividing by one keeps it finite.
             std: std.map(|s| if s > 1e-3 { s as f32 } else { 1.0 }),
         }
+    }
+
+    /// Every image cropped and resized to `side`, as the server does with what it is sent.
+    pub fn fit(mut self, side: usize) -> Self {
+        if self.side != side {
+            let (preprocess, from) = (Preprocess::default(), self.side as u32);
+            let fit = |image: &[u8]| {
+                let image = RgbImage::from_raw(from, from, image.to_vec()).expect("an image has side * side * 3 bytes");
+                preprocess.fit(&image, side)
+            };
+            self.images = self.images.par_chunks_exact(self.image_bytes()).flat_map_iter(fit).collect();
+            self.side = side;
+        }
+        self
     }
 
     /// A number that changes when any pixel, label or name does (64-bit FNV-1a over words).
@@ -96,26 +121,6 @@ impl Dataset {
         }
         mix(self.side as u64);
         hash
-    }
-}
-
-/// `(value / 255 - mean) / std`, per channel.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Normalisation {
-    /// Mean of R, G and B in 0..=1.
-    pub mean: [f32; 3],
-    /// Standard deviation of R, G and B in the same units; positive.
-    pub std: [f32; 3],
-}
-
-impl Normalisation {
-    /// Writes the normalised pixels of `image` to `out`; both `[.., 3]`, of one length.
-    pub fn apply(&self, image: &[u8], out: &mut [f32]) {
-        for (pixel, out) in image.chunks_exact(3).zip(out.chunks_exact_mut(3)) {
-            for c in 0..3 {
-                out[c] = (f32::from(pixel[c]) / 255.0 - self.mean[c]) / self.std[c];
-            }
-        }
     }
 }
 
@@ -140,8 +145,10 @@ pub enum LabelColumn {
 }
 
 /// How to read a data folder.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct OpenOptions {
+    /// Side of the images wanted; others are cropped and resized.
+    pub side: usize,
     /// For CIFAR-100 only.
     pub labels: LabelColumn,
     /// Refuse what would otherwise be counted and skipped.
@@ -166,16 +173,18 @@ pub struct Opened {
 /// [`OpenOptions::strict`]) a single image had to be left out.
 pub fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
     ensure!(folder.is_dir(), "{} is not a folder", folder.display());
-    let opened = if cifar::is_cifar100(folder) {
+    let mut opened = if cifar::is_cifar100(folder) {
         cifar::open_cifar100(folder, part, options.labels)
     } else if cifar::is_cifar10(folder) {
         cifar::open_cifar10(folder, part)
     } else if idx::is_idx(folder) {
         idx::open(folder, part)
+    } else if folder::is_folder(folder) {
+        folder::open(folder, part, options.side)
     } else {
         bail!(
-            "{}: no known data set: looked for train.bin (CIFAR-100), data_batch_1.bin (CIFAR-10) and \
-             train-images-idx3-ubyte (IDX)",
+            "{}: no known data set: looked for train.bin (CIFAR-100), data_batch_1.bin (CIFAR-10), \
+             train-images-idx3-ubyte (IDX) and subfolders of images, one per class",
             folder.display()
         )
     }
@@ -184,6 +193,14 @@ pub fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> 
         bail!("{} unusable images, refused because of --strict; the first: {first}", opened.skipped.len());
     }
     ensure!(!opened.dataset.is_empty(), "{} holds no usable image", folder.display());
+    for (class, count) in opened.dataset.class_counts().into_iter().enumerate().filter(|(_, count)| *count <= 1) {
+        let name = &opened.dataset.class_names[class];
+        opened.warnings.push(match count {
+            0 => format!("class {name} has no image"),
+            _ => format!("class {name} has a single image: it is learnt from and cannot be held out"),
+        });
+    }
+    opened.dataset = opened.dataset.fit(options.side);
     Ok(opened)
 }
 
@@ -202,13 +219,12 @@ mod tests {
     }
 
     #[test]
-    fn normalisation_centres_and_scales_each_channel() {
-        let norm = two_pixels().normalisation();
+    fn preprocessing_centres_and_scales_each_channel() {
+        let norm = two_pixels().preprocess();
         assert_eq!(norm.mean, [0.5, 0.0, 0.1]);
         assert_eq!(norm.std, [0.5, 1.0, 0.1]);
-        let mut out = [0.0; 3];
-        norm.apply(&[255, 0, 51], &mut out);
-        assert!(out.iter().zip([1.0, 0.0, 1.0]).all(|(a, b): (&f32, f32)| (a - b).abs() < 1e-6), "{out:?}");
+        let out = norm.normalize(&[255, 0, 51]);
+        assert!(out.iter().zip([1.0, 0.0, 1.0]).all(|(a, b)| (a - b).abs() < 1e-6), "{out:?}");
     }
 
     #[test]
@@ -226,9 +242,18 @@ mod tests {
     #[test]
     fn unknown_folders_say_what_was_looked_for() {
         let folder = tempfile::tempdir().unwrap();
-        let error = open(folder.path(), Part::Train, &OpenOptions::default()).unwrap_err().to_string();
+        let options = OpenOptions { side: 32, labels: LabelColumn::Fine, strict: false };
+        let error = open(folder.path(), Part::Train, &options).unwrap_err().to_string();
         assert!(error.contains("train.bin"), "{error}");
-        let error = open(&folder.path().join("none"), Part::Train, &OpenOptions::default()).unwrap_err().to_string();
+        let error = open(&folder.path().join("none"), Part::Train, &options).unwrap_err().to_string();
         assert!(error.contains("not a folder"), "{error}");
+    }
+
+    #[test]
+    fn fitting_keeps_grey_grey_and_scales() {
+        let grey = Dataset { images: vec![90; 28 * 28 * 3], side: 28, labels: vec![0], class_names: vec!["a".into()] };
+        let fitted = grey.clone().fit(32);
+        assert_eq!((fitted.side, fitted.images), (32, vec![90; 32 * 32 * 3]));
+        assert_eq!(grey.clone().fit(28), grey);
     }
 }

@@ -1,0 +1,368 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use model_core::config::ViTConfig;
+
+use crate::data::LabelColumn;
+use crate::recipe::Recipe;
+
+/// Trains, specialises and evaluates ButterflyViT models on a CPU.
+///
+/// DATA is a folder in one of these forms: the binary version of CIFAR-10 or CIFAR-100; the IDX files of MNIST and its
+/// relatives (plain or .gz); or one subfolder of images per class, optionally below `train` and `test`.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted (a checkpoint was saved).
+#[derive(Debug, Parser)]
+#[command(name = "butterflyvit-trainer", version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a random backbone and random expert sets, for tests and measurements.
+    Init(InitArgs),
+    /// Train a backbone with its first expert set from scratch.
+    Train(TrainArgs),
+    /// Train a new expert set (angles, routers, head) on a frozen backbone.
+    Specialise(SpecialiseArgs),
+    /// Write the artifacts of a run's latest checkpoint, also while the run goes on.
+    Export(ExportArgs),
+    /// Measure artifacts on the test part of a data folder.
+    Evaluate(EvaluateArgs),
+}
+
+/// Which model.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub struct ModelArgs {
+    /// A built-in configuration: paper, tiny or cifar [default: cifar].
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
+    /// A configuration from a JSON file.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// `init`.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The model store to write to.
+    #[arg(long, value_name = "DIR")]
+    pub store: PathBuf,
+    /// Name of the backbone [default: the preset's name, or "random"].
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Number of expert sets, named set-0000 and on.
+    #[arg(long, default_value_t = 1)]
+    pub sets: u32,
+    /// Decides all weights.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// Where images come from.
+#[derive(Debug, Args)]
+pub struct DataArgs {
+    /// Folder with the images.
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Stop at the first unusable image instead of counting and skipping it.
+    #[arg(long)]
+    pub strict: bool,
+}
+
+/// What the loop does beside computing.
+#[derive(Debug, Args)]
+pub struct LoopArgs {
+    /// Run folder: checkpoint, metrics.jsonl, curve.png and the artifacts in `store`.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Go on from the run folder's checkpoint. Options not given are the checkpoint's; others must agree with it.
+    #[arg(long)]
+    pub resume: bool,
+    /// Threads that compute [default: one per core]. Does not change the result.
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Save a checkpoint and stop after this many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub limit_seconds: Option<u64>,
+    /// Seconds between checkpoints.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    pub checkpoint_seconds: u64,
+    /// Epochs between measurements on the held-out images.
+    #[arg(long, value_name = "EPOCHS", default_value_t = 1)]
+    pub validate_every: u64,
+    /// Steps between lines of metrics.jsonl.
+    #[arg(long, value_name = "STEPS", default_value_t = 50)]
+    pub log_every: u64,
+    /// No progress bar.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+impl LoopArgs {
+    /// What the loop needs of it.
+    pub fn settings(&self) -> crate::train::Settings {
+        crate::train::Settings {
+            out: self.out.clone(),
+            threads: threads(self.threads),
+            checkpoint_every: Duration::from_secs(self.checkpoint_seconds),
+            validate_every: self.validate_every,
+            log_every: self.log_every.max(1),
+            limit: self.limit_seconds.map(Duration::from_secs),
+            quiet: self.quiet,
+        }
+    }
+}
+
+/// One thread per core unless told otherwise.
+pub fn threads(wanted: Option<usize>) -> usize {
+    wanted.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1)
+}
+
+/// What is computed: each option overrides one field of the recipe.
+#[derive(Debug, Args, Default)]
+#[command(next_help_heading = "Recipe")]
+pub struct RecipeArgs {
+    /// Passes over the training images.
+    #[arg(long)]
+    pub epochs: Option<u64>,
+    /// Images in a step.
+    #[arg(long)]
+    pub batch_size: Option<usize>,
+    /// Images whose gradient is computed at once.
+    #[arg(long)]
+    pub shard_size: Option<usize>,
+    /// Learning rate after the warm-up.
+    #[arg(long)]
+    pub learning_rate: Option<f64>,
+    /// Epochs of linear warm-up.
+    #[arg(long)]
+    pub warmup_epochs: Option<f64>,
+    /// The cosine ends at this share of the learning rate.
+    #[arg(long)]
+    pub final_rate: Option<f64>,
+    /// Decoupled weight decay.
+    #[arg(long)]
+    pub weight_decay: Option<f64>,
+    /// The gradient's global norm is scaled down to this.
+    #[arg(long)]
+    pub max_grad_norm: Option<f64>,
+    /// Weight of the load-balance loss.
+    #[arg(long)]
+    pub balance: Option<f64>,
+    /// Weight of the spatial smoothness loss.
+    #[arg(long)]
+    pub smoothness: Option<f64>,
+    /// Share of the target spread evenly over the classes.
+    #[arg(long)]
+    pub label_smoothing: Option<f32>,
+    /// Pixels of padding before a random crop; 0 for none.
+    #[arg(long)]
+    pub crop_padding: Option<usize>,
+    /// Mirror left and right half the time; turn off for digits and text.
+    #[arg(long)]
+    pub flip: Option<bool>,
+    /// RandAugment operations for each image.
+    #[arg(long)]
+    pub operations: Option<usize>,
+    /// Upper end of the operations' strength, 0 to 1.
+    #[arg(long)]
+    pub magnitude: Option<f32>,
+    /// Probability of erasing a rectangle.
+    #[arg(long)]
+    pub erase: Option<f32>,
+    /// Share of the images that are mixed with another (mixup or CutMix).
+    #[arg(long)]
+    pub mix: Option<f64>,
+    /// Share of the mixed images that get CutMix rather than mixup.
+    #[arg(long)]
+    pub cutmix_share: Option<f64>,
+    /// Decay of the moving average of the weights; 0 for none.
+    #[arg(long)]
+    pub ema_decay: Option<f64>,
+    /// Share of the training images held out for validation.
+    #[arg(long)]
+    pub hold_out: Option<f64>,
+    /// Which labels of CIFAR-100.
+    #[arg(long)]
+    pub labels: Option<LabelColumn>,
+    /// Decides initial weights, held-out part, order and variation.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl RecipeArgs {
+    /// Overrides the fields of `recipe` that were given.
+    pub fn apply(&self, recipe: &mut Recipe) {
+        fn set<T: Copy>(field: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *field = value;
+            }
+        }
+        set(&mut recipe.epochs, self.epochs);
+        set(&mut recipe.batch_size, self.batch_size);
+        set(&mut recipe.shard_size, self.shard_size);
+        set(&mut recipe.learning_rate, self.learning_rate);
+        set(&mut recipe.warmup_epochs, self.warmup_epochs);
+        set(&mut recipe.final_rate, self.final_rate);
+        set(&mut recipe.optimizer.weight_decay, self.weight_decay);
+        set(&mut recipe.optimizer.max_grad_norm, self.max_grad_norm);
+        set(&mut recipe.losses.balance, self.balance);
+        set(&mut recipe.losses.smoothness, self.smoothness);
+        set(&mut recipe.label_smoothing, self.label_smoothing);
+        set(&mut recipe.augment.crop_padding, self.crop_padding);
+        set(&mut recipe.augment.flip, self.flip);
+        set(&mut recipe.augment.operations, self.operations);
+        set(&mut recipe.augment.magnitude, self.magnitude);
+        set(&mut recipe.augment.erase, self.erase);
+        set(&mut recipe.mixing.probability, self.mix);
+        set(&mut recipe.mixing.cutmix_share, self.cutmix_share);
+        set(&mut recipe.ema_decay, self.ema_decay);
+        set(&mut recipe.hold_out, self.hold_out);
+        set(&mut recipe.labels, self.labels);
+        set(&mut recipe.seed, self.seed);
+    }
+}
+
+/// What the artifacts are called.
+#[derive(Debug, Args)]
+pub struct NameArgs {
+    /// Name of the backbone.
+    #[arg(long, default_value = "backbone")]
+    pub backbone_name: String,
+    /// Name of the expert set.
+    #[arg(long, default_value = "default")]
+    pub set_name: String,
+}
+
+/// `train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Where images come from.
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The loop.
+    #[command(flatten)]
+    pub run: LoopArgs,
+    /// What the artifacts are called.
+    #[command(flatten)]
+    pub names: NameArgs,
+    /// What is computed.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+}
+
+/// `specialise`.
+#[derive(Debug, Args)]
+pub struct SpecialiseArgs {
+    /// Where images come from.
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// The backbone's file.
+    #[arg(long, value_name = "FILE")]
+    pub backbone: PathBuf,
+    /// An expert set on that backbone whose angles and routers to start from; random ones without.
+    #[arg(long, value_name = "FILE")]
+    pub start: Option<PathBuf>,
+    /// The loop.
+    #[command(flatten)]
+    pub run: LoopArgs,
+    /// Name of the expert set.
+    #[arg(long, default_value = "default")]
+    pub set_name: String,
+    /// What is computed.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The run folder.
+    #[arg(long, value_name = "DIR")]
+    pub run: PathBuf,
+    /// The model store to write to [default: `store` in the run folder].
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// For a specialised set: the backbone's file.
+    #[arg(long, value_name = "FILE")]
+    pub backbone: Option<PathBuf>,
+    /// What the artifacts are called.
+    #[command(flatten)]
+    pub names: NameArgs,
+}
+
+/// `evaluate`.
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// Where images come from.
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// The backbone's file.
+    #[arg(long, value_name = "FILE")]
+    pub backbone: PathBuf,
+    /// The expert set's file.
+    #[arg(long, value_name = "FILE")]
+    pub set: PathBuf,
+    /// Measure on the training part instead.
+    #[arg(long)]
+    pub train_part: bool,
+    /// Which labels of CIFAR-100 [default: those that the expert set has].
+    #[arg(long)]
+    pub labels: Option<LabelColumn>,
+    /// Take the float path instead of the integer path that serves.
+    #[arg(long)]
+    pub float: bool,
+    /// Look at the first N images only.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Also draw the confusion matrix into this PNG file.
+    #[arg(long, value_name = "FILE")]
+    pub confusion: Option<PathBuf>,
+    /// Threads that compute [default: one per core].
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// The configuration asked for, and a name for it.
+    ///
+    /// # Errors
+    /// When there is no such preset or the file is no valid configuration.
+    pub fn resolve(&self) -> anyhow::Result<(ViTConfig, String)> {
+        use anyhow::Context;
+        let (config, name) = match &self.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+                let config = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+                (config, "random".to_owned())
+            }
+            None => {
+                let name = self.preset.as_deref().unwrap_or("cifar");
+                let presets = ViTConfig::PRESETS.join(", ");
+                let config =
+                    ViTConfig::preset(name).with_context(|| format!("no preset {name}; there are {presets}"))?;
+                (config, name.to_owned())
+            }
+        };
+        config.validate()?;
+        Ok((config, name))
+    }
+}

@@ -1,0 +1,301 @@
+//! What each command does, from arguments to files.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use model_core::config::ViTConfig;
+use model_core::image::Preprocess;
+use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
+use serde_json::{Value, json};
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::cli::{DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, TrainArgs, threads};
+use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
+use crate::evaluate::{Report, Tally, confusion_picture};
+use crate::metrics;
+use crate::plot::learning_curve;
+use crate::predict::{Candle, Predictor, for_each_shard};
+use crate::recipe::{Origin, Recipe};
+use crate::store::{Store, load_backbone, load_set};
+use crate::train::{Ended, Run, Settings, averaged};
+
+/// `init`: a random backbone with random expert sets.
+///
+/// # Errors
+/// When the configuration is invalid or a file cannot be written.
+pub fn init(args: &InitArgs) -> Result<()> {
+    let (config, preset) = args.model.resolve()?;
+    let name = args.name.clone().unwrap_or(preset);
+    let store = Store::new(&args.store);
+    let labels: Vec<String> = (0..config.num_classes).map(|class| format!("class {class}")).collect();
+    let summary = json!({ "random": true, "seed": args.seed });
+    let (backbone, first) = ViT::init(&config, args.seed)?.to_weights(&labels)?;
+    let (path, digest) = store.write_backbone(&name, &backbone, &Preprocess::default(), &summary)?;
+    say(&format!("backbone {}", path.display()));
+    let mut set = first;
+    for number in 0..args.sets {
+        if number > 0 {
+            set = ViT::init(&config, args.seed.wrapping_add(u64::from(number)))?.to_weights(&labels)?.1;
+        }
+        let set_name = format!("set-{number:04}");
+        store.write_set(&set_name, 1, &set, (&backbone.config, digest), &summary)?;
+    }
+    say(&format!("{} expert sets in {}", args.sets, args.store.join("expert-sets").display()));
+    Ok(())
+}
+
+/// `train`: a backbone and its first expert set.
+///
+/// # Errors
+/// When the data, the configuration or a checkpoint is unusable, the loss stops being a number, or the disk is full.
+pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
+    let settings = args.run.settings();
+    let checkpoint = starting_point(&settings, args.run.resume)?;
+    let given = args.model.config.is_some() || args.model.preset.is_some();
+    let mut recipe = match &checkpoint {
+        Some(checkpoint) => {
+            let mut recipe = checkpoint.state.recipe.clone();
+            if given {
+                recipe.model = args.model.resolve()?.0;
+            }
+            recipe
+        }
+        None => Recipe::scratch(args.model.resolve()?.0),
+    };
+    args.recipe.apply(&mut recipe);
+    let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
+    if args.model.config.is_none() {
+        // A preset is a shape for any number of classes; a configuration file says exactly what it wants.
+        recipe.model.num_classes = dataset.num_classes();
+    }
+    recipe.validate()?;
+    let vit = ViT::init(&recipe.model, recipe.seed)?;
+    let preprocess = dataset.preprocess();
+    let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess)?;
+    drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
+        export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names)
+    })
+}
+
+/// `specialise`: a new expert set on a frozen backbone.
+///
+/// # Errors
+/// As for [`train`].
+pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
+    let settings = args.run.settings();
+    let checkpoint = starting_point(&settings, args.run.resume)?;
+    let backbone = load_backbone(&args.backbone)?;
+    let start = args.start.as_ref().map(|path| load_set(path, &backbone)).transpose()?;
+    let experts = match &start {
+        Some(set) => set.weights.config.clone(),
+        None => bail!("--start is missing: the expert set whose angles and routers to start from"),
+    };
+    let mut recipe = match &checkpoint {
+        Some(checkpoint) => checkpoint.state.recipe.clone(),
+        None => {
+            let model = ViTConfig { backbone: backbone.weights.config.clone(), experts, num_classes: 1 };
+            Recipe::specialise(model, backbone.digest.to_string(), None)
+        }
+    };
+    recipe.origin = Origin::Specialise {
+        backbone: backbone.digest.to_string(),
+        start: start.as_ref().map(|set| set.digest.to_string()),
+    };
+    args.recipe.apply(&mut recipe);
+    let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
+    recipe.model.num_classes = dataset.num_classes();
+    recipe.validate()?;
+
+    let (_, mut set) = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?;
+    if let Some(start) = start {
+        set.layers = start.weights.layers;
+    }
+    let vit = ViT::from_weights(&backbone.weights, &set)?.freeze(|name| !is_expert_set_parameter(name))?;
+    let run = Run::new(recipe, settings, vit, Arc::new(dataset), backbone.preprocess.clone())?;
+    drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
+        export_set(checkpoint, &Store::new(args.run.out.join("store")), &args.backbone, &args.set_name)
+    })
+}
+
+/// `export`: the artifacts of a run's checkpoint.
+///
+/// # Errors
+/// When there is no checkpoint or a file cannot be written.
+pub fn export(args: &ExportArgs) -> Result<()> {
+    let checkpoint = Checkpoint::load(&args.run)?;
+    let store = Store::new(args.store.clone().unwrap_or_else(|| args.run.join("store")));
+    match (&checkpoint.state.recipe.origin, &args.backbone) {
+        (Origin::Scratch, None) => export_backbone(&checkpoint, &store, &args.names),
+        (Origin::Scratch, Some(_)) => bail!("--backbone is for specialised runs; this one trained its own"),
+        (Origin::Specialise { .. }, Some(path)) => export_set(&checkpoint, &store, path, &args.names.set_name),
+        (Origin::Specialise { .. }, None) => bail!("--backbone is missing: the run specialised one"),
+    }
+}
+
+/// `evaluate`: how good artifacts are.
+///
+/// # Errors
+/// When an artifact or the data is unusable, or they do not belong together.
+pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
+    let backbone = load_backbone(&args.backbone)?;
+    let set = load_set(&args.set, &backbone)?;
+    let config = set.weights.vit_config(&backbone.weights.config);
+    let part = if args.train_part { Part::Train } else { Part::Test };
+    let Opened { dataset, skipped, warnings } = open_labelled(args, part, &config, &set.weights.labels)?;
+    warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
+
+    let (model, path): (Box<dyn Predictor>, _) = if args.float {
+        let vit = ViT::from_weights(&backbone.weights, &set.weights)?.freeze(|_| true)?;
+        (Box::new(Candle { vit, quantizers: Quantizers::NONE }), "float")
+    } else {
+        integer_path(&backbone.weights, &set.weights)?
+    };
+    let count = args.limit.unwrap_or(usize::MAX).min(dataset.len());
+    let indices: Vec<u32> = (0..count as u32).collect();
+    let mut tally = Tally::new(&config);
+    let started = Instant::now();
+    for_each_shard(&*model, &dataset, &indices, &backbone.preprocess, threads(args.threads), &mut |shard, answer| {
+        let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
+        tally.add(&labels, &answer);
+    })?;
+    let report = Report::new(&tally, &set.weights.labels, path, skipped.len(), started.elapsed().as_secs_f64());
+    if let Some(path) = &args.confusion {
+        confusion_picture(path, &tally, &set.weights.labels)?;
+    }
+    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
+    print(&text)
+}
+
+/// The forward pass that serves.
+fn integer_path(
+    backbone: &model_core::weights::BackboneWeights,
+    set: &model_core::weights::ExpertSetWeights,
+) -> Result<(Box<dyn Predictor>, &'static str)> {
+    let vit = ViT::from_weights(backbone, set)?.freeze(|_| true)?;
+    let quantizers = Quantizers { activations: model_core::ops::Activations::Int8, ..Quantizers::NONE };
+    Ok((Box::new(Candle { vit, quantizers }), "integer"))
+}
+
+/// Opens the images with the label column whose names are the expert set's.
+fn open_labelled(args: &EvaluateArgs, part: Part, config: &ViTConfig, labels: &[String]) -> Result<Opened> {
+    let side = config.backbone.image_size;
+    let columns = args.labels.map_or(vec![LabelColumn::Fine, LabelColumn::Coarse], |column| vec![column]);
+    for column in columns {
+        let options = OpenOptions { side, labels: column, strict: args.data.strict };
+        let opened = data::open(&args.data.data, part, &options)?;
+        if opened.dataset.class_names == labels {
+            return Ok(opened);
+        }
+    }
+    bail!("the expert set's {} labels are not the classes of {}", labels.len(), args.data.data.display())
+}
+
+/// Reads the training images and says what is wrong with them.
+fn open_train(args: &DataArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
+    let Opened { dataset, skipped, warnings } =
+        data::open(&args.data, Part::Train, &OpenOptions { side, labels, strict: args.strict })?;
+    const SHOWN: usize = 5;
+    if !skipped.is_empty() {
+        say(&format!("{} unusable images skipped:", skipped.len()));
+        skipped.iter().take(SHOWN).for_each(|reason| say(&format!("  {reason}")));
+    }
+    warnings.iter().take(SHOWN).for_each(|warning| say(&format!("warning: {warning}")));
+    if warnings.len() > SHOWN {
+        say(&format!("and {} more warnings", warnings.len() - SHOWN));
+    }
+    say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
+    Ok(dataset)
+}
+
+/// The checkpoint to go on from; refuses to overwrite one by accident.
+fn starting_point(settings: &Settings, resume: bool) -> Result<Option<Checkpoint>> {
+    if resume {
+        return Checkpoint::load(&settings.out).map(Some);
+    }
+    ensure!(
+        !settings.out.join(checkpoint::FILE_NAME).exists(),
+        "{} already holds a run; add --resume to go on with it, or choose another --out",
+        settings.out.display()
+    );
+    Ok(None)
+}
+
+/// Trains, and leaves the run folder complete.
+fn drive(
+    mut run: Run,
+    checkpoint: Option<Checkpoint>,
+    out: &Path,
+    stop: &AtomicBool,
+    export: impl FnOnce(&Checkpoint) -> Result<()>,
+) -> Result<Ended> {
+    if let Some(checkpoint) = &checkpoint {
+        run.resume(checkpoint)?;
+        let state = &checkpoint.state;
+        say(&format!("going on from step {} of epoch {}", state.step, state.position.epoch));
+    }
+    let ended = run.train(stop)?;
+    learning_curve(&out.join("curve.png"), &metrics::read(out))?;
+    match ended {
+        Ended::Finished => export(&run.checkpoint()?)?,
+        Ended::OutOfTime | Ended::Interrupted => {
+            say(&format!("stopped; the checkpoint is in {}; add --resume to go on", out.display()));
+        }
+    }
+    Ok(ended)
+}
+
+/// What an artifact remembers of its training.
+fn summary(checkpoint: &Checkpoint) -> Result<Value> {
+    let state = &checkpoint.state;
+    Ok(json!({
+        "recipe": serde_json::to_value(&state.recipe)?,
+        "steps": state.step,
+        "seconds": state.seconds.round(),
+        "held_out": serde_json::to_value(state.validation)?,
+    }))
+}
+
+fn export_backbone(checkpoint: &Checkpoint, store: &Store, names: &NameArgs) -> Result<()> {
+    let state = &checkpoint.state;
+    let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
+    let (backbone, set) = vit.to_weights(&state.labels)?;
+    let summary = summary(checkpoint)?;
+    let (path, digest) = store.write_backbone(&names.backbone_name, &backbone, &state.preprocess, &summary)?;
+    say(&format!("backbone   {}", path.display()));
+    // A new backbone starts its sets afresh: an earlier version belongs to an earlier backbone.
+    let path = store.write_set(&names.set_name, 1, &set, (&backbone.config, digest), &summary)?;
+    say(&format!("expert set {}", path.display()));
+    Ok(())
+}
+
+fn export_set(checkpoint: &Checkpoint, store: &Store, backbone: &Path, name: &str) -> Result<()> {
+    let state = &checkpoint.state;
+    let backbone = load_backbone(backbone)?;
+    if let Origin::Specialise { backbone: digest, .. } = &state.recipe.origin {
+        ensure!(*digest == backbone.digest.to_string(), "the run specialised another backbone, {digest}");
+    }
+    let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
+    let (_, set) = vit.to_weights(&state.labels)?;
+    let version = store.next_version(name);
+    let path =
+        store.write_set(name, version, &set, (&backbone.weights.config, backbone.digest), &summary(checkpoint)?)?;
+    say(&format!("expert set {}", path.display()));
+    Ok(())
+}
+
+/// To the person at the terminal; results go to standard output, everything else here.
+fn say(line: &str) {
+    eprintln!("{line}");
+}
+
+/// Results to standard output. A reader that has gone (`| head`) is no failure.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("writing the result"),
+        _ => Ok(()),
+    }
+}

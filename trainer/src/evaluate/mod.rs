@@ -1,0 +1,203 @@
+//! Measuring a model: how often it is right, how well it knows that, and how its routers behave.
+
+mod picture;
+mod report;
+
+pub use picture::confusion_picture;
+pub use report::{ClassScore, Confusion, LayerRouting, Report};
+
+use model_core::config::ViTConfig;
+
+use crate::predict::Prediction;
+
+/// Confidence bins of the calibration error.
+const BINS: usize = 15;
+
+/// Counts over images already seen; feed it with [`Tally::add`] and read it with [`Tally::scores`].
+#[derive(Debug, Clone)]
+pub struct Tally {
+    classes: usize,
+    grid_side: usize,
+    top_k: usize,
+    images: usize,
+    top1: usize,
+    top5: usize,
+    cross_entropy: f64,
+    bins: [Bin; BINS],
+    /// `[label, prediction]`.
+    confusion: Vec<u32>,
+    layers: Vec<LayerTally>,
+}
+
+/// Predictions of similar confidence.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bin {
+    count: usize,
+    right: usize,
+    confidence: f64,
+}
+
+/// What the router of one layer did.
+#[derive(Debug, Clone, Default)]
+struct LayerTally {
+    /// Choices of each expert.
+    load: Vec<u64>,
+    /// Pairs of neighbouring patches, and how many experts they share.
+    pairs: u64,
+    shared: u64,
+    /// Pairs whose first choice is the same.
+    same_first: u64,
+}
+
+/// The main figures.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// Images seen.
+    pub images: usize,
+    /// Share of images whose label comes first.
+    pub top1: f64,
+    /// Share of images whose label is among the first five.
+    pub top5: f64,
+    /// Mean of minus the log of the label's probability.
+    pub cross_entropy: f64,
+    /// Expected calibration error: mean distance of confidence and accuracy over 15 bins of confidence.
+    pub calibration_error: f64,
+    /// Share of chosen experts that two neighbouring patches have in common, mean over layers.
+    pub routing_agreement: f64,
+}
+
+impl Tally {
+    /// Nothing seen yet, of a model with this configuration.
+    pub fn new(config: &ViTConfig) -> Self {
+        let layer = LayerTally { load: vec![0; config.experts.num_experts], ..LayerTally::default() };
+        Self {
+            classes: config.num_classes,
+            grid_side: config.backbone.grid_side(),
+            top_k: config.experts.top_k,
+            images: 0,
+            top1: 0,
+            top5: 0,
+            cross_entropy: 0.0,
+            bins: [Bin::default(); BINS],
+            confusion: vec![0; config.num_classes.pow(2)],
+            layers: vec![layer; config.backbone.num_layers],
+        }
+    }
+
+    /// Counts the answers for images with these labels.
+    pub fn add(&mut self, labels: &[u16], answer: &Prediction) {
+        for (logits, &label) in answer.logits.chunks_exact(self.classes).zip(labels) {
+            self.add_image(logits, usize::from(label));
+        }
+        let per_image = self.grid_side.pow(2) * self.top_k;
+        for (layer, experts) in self.layers.iter_mut().zip(&answer.experts) {
+            for image in experts.chunks_exact(per_image) {
+                layer.add_image(image, self.grid_side, self.top_k);
+            }
+        }
+    }
+
+    fn add_image(&mut self, logits: &[f32], label: usize) {
+        // Ties count against the model when the other class comes first, as a stable sort by logit would have it.
+        let better =
+            |(class, logit): &(usize, &f32)| **logit > logits[label] || (**logit == logits[label] && *class < label);
+        let rank = logits.iter().enumerate().filter(better).count();
+        let first = logits.iter().enumerate().fold(0, |best, (i, v)| if *v > logits[best] { i } else { best });
+        let max = f64::from(logits[first]);
+        let sum: f64 = logits.iter().map(|&v| (f64::from(v) - max).exp()).sum();
+
+        self.images += 1;
+        self.top1 += usize::from(rank == 0);
+        self.top5 += usize::from(rank < 5);
+        self.cross_entropy += sum.ln() + max - f64::from(logits[label]);
+        self.confusion[label * self.classes + first] += 1;
+        let confidence = 1.0 / sum;
+        let bin = &mut self.bins[((confidence * BINS as f64) as usize).min(BINS - 1)];
+        bin.count += 1;
+        bin.right += usize::from(rank == 0);
+        bin.confidence += confidence;
+    }
+
+    /// The main figures so far.
+    pub fn scores(&self) -> Scores {
+        let n = self.images.max(1) as f64;
+        let gap = |bin: &Bin| (bin.confidence - bin.right as f64).abs();
+        let agreement: f64 = self.layers.iter().map(|layer| layer.agreement(self.top_k)).sum();
+        Scores {
+            images: self.images,
+            top1: self.top1 as f64 / n,
+            top5: self.top5 as f64 / n,
+            cross_entropy: self.cross_entropy / n,
+            calibration_error: self.bins.iter().map(gap).sum::<f64>() / n,
+            routing_agreement: agreement / self.layers.len().max(1) as f64,
+        }
+    }
+}
+
+impl LayerTally {
+    /// `experts [side, side, top_k]`, best first.
+    fn add_image(&mut self, experts: &[u16], side: usize, top_k: usize) {
+        experts.iter().for_each(|&e| self.load[usize::from(e)] += 1);
+        let chosen = |y: usize, x: usize| &experts[(y * side + x) * top_k..][..top_k];
+        for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
+            for (ny, nx) in [(y + 1, x), (y, x + 1)] {
+                if ny < side && nx < side {
+                    let (a, b) = (chosen(y, x), chosen(ny, nx));
+                    self.pairs += 1;
+                    self.shared += a.iter().filter(|e| b.contains(e)).count() as u64;
+                    self.same_first += u64::from(a[0] == b[0]);
+                }
+            }
+        }
+    }
+
+    fn agreement(&self, top_k: usize) -> f64 {
+        self.shared as f64 / (self.pairs * top_k as u64).max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally(logits: &[f32], labels: &[u16]) -> Tally {
+        let mut config = ViTConfig::preset("tiny").unwrap();
+        config.num_classes = 6;
+        let mut tally = Tally::new(&config);
+        tally.add(labels, &Prediction { logits: logits.to_vec(), experts: Vec::new() });
+        tally
+    }
+
+    #[test]
+    fn ranks_count_from_the_largest_logit() {
+        let logits = [[9.0, 5.0, 4.0, 3.0, 2.0, 1.0f32]; 3].concat();
+        let scores = tally(&logits, &[0, 4, 5]).scores();
+        assert_eq!((scores.images, scores.top1, scores.top5), (3, 1.0 / 3.0, 2.0 / 3.0));
+    }
+
+    #[test]
+    fn equal_logits_are_not_all_right() {
+        let scores = tally(&[0.0; 36], &[0, 1, 2, 3, 4, 5]).scores();
+        assert_eq!((scores.top1, scores.top5), (1.0 / 6.0, 5.0 / 6.0));
+        assert!((scores.cross_entropy - 6f64.ln()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn calibration_compares_confidence_with_accuracy() {
+        // Two answers of confidence 1, one of them right: off by a half.
+        let sure = [[100.0, 0.0, 0.0, 0.0, 0.0, 0.0f32]; 2].concat();
+        assert!((tally(&sure, &[0, 1]).scores().calibration_error - 0.5).abs() < 1e-9);
+        // Confidence 1/6 and one in six right: perfectly calibrated.
+        assert!(tally(&[0.0; 36], &[0, 1, 2, 3, 4, 5]).scores().calibration_error < 1e-9);
+    }
+
+    #[test]
+    fn agreement_counts_shared_experts_of_neighbours() {
+        let mut layer = LayerTally { load: vec![0; 4], ..LayerTally::default() };
+        // A 2x2 grid, top-2: rows share both experts in another order, columns share one.
+        layer.add_image(&[0, 1, 1, 0, 1, 2, 2, 1], 2, 2);
+        assert_eq!((layer.pairs, layer.shared, layer.same_first), (4, 6, 0));
+        assert_eq!(layer.agreement(2), 0.75);
+        assert_eq!(layer.load, [2, 4, 2, 0]);
+    }
+}

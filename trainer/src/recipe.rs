@@ -1,0 +1,249 @@
+//! Everything that decides what a training run computes, in one value that a checkpoint can hold.
+//!
+//! Two runs with equal recipes on equal data give equal weights, bit for bit, whatever the number of threads and
+//! however often they were interrupted. What does not change the result (threads, time limit, output folder) is
+//! not part of it.
+
+use std::f64::consts::PI;
+
+use anyhow::{Result, bail, ensure};
+use model_core::config::ViTConfig;
+use model_core::train::{AdamWConfig, LossWeights};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::data::LabelColumn;
+use crate::data::augment::Augment;
+use crate::data::loader::Mixing;
+
+/// Where the parameters come from and which of them move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Origin {
+    /// A new backbone with its first expert set; everything moves.
+    Scratch,
+    /// A new expert set on a frozen backbone.
+    Specialise {
+        /// Digest of the backbone.
+        backbone: String,
+        /// Digest of the expert set that the angles and routers start from; random ones without.
+        start: Option<String>,
+    },
+}
+
+/// What a training run computes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Shapes.
+    pub model: ViTConfig,
+    /// Where the parameters come from.
+    pub origin: Origin,
+    /// Decides initial weights, the held-out part, order and variation of the images.
+    pub seed: u64,
+    /// Passes over the training images.
+    pub epochs: u64,
+    /// Images in a step.
+    pub batch_size: usize,
+    /// Images whose gradient is computed at once; decides the order of summation, hence part of the recipe.
+    pub shard_size: usize,
+    /// At the end of the warm-up.
+    pub learning_rate: f64,
+    /// Length of the linear warm-up from zero.
+    pub warmup_epochs: f64,
+    /// The cosine ends at this share of the learning rate.
+    pub final_rate: f64,
+    /// The optimiser's own settings.
+    pub optimizer: AdamWConfig,
+    /// What is added to cross-entropy.
+    pub losses: LossWeights,
+    /// Share of the target spread evenly over the classes.
+    pub label_smoothing: f32,
+    /// Variation of single images.
+    pub augment: Augment,
+    /// Blending of pairs.
+    pub mixing: Mixing,
+    /// Decay of the moving average of the weights, which is what is validated and exported; 0 for none.
+    pub ema_decay: f64,
+    /// Share of the training images held out for validation.
+    pub hold_out: f64,
+    /// Which labels of CIFAR-100.
+    pub labels: LabelColumn,
+}
+
+impl Recipe {
+    /// The defaults for training `model` from scratch.
+    pub fn scratch(model: ViTConfig) -> Self {
+        Self {
+            model,
+            origin: Origin::Scratch,
+            seed: 1,
+            epochs: 60,
+            batch_size: 128,
+            shard_size: 32,
+            learning_rate: 2e-3,
+            warmup_epochs: 2.0,
+            final_rate: 0.01,
+            optimizer: AdamWConfig::default(),
+            losses: LossWeights::default(),
+            label_smoothing: 0.1,
+            augment: Augment { crop_padding: 4, reflect: true, flip: true, operations: 1, magnitude: 0.6, erase: 0.1 },
+            mixing: Mixing { probability: 0.5, ..Mixing::NONE },
+            ema_decay: 0.999,
+            hold_out: 0.05,
+            labels: LabelColumn::Fine,
+        }
+    }
+
+    /// The defaults for a new expert set on a frozen backbone: a short run, little variation.
+    pub fn specialise(model: ViTConfig, backbone: String, start: Option<String>) -> Self {
+        Self {
+            origin: Origin::Specialise { backbone, start },
+            epochs: 10,
+            learning_rate: 5e-3,
+            warmup_epochs: 0.5,
+            augment: Augment { crop_padding: 2, operations: 0, erase: 0.0, ..Self::scratch(model.clone()).augment },
+            mixing: Mixing::NONE,
+            ..Self::scratch(model)
+        }
+    }
+
+    /// Checks the numbers that have a range.
+    ///
+    /// # Errors
+    /// Naming the first that is out of it.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        let share = |value: f64, name: &str| {
+            ensure!((0.0..1.0).contains(&value), "{name} is {value}; it must be at least 0 and below 1");
+            Ok(())
+        };
+        ensure!(self.epochs > 0, "epochs is 0");
+        ensure!(self.batch_size > 0 && self.shard_size > 0, "a batch and a shard have at least one image");
+        ensure!(
+            self.learning_rate > 0.0 && self.learning_rate.is_finite(),
+            "learning_rate is {}; it must be positive",
+            self.learning_rate
+        );
+        ensure!(self.warmup_epochs >= 0.0, "warmup_epochs is {}; it must not be negative", self.warmup_epochs);
+        share(f64::from(self.label_smoothing), "label_smoothing")?;
+        share(self.hold_out, "hold_out")?;
+        share(self.ema_decay, "ema_decay")?;
+        ensure!((0.0..=1.0).contains(&self.final_rate), "final_rate is {}; it must be in 0..=1", self.final_rate);
+        for (value, name) in
+            [(self.mixing.probability, "mixing.probability"), (self.mixing.cutmix_share, "mixing.cutmix_share")]
+        {
+            ensure!((0.0..=1.0).contains(&value), "{name} is {value}; it must be in 0..=1");
+        }
+        for (value, name) in [(self.mixing.mixup_alpha, "mixup_alpha"), (self.mixing.cutmix_alpha, "cutmix_alpha")] {
+            // The sampler's acceptance falls off quickly above.
+            ensure!((0.01..=4.0).contains(&value), "mixing.{name} is {value}; it must be in 0.01..=4");
+        }
+        for (value, name) in [(self.augment.magnitude, "magnitude"), (self.augment.erase, "erase")] {
+            ensure!((0.0..=1.0).contains(&value), "augment.{name} is {value}; it must be in 0..=1");
+        }
+        Ok(())
+    }
+
+    /// The learning rate of step `step` (from 0) of `total`: linear warm-up, then a cosine.
+    pub fn rate_at(&self, step: u64, steps_per_epoch: u64) -> f64 {
+        let total = (self.epochs * steps_per_epoch) as f64;
+        let warmup = (self.warmup_epochs * steps_per_epoch as f64).min(total);
+        let done = step as f64 + 1.0;
+        if done < warmup {
+            return self.learning_rate * done / warmup;
+        }
+        let progress = ((done - warmup) / (total - warmup).max(1.0)).clamp(0.0, 1.0);
+        self.learning_rate * (self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + (PI * progress).cos()))
+    }
+
+    /// Refuses to go on with another recipe than the one a checkpoint was made with.
+    ///
+    /// # Errors
+    /// Naming the fields that differ, with both values.
+    pub fn check_same(&self, checkpoint: &Self) -> Result<()> {
+        let mut differences = Vec::new();
+        compare("", &serde_json::to_value(checkpoint)?, &serde_json::to_value(self)?, &mut differences);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        bail!("the checkpoint was made with another configuration: {}", differences.join("; "))
+    }
+}
+
+fn compare(path: &str, old: &Value, new: &Value, differences: &mut Vec<String>) {
+    match (old, new) {
+        (Value::Object(old), Value::Object(new)) => {
+            let keys: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+            for key in keys {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let value = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+                compare(&path, &value(old), &value(new), differences);
+            }
+        }
+        _ if old == new => {}
+        _ => differences.push(format!("{path} was {old}, now {new}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe() -> Recipe {
+        Recipe {
+            epochs: 10,
+            warmup_epochs: 2.0,
+            learning_rate: 1.0,
+            ..Recipe::scratch(ViTConfig::preset("tiny").unwrap())
+        }
+    }
+
+    #[test]
+    fn the_rate_warms_up_and_follows_a_cosine() {
+        let recipe = recipe();
+        let rate = |step| recipe.rate_at(step, 10);
+        assert!((rate(0) - 1.0 / 20.0).abs() < 1e-12);
+        assert!((rate(19) - 1.0).abs() < 1e-12);
+        // Half way between the end of the warm-up (20) and the end (100).
+        assert!((rate(59) - (0.01 + 0.99 * 0.5)).abs() < 1e-12);
+        assert!((rate(99) - 0.01).abs() < 1e-12);
+        assert!((1..20).all(|step| rate(step) > rate(step - 1)));
+        assert!((20..100).all(|step| rate(step) < rate(step - 1)));
+    }
+
+    #[test]
+    fn a_warmup_longer_than_the_run_stays_finite() {
+        let recipe = Recipe { warmup_epochs: 50.0, ..recipe() };
+        assert!((0..100).all(|step| (0.0..=1.0).contains(&recipe.rate_at(step, 10))));
+    }
+
+    #[test]
+    fn another_configuration_is_named_field_by_field() {
+        let (old, mut new) = (recipe(), recipe());
+        assert!(new.check_same(&old).is_ok());
+        new.model.backbone.d_ff = 64;
+        new.learning_rate = 0.5;
+        let error = new.check_same(&old).unwrap_err().to_string();
+        assert!(error.contains("model.backbone.d_ff was 32, now 64"), "{error}");
+        assert!(error.contains("learning_rate was 1.0, now 0.5"), "{error}");
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_named() {
+        type Edit = fn(&mut Recipe);
+        let cases: [(&str, Edit); 6] = [
+            ("epochs", |r| r.epochs = 0),
+            ("learning_rate", |r| r.learning_rate = f64::NAN),
+            ("hold_out", |r| r.hold_out = 1.0),
+            ("ema_decay", |r| r.ema_decay = -0.1),
+            ("mixup_alpha", |r| r.mixing.mixup_alpha = 0.0),
+            ("magnitude", |r| r.augment.magnitude = 1.5),
+        ];
+        for (name, edit) in cases {
+            let mut recipe = recipe();
+            edit(&mut recipe);
+            assert!(recipe.validate().unwrap_err().to_string().contains(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Artifacts in a model store: `backbones/<name>.safetensors` and `expert-sets/<set>/<version>.safetensors`, the
+//! layout that the server reads.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use model_core::artifact::{
+    BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
+};
+use model_core::config::BackboneConfig;
+use model_core::image::Preprocess;
+use model_core::weights::{BackboneWeights, ExpertSetWeights};
+use serde_json::Value;
+
+use crate::files::{create_folder, write_atomically};
+
+/// A model store on the disk.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+impl Store {
+    /// The store in the folder `root`, which need not exist yet.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Where the backbone of that name is.
+    pub fn backbone_path(&self, name: &str) -> PathBuf {
+        self.root.join("backbones").join(format!("{name}.safetensors"))
+    }
+
+    /// Where that version of an expert set is.
+    pub fn set_path(&self, name: &str, version: u64) -> PathBuf {
+        self.root.join("expert-sets").join(name).join(format!("{version}.safetensors"))
+    }
+
+    /// Writes a backbone, and returns its path and digest.
+    ///
+    /// # Errors
+    /// When the name is no file name, the weights are not finite, or the file cannot be written.
+    pub fn write_backbone(
+        &self,
+        name: &str,
+        weights: &BackboneWeights,
+        preprocess: &Preprocess,
+        training: &Value,
+    ) -> Result<(PathBuf, Digest)> {
+        check_name(name)?;
+        let bytes = write_backbone(name, weights, preprocess, training).context("packing the backbone")?;
+        let path = self.backbone_path(name);
+        put(&path, &bytes)?;
+        Ok((path, read_backbone(&bytes).context("reading back the backbone")?.digest))
+    }
+
+    /// Writes an expert set bound to the given backbone, and returns its path.
+    ///
+    /// # Errors
+    /// As for [`Store::write_backbone`].
+    pub fn write_set(
+        &self,
+        name: &str,
+        version: u64,
+        weights: &ExpertSetWeights,
+        backbone: (&BackboneConfig, Digest),
+        training: &Value,
+    ) -> Result<PathBuf> {
+        check_name(name)?;
+        let bytes = write_expert_set(name, weights, backbone, training).context("packing the expert set")?;
+        let path = self.set_path(name, version);
+        put(&path, &bytes)?;
+        Ok(path)
+    }
+
+    /// The version after the highest one there is of an expert set; 1 for a new one.
+    pub fn next_version(&self, name: &str) -> u64 {
+        let files = fs::read_dir(self.root.join("expert-sets").join(name)).into_iter().flatten().flatten();
+        let version = |file: fs::DirEntry| file.path().file_stem()?.to_str()?.parse::<u64>().ok();
+        files.filter_map(version).max().map_or(1, |highest| highest + 1)
+    }
+
+    /// The only backbone in the store, or the one named.
+    ///
+    /// # Errors
+    /// When there is none, or several and no name.
+    pub fn find_backbone(&self, name: Option<&str>) -> Result<PathBuf> {
+        if let Some(name) = name {
+            return Ok(self.backbone_path(name));
+        }
+        let folder = self.root.join("backbones");
+        let files = fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))?.flatten();
+        let mut paths: Vec<PathBuf> = files.map(|file| file.path()).filter(|path| is_artifact(path)).collect();
+        ensure!(paths.len() == 1, "{} holds {} backbones; name one", folder.display(), paths.len());
+        Ok(paths.remove(0))
+    }
+}
+
+fn is_artifact(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "safetensors")
+}
+
+fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+    path.parent().map_or(Ok(()), create_folder)?;
+    write_atomically(path, bytes)
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    ensure!(
+        (1..=64).contains(&name.len()) && name.chars().all(allowed) && !name.starts_with('.'),
+        "{name:?} is no name: 1 to 64 letters, digits, '-', '_' and '.', not starting with '.'"
+    );
+    Ok(())
+}
+
+/// Reads a backbone from a file.
+///
+/// # Errors
+/// When the file cannot be read or is no valid backbone.
+pub fn load_backbone(path: &Path) -> Result<BackboneArtifact> {
+    let bytes = fs::read(path).with_context(|| path.display().to_string())?;
+    read_backbone(&bytes).with_context(|| path.display().to_string())
+}
+
+/// Reads an expert set from a file and checks that it belongs to `backbone`.
+///
+/// # Errors
+/// When the file cannot be read, is no valid set, or is one of another backbone.
+pub fn load_set(path: &Path, backbone: &BackboneArtifact) -> Result<ExpertSetArtifact> {
+    let read = || -> Result<ExpertSetArtifact> {
+        let set = read_expert_set(&fs::read(path)?)?;
+        set.check_backbone(&backbone.weights.config, backbone.digest)?;
+        Ok(set)
+    };
+    read().with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model_core::config::ViTConfig;
+    use model_core::vit::ViT;
+
+    #[test]
+    fn what_is_written_is_found_and_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::new(folder.path());
+        let vit = ViT::init(&ViTConfig::preset("tiny").unwrap(), 1).unwrap();
+        let labels: Vec<String> = (0..5).map(|i| i.to_string()).collect();
+        let (backbone, set) = vit.to_weights(&labels).unwrap();
+        let (path, digest) = store.write_backbone("b", &backbone, &Preprocess::default(), &Value::Null).unwrap();
+        assert_eq!(store.next_version("s"), 1);
+        let set_path = store.write_set("s", 1, &set, (&backbone.config, digest), &Value::Null).unwrap();
+        assert_eq!(store.next_version("s"), 2);
+        assert_eq!(store.find_backbone(None).unwrap(), path);
+        let loaded = load_backbone(&path).unwrap();
+        assert_eq!(loaded.weights, backbone);
+        assert_eq!(load_set(&set_path, &loaded).unwrap().weights, set);
+        for name in ["", "../x", "a/b", ".hidden"] {
+            assert!(store.write_set(name, 1, &set, (&backbone.config, digest), &Value::Null).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,431 @@
+//! The training loop: batches in, checkpoints and a diary out.
+//!
+//! A run lives in a folder: `checkpoint.safetensors` (to go on from), `metrics.jsonl` (what happened), `curve.png`
+//! (a picture of it) and `store/` (the artifacts, at the end). The loop stops at the end of the recipe, at a time
+//! limit, when asked to, or when the loss stops being a number; all but the last leave a checkpoint of the last step.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use model_core::image::Preprocess;
+use model_core::train::{AdamW, Batch, StepStats, gradients};
+use model_core::vit::{Quantizers, ViT};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, State, Values};
+use crate::data::Dataset;
+use crate::data::loader::{Loader, Plan, Position, batches_per_epoch};
+use crate::data::split::{HeldOut, hold_out};
+use crate::evaluate::Tally;
+use crate::files::create_folder;
+use crate::metrics::{Diary, Line, StepLine};
+use crate::predict::{Candle, for_each_shard};
+use crate::recipe::{Origin, Recipe};
+
+/// What does not change the result.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The run folder.
+    pub out: PathBuf,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Time between checkpoints.
+    pub checkpoint_every: Duration,
+    /// Epochs between validations.
+    pub validate_every: u64,
+    /// Steps between lines of the diary.
+    pub log_every: u64,
+    /// Stop after this much time in this process.
+    pub limit: Option<Duration>,
+    /// Draw no progress bar.
+    pub quiet: bool,
+}
+
+/// How the averaged weights do on the held-out images.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Validation {
+    /// Steps taken.
+    pub step: u64,
+    /// Epochs completed.
+    pub epoch: u64,
+    /// Mean cross-entropy.
+    pub cross_entropy: f64,
+    /// Share of images whose label comes first.
+    pub top1: f64,
+    /// Share of images whose label is among the first five.
+    pub top5: f64,
+    /// Share of chosen experts that neighbouring patches have in common.
+    pub routing_agreement: f64,
+    /// Since the start of the run, interruptions not counted.
+    pub seconds: f64,
+}
+
+/// Why a run returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The recipe is done.
+    Finished,
+    /// The time limit.
+    OutOfTime,
+    /// Somebody asked.
+    Interrupted,
+}
+
+/// A run in memory.
+pub struct Run {
+    recipe: Recipe,
+    settings: Settings,
+    dataset: Arc<Dataset>,
+    parts: HeldOut,
+    preprocess: Preprocess,
+    quantizers: Quantizers,
+    vit: ViT,
+    optimizer: AdamW,
+    average: Values,
+    position: Position,
+    validation: Option<Validation>,
+    /// Time spent by processes before this one.
+    seconds_before: f64,
+    started: Instant,
+}
+
+impl Run {
+    /// A run at its beginning. `vit` holds the initial parameters, with those frozen that must not move.
+    ///
+    /// # Errors
+    /// When the recipe does not hold together or does not fit the images.
+    pub fn new(
+        recipe: Recipe,
+        settings: Settings,
+        vit: ViT,
+        dataset: Arc<Dataset>,
+        preprocess: Preprocess,
+    ) -> Result<Self> {
+        recipe.validate()?;
+        let config = &recipe.model;
+        ensure!(
+            dataset.num_classes() == config.num_classes,
+            "the model has {} classes, but the data has {}",
+            config.num_classes,
+            dataset.num_classes()
+        );
+        ensure!(dataset.side == config.backbone.image_size, "images of side {} do not fit the model", dataset.side);
+        let parts = hold_out(&dataset, recipe.hold_out, recipe.seed);
+        let quantizers = match recipe.origin {
+            Origin::Scratch => Quantizers::ALL,
+            Origin::Specialise { .. } => Quantizers::EXPERTS,
+        };
+        let average = if recipe.ema_decay > 0.0 { values(&vit)? } else { Values::new() };
+        Ok(Self {
+            optimizer: AdamW::new(recipe.optimizer),
+            average,
+            position: Position::default(),
+            validation: None,
+            seconds_before: 0.0,
+            started: Instant::now(),
+            recipe,
+            settings,
+            dataset,
+            parts,
+            preprocess,
+            quantizers,
+            vit,
+        })
+    }
+
+    /// Puts the run where `checkpoint` was.
+    ///
+    /// # Errors
+    /// When the checkpoint belongs to another recipe, other images or another model.
+    pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        self.recipe.check_same(&checkpoint.state.recipe)?;
+        ensure!(
+            checkpoint.state.data_fingerprint == self.dataset.fingerprint(),
+            "the images are not those that the checkpoint was trained on: the data folder has changed"
+        );
+        restore(&self.vit, &checkpoint.parameters)?;
+        self.optimizer = checkpoint.optimizer();
+        self.average = checkpoint.average.clone();
+        self.position = checkpoint.state.position;
+        self.validation = checkpoint.state.validation;
+        self.seconds_before = checkpoint.state.seconds;
+        Ok(())
+    }
+
+    /// Trains until the end of the recipe, the time limit, or until `stop` becomes true.
+    ///
+    /// # Errors
+    /// When the loss is no longer finite or a file cannot be written. The last checkpoint is kept.
+    pub fn train(&mut self, stop: &AtomicBool) -> Result<Ended> {
+        self.started = Instant::now();
+        create_folder(&self.settings.out)?;
+        let steps_per_epoch = batches_per_epoch(self.parts.train.len(), self.recipe.batch_size);
+        let total = steps_per_epoch * self.recipe.epochs;
+        let bar = self.progress_bar(total);
+        let mut diary = Diary::open(&self.settings.out, self.optimizer.step)?;
+        let mut recent = Recent::default();
+        let mut last_save = Instant::now();
+        let mut loader = self.loader();
+
+        while self.optimizer.step < total {
+            if stop.load(Ordering::Relaxed) {
+                bar.abandon_with_message("interrupted");
+                self.checkpoint()?.save(&self.settings.out)?;
+                return Ok(Ended::Interrupted);
+            }
+            if self.settings.limit.is_some_and(|limit| self.started.elapsed() >= limit) {
+                bar.abandon_with_message("out of time");
+                self.checkpoint()?.save(&self.settings.out)?;
+                return Ok(Ended::OutOfTime);
+            }
+            let rate = self.recipe.rate_at(self.optimizer.step, steps_per_epoch);
+            let (stats, norm) = self.step(&mut loader, rate)?;
+            recent.add(stats, norm);
+            bar.inc(1);
+            if self.optimizer.step.is_multiple_of(self.settings.log_every) || self.position.batch == 0 {
+                let images = recent.steps * self.recipe.batch_size.min(self.parts.train.len()) as u64;
+                let line = StepLine {
+                    step: self.optimizer.step,
+                    epoch: self.optimizer.step as f64 / steps_per_epoch as f64,
+                    learning_rate: rate,
+                    seconds: self.seconds(),
+                    ..recent.line(images)
+                };
+                bar.set_message(self.describe(&line));
+                diary.write(&Line::Step(line))?;
+                recent = Recent::default();
+            }
+            if self.position.batch == 0
+                && (self.position.epoch.is_multiple_of(self.settings.validate_every.max(1))
+                    || self.optimizer.step == total)
+                && let Some(validation) = self.validate()?
+            {
+                diary.write(&Line::Validation(validation))?;
+                recent.since = Instant::now();
+            }
+            if last_save.elapsed() >= self.settings.checkpoint_every {
+                self.checkpoint()?.save(&self.settings.out)?;
+                last_save = Instant::now();
+            }
+        }
+        self.checkpoint()?.save(&self.settings.out)?;
+        bar.finish();
+        Ok(Ended::Finished)
+    }
+
+    fn step(&mut self, loader: &mut Loader, rate: f64) -> Result<(StepStats, f64)> {
+        let batch = loader.next_batch();
+        debug_assert_eq!(batch.position, self.position);
+        let len = batch.labels.len();
+        let batch = Batch { pixels: batch.pixels, targets: batch.targets, len };
+        let (gradients, stats) = gradients(
+            &self.vit,
+            self.quantizers,
+            &batch,
+            self.recipe.losses,
+            self.recipe.shard_size,
+            self.settings.threads,
+        )?;
+        let finite = gradients.values().all(|g| g.iter().all(|v| v.is_finite()));
+        if !stats.loss.is_finite() || !finite {
+            bail!(
+                "the loss stopped being a number at step {} (loss {}, gradient {}); the last checkpoint in {} is from \
+                 before. A lower learning rate or a longer warm-up usually helps",
+                self.optimizer.step,
+                stats.loss,
+                if finite { "finite" } else { "not finite" },
+                self.settings.out.display()
+            );
+        }
+        let norm = self.optimizer.step(self.vit.parameters(), &gradients, rate)?;
+        self.update_average()?;
+        self.position.batch += 1;
+        if self.position.batch == batches_per_epoch(self.parts.train.len(), self.recipe.batch_size) {
+            self.position = Position { epoch: self.position.epoch + 1, batch: 0 };
+        }
+        Ok((stats, norm))
+    }
+
+    /// `average <- d average + (1 - d) parameter`. The decay d starts low, so that the average forgets the random
+    /// initial weights quickly.
+    fn update_average(&mut self) -> Result<()> {
+        if self.recipe.ema_decay == 0.0 {
+            return Ok(());
+        }
+        let steps = self.optimizer.step as f64;
+        let decay = self.recipe.ema_decay.min((1.0 + steps) / (10.0 + steps)) as f32;
+        for (name, var) in self.vit.parameters().trainable() {
+            let values = var.flatten_all()?.to_vec1::<f32>()?;
+            let average = self.average.get_mut(name).context("the average misses a parameter")?;
+            average.iter_mut().zip(&values).for_each(|(a, v)| *a += (1.0 - decay) * (v - *a));
+        }
+        Ok(())
+    }
+
+    fn loader(&self) -> Loader {
+        let plan = Plan {
+            seed: self.recipe.seed,
+            batch_size: self.recipe.batch_size,
+            augment: self.recipe.augment,
+            mixing: self.recipe.mixing,
+            label_smoothing: self.recipe.label_smoothing,
+            preprocess: self.preprocess.clone(),
+        };
+        Loader::start(self.dataset.clone(), self.parts.train.clone().into(), plan, self.position)
+    }
+
+    /// The model with the averaged weights, apart from the one in training.
+    ///
+    /// # Errors
+    /// Never for a run that was built.
+    pub fn averaged(&self) -> Result<ViT> {
+        averaged(&self.recipe, &values(&self.vit)?, &self.average)
+    }
+
+    fn validate(&mut self) -> Result<Option<Validation>> {
+        if self.parts.validation.is_empty() {
+            return Ok(None);
+        }
+        let model = Candle { vit: self.averaged()?, quantizers: self.quantizers };
+        let config = &self.recipe.model;
+        let mut tally = Tally::new(config);
+        let (dataset, indices) = (&self.dataset, &self.parts.validation);
+        let mut take = |shard: &[u32], answer| {
+            let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
+            tally.add(&labels, &answer);
+        };
+        for_each_shard(&model, dataset, indices, &self.preprocess, self.settings.threads, &mut take)?;
+        let scores = tally.scores();
+        self.validation = Some(Validation {
+            step: self.optimizer.step,
+            epoch: self.position.epoch,
+            cross_entropy: scores.cross_entropy,
+            top1: scores.top1,
+            top5: scores.top5,
+            routing_agreement: scores.routing_agreement,
+            seconds: self.seconds(),
+        });
+        Ok(self.validation)
+    }
+
+    /// The run at rest.
+    ///
+    /// # Errors
+    /// Never for a run that was built.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        Ok(Checkpoint {
+            state: State {
+                version: State::VERSION,
+                recipe: self.recipe.clone(),
+                data_fingerprint: self.dataset.fingerprint(),
+                position: self.position,
+                step: self.optimizer.step,
+                seconds: self.seconds(),
+                preprocess: self.preprocess.clone(),
+                labels: self.dataset.class_names.clone(),
+                validation: self.validation,
+            },
+            parameters: values(&self.vit)?,
+            average: self.average.clone(),
+            moments: self.optimizer.moments.clone(),
+        })
+    }
+
+    fn seconds(&self) -> f64 {
+        self.seconds_before + self.started.elapsed().as_secs_f64()
+    }
+
+    fn progress_bar(&self, total: u64) -> ProgressBar {
+        if self.settings.quiet {
+            return ProgressBar::hidden();
+        }
+        let template = "{bar:24} {pos}/{len} steps, {elapsed} gone, {eta} to go  {msg}";
+        let bar = ProgressBar::new(total);
+        bar.set_style(ProgressStyle::with_template(template).expect("the template is well-formed"));
+        bar.set_position(self.optimizer.step);
+        bar.reset_eta();
+        bar
+    }
+
+    fn describe(&self, line: &StepLine) -> String {
+        let held_out = self.validation.map(|v| format!(", held out {:.1}%", 100.0 * v.top1)).unwrap_or_default();
+        format!(
+            "epoch {:.1}, loss {:.3}, accuracy {:.1}%{held_out}, {:.0} images/s",
+            line.epoch,
+            line.loss,
+            100.0 * line.accuracy,
+            line.images_per_second
+        )
+    }
+}
+
+/// Sums since the last line of the diary.
+struct Recent {
+    steps: u64,
+    sum: StepStats,
+    norm: f64,
+    since: Instant,
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        Self { steps: 0, sum: StepStats::default(), norm: 0.0, since: Instant::now() }
+    }
+}
+
+impl Recent {
+    fn add(&mut self, stats: StepStats, norm: f64) {
+        self.steps += 1;
+        self.norm += norm;
+        self.sum.loss += stats.loss;
+        self.sum.cross_entropy += stats.cross_entropy;
+        self.sum.balance += stats.balance;
+        self.sum.smoothness += stats.smoothness;
+        self.sum.accuracy += stats.accuracy;
+    }
+
+    fn line(&self, images: u64) -> StepLine {
+        let n = self.steps.max(1) as f64;
+        StepLine {
+            loss: self.sum.loss / n,
+            cross_entropy: self.sum.cross_entropy / n,
+            balance: self.sum.balance / n,
+            smoothness: self.sum.smoothness / n,
+            accuracy: self.sum.accuracy / n,
+            gradient_norm: self.norm / n,
+            images_per_second: images as f64 / self.since.elapsed().as_secs_f64().max(1e-9),
+            ..StepLine::default()
+        }
+    }
+}
+
+/// Every parameter's values.
+fn values(vit: &ViT) -> Result<Values> {
+    let all = vit.parameters().all().iter();
+    all.map(|(name, var)| Ok((name.clone(), var.flatten_all()?.to_vec1()?))).collect()
+}
+
+fn restore(vit: &ViT, from: &Values) -> Result<()> {
+    for name in vit.parameters().all().keys() {
+        let values = from.get(name).with_context(|| format!("the checkpoint has no parameter {name}"))?;
+        vit.parameters().set(name, values).with_context(|| format!("parameter {name} of the checkpoint"))?;
+    }
+    Ok(())
+}
+
+/// The model that is validated and exported: the average where there is one, the parameters elsewhere. Keeps no graph.
+///
+/// # Errors
+/// When names or sizes do not fit the recipe's model.
+pub fn averaged(recipe: &Recipe, parameters: &Values, average: &Values) -> Result<ViT> {
+    let vit = ViT::init(&recipe.model, 0)?.freeze(|_| true)?;
+    restore(&vit, parameters)?;
+    for (name, values) in average {
+        vit.parameters().set(name, values)?;
+    }
+    Ok(vit)
+}
