@@ -62,94 +62,63 @@ unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8
     }
 }
 
+/// One function with everything in it, so that `sums` are registers whatever the inliner thinks of the driver.
+#[inline(never)]
 #[target_feature(enable = "avx2")]
 fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let full = tile.full_blocks();
-    let blocks = full + usize::from(tile.has_tail());
+    let blocks = tile.blocks();
     assert!(tile.lhs.len() >= ROWS * tile.cols);
     assert!(panel.len() >= block_bytes * blocks);
-    let mut totals = [[_mm256_setzero_si256(); HALVES]; ROWS];
+    let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
+    for acc in &mut acc[..ROWS] {
+        acc.fill(0);
+    }
     let mut first = 0;
     while first < blocks {
         let last = blocks.min(first + WIDEN_EVERY);
         // 16-bit sums for ternary weights, 32-bit ones for int8.
         let mut sums = [[_mm256_setzero_si256(); HALVES]; ROWS];
-        for block in first..last.min(full) {
-            // SAFETY: `block < full`, so the panel holds this block, and every row at stride `cols` holds 16 bytes
-            // from column `16 * block` (both asserted above).
-            unsafe {
-                accumulate::<ROWS, TERNARY>(
-                    &mut sums,
-                    panel.as_ptr().add(block * block_bytes),
-                    tile.lhs.as_ptr().add(block * K_BLOCK),
-                    tile.cols,
-                );
-            }
-        }
-        if last > full {
-            // SAFETY: the panel holds the block after the full ones (asserted above); `tail` holds 16 rows of 16 bytes.
-            unsafe {
-                accumulate::<ROWS, TERNARY>(
-                    &mut sums,
-                    panel.as_ptr().add(full * block_bytes),
-                    tile.tail.as_ptr().cast(),
-                    K_BLOCK,
-                );
+        for block in first..last {
+            let (lhs, stride) = tile.lhs_block(block);
+            // SAFETY: the panel holds `blocks` blocks (asserted above), so 32 bytes can be read at each offset below
+            // the block's bytes.
+            let load = |offset| unsafe { _mm256_loadu_si256(panel.as_ptr().add(block * block_bytes + offset).cast()) };
+            let mut packed = [load(0), load(32)];
+            for i in 0..K_BLOCK / 4 {
+                let w: [__m256i; HALVES] = if TERNARY {
+                    // Bits that a 16-bit shift drags in from the neighbouring byte fall outside the mask.
+                    let w = [_mm256_and_si256(packed[0], mask), _mm256_and_si256(packed[1], mask)];
+                    packed = [_mm256_srli_epi16::<2>(packed[0]), _mm256_srli_epi16::<2>(packed[1])];
+                    w
+                } else {
+                    [load(64 * i), load(64 * i + 32)]
+                };
+                for r in 0..ROWS {
+                    // SAFETY: `lhs_block` gives 16 bytes in each of `ROWS` rows (asserted above); four of row r.
+                    let a = unsafe { lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned() };
+                    let a = _mm256_set1_epi32(a);
+                    for half in 0..HALVES {
+                        sums[r][half] = if TERNARY {
+                            _mm256_add_epi16(sums[r][half], _mm256_maddubs_epi16(w[half], a))
+                        } else {
+                            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w[half], a));
+                            _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(pairs, ones))
+                        };
+                    }
+                }
             }
         }
         for r in 0..ROWS {
             for half in 0..HALVES {
-                let wide = if TERNARY { _mm256_madd_epi16(sums[r][half], _mm256_set1_epi16(1)) } else { sums[r][half] };
-                totals[r][half] = _mm256_add_epi32(totals[r][half], wide);
+                let wide = if TERNARY { _mm256_madd_epi16(sums[r][half], ones) } else { sums[r][half] };
+                // SAFETY: a row of `acc` is 64 bytes, two halves of 32.
+                unsafe {
+                    let total = acc[r].as_mut_ptr().add(8 * half).cast();
+                    _mm256_storeu_si256(total, _mm256_add_epi32(_mm256_loadu_si256(total), wide));
+                }
             }
         }
         first = last;
-    }
-    for r in 0..ROWS {
-        for half in 0..HALVES {
-            // SAFETY: a row of `acc` is 64 bytes, two halves of 32.
-            unsafe { _mm256_storeu_si256(acc[r].as_mut_ptr().add(8 * half).cast(), totals[r][half]) };
-        }
-    }
-}
-
-/// Adds the products of one block of k.
-///
-/// # Safety
-/// `weights` has the bytes of one block; `lhs` has 16 bytes in each of `ROWS` rows, `stride` apart.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn accumulate<const ROWS: usize, const TERNARY: bool>(
-    sums: &mut [[__m256i; HALVES]; ROWS],
-    weights: *const u8,
-    lhs: *const i8,
-    stride: usize,
-) {
-    // SAFETY: `offset` is 0 or 32 in the 64 bytes of a ternary block, below 256 - 32 in those of an int8 block.
-    let load = |offset: usize| unsafe { _mm256_loadu_si256(weights.add(offset).cast()) };
-    let mask = _mm256_set1_epi8(3);
-    let mut packed = [load(0), load(32)];
-    for i in 0..K_BLOCK / 4 {
-        let w: [__m256i; HALVES] = if TERNARY {
-            // Bits that a 16-bit shift drags in from the neighbouring byte fall outside the mask.
-            let w = [_mm256_and_si256(packed[0], mask), _mm256_and_si256(packed[1], mask)];
-            packed = [_mm256_srli_epi16::<2>(packed[0]), _mm256_srli_epi16::<2>(packed[1])];
-            w
-        } else {
-            [load(64 * i), load(64 * i + 32)]
-        };
-        for r in 0..ROWS {
-            // SAFETY: bytes 4 i..4 i + 4 of the 16 that row r has.
-            let a = _mm256_set1_epi32(unsafe { lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned() });
-            for half in 0..HALVES {
-                sums[r][half] = if TERNARY {
-                    _mm256_add_epi16(sums[r][half], _mm256_maddubs_epi16(w[half], a))
-                } else {
-                    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w[half], a));
-                    _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-                };
-            }
-        }
     }
 }

@@ -10,7 +10,7 @@ use std::arch::x86_64::{
 };
 
 use super::pack::block_bytes;
-use super::{Acc, Format, K_BLOCK, Kernel, MAX_TILE_ROWS, Packed, Sink, Tile};
+use super::{Acc, Format, Kernel, MAX_TILE_ROWS, Packed, Sink, Tile};
 
 pub(super) struct Avx512;
 
@@ -65,59 +65,22 @@ unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8
     }
 }
 
+/// One function with everything in it, so that `sums` are registers whatever the inliner thinks of the driver.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let full = tile.full_blocks();
     assert!(tile.lhs.len() >= ROWS * tile.cols);
-    assert!(panel.len() >= block_bytes * (full + usize::from(tile.has_tail())));
+    assert!(panel.len() >= block_bytes * tile.blocks());
+    let mask = _mm512_set1_epi8(3);
     let mut sums = [_mm512_setzero_si512(); ROWS];
-    for block in 0..full {
-        // SAFETY: `block < full`, so the panel holds this block, and every row at stride `cols` holds 16 bytes from
-        // column `16 * block` (both asserted above).
-        unsafe {
-            accumulate::<ROWS, TERNARY>(
-                &mut sums,
-                panel.as_ptr().add(block * block_bytes),
-                tile.lhs.as_ptr().add(block * K_BLOCK),
-                tile.cols,
-            );
-        }
-    }
-    if tile.has_tail() {
-        // SAFETY: the panel holds the block after the full ones (asserted above); `tail` holds 16 rows of 16 bytes.
-        unsafe {
-            accumulate::<ROWS, TERNARY>(
-                &mut sums,
-                panel.as_ptr().add(full * block_bytes),
-                tile.tail.as_ptr().cast(),
-                K_BLOCK,
-            );
-        }
-    }
-    for r in 0..ROWS {
-        // SAFETY: a row of `acc` is 64 bytes.
-        unsafe { _mm512_storeu_si512(acc[r].as_mut_ptr().cast(), sums[r]) };
-    }
-}
-
-/// Adds the products of one block of k.
-///
-/// # Safety
-/// `weights` has the bytes of one block; `lhs` has 16 bytes in each of `ROWS` rows, `stride` apart.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn accumulate<const ROWS: usize, const TERNARY: bool>(
-    sums: &mut [__m512i; ROWS],
-    weights: *const u8,
-    lhs: *const i8,
-    stride: usize,
-) {
-    // SAFETY: the first 64 bytes of the block, or all four groups of 64, as the caller promises.
-    let w: [__m512i; 4] = unsafe {
-        if TERNARY {
-            let packed = _mm512_loadu_si512(weights.cast());
-            let mask = _mm512_set1_epi8(3);
+    for block in 0..tile.blocks() {
+        let (lhs, stride) = tile.lhs_block(block);
+        // SAFETY: the panel holds `blocks()` blocks (asserted above), so 64 bytes can be read at each offset below the
+        // block's bytes.
+        let load = |offset| unsafe { _mm512_loadu_si512(panel.as_ptr().add(block * block_bytes + offset).cast()) };
+        let w: [__m512i; 4] = if TERNARY {
+            let packed = load(0);
             // Bits that a 16-bit shift drags in from the neighbouring byte fall outside the mask.
             [
                 _mm512_and_si512(packed, mask),
@@ -126,19 +89,18 @@ unsafe fn accumulate<const ROWS: usize, const TERNARY: bool>(
                 _mm512_and_si512(_mm512_srli_epi16::<6>(packed), mask),
             ]
         } else {
-            [
-                _mm512_loadu_si512(weights.cast()),
-                _mm512_loadu_si512(weights.add(64).cast()),
-                _mm512_loadu_si512(weights.add(128).cast()),
-                _mm512_loadu_si512(weights.add(192).cast()),
-            ]
+            [load(0), load(64), load(128), load(192)]
+        };
+        for r in 0..ROWS {
+            for (i, &w) in w.iter().enumerate() {
+                // SAFETY: `lhs_block` gives 16 bytes in each of `ROWS` rows (asserted above); these are four of row r.
+                let a = unsafe { lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned() };
+                sums[r] = _mm512_dpbusd_epi32(sums[r], w, _mm512_set1_epi32(a));
+            }
         }
-    };
+    }
     for r in 0..ROWS {
-        for (i, &w) in w.iter().enumerate() {
-            // SAFETY: bytes 4 i..4 i + 4 of the 16 that row r has.
-            let a = unsafe { lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned() };
-            sums[r] = _mm512_dpbusd_epi32(sums[r], w, _mm512_set1_epi32(a));
-        }
+        // SAFETY: a row of `acc` is 64 bytes.
+        unsafe { _mm512_storeu_si512(acc[r].as_mut_ptr().cast(), sums[r]) };
     }
 }

@@ -52,6 +52,10 @@ pub(super) const K_BLOCK: usize = 16;
 /// Most rows of a tile, over all micro-kernels.
 const MAX_TILE_ROWS: usize = 16;
 
+/// Panels whose sums are collected before they are written, so that a row of the output is written in runs of whole
+/// cache lines; rows of it are often a multiple of 4096 bytes apart, which share one set of the L1 cache.
+const GROUP: usize = 4;
+
 /// The i32 sums of a tile. Micro-kernels write all 16 columns of the rows that the tile has.
 type Acc = [[i32; PANEL]; MAX_TILE_ROWS];
 
@@ -121,13 +125,21 @@ struct Tile<'a> {
 }
 
 impl Tile<'_> {
-    /// Whole blocks of k.
-    fn full_blocks(&self) -> usize {
-        self.cols / K_BLOCK
+    /// Blocks of k, with the tail's.
+    #[inline(always)]
+    fn blocks(&self) -> usize {
+        self.cols.div_ceil(K_BLOCK)
     }
 
-    fn has_tail(&self) -> bool {
-        !self.cols.is_multiple_of(K_BLOCK)
+    /// Where the activations of block `block < blocks()` are, and the bytes from one row to the next: each row of the
+    /// tile has [`K_BLOCK`] there.
+    #[inline(always)]
+    fn lhs_block(&self, block: usize) -> (*const i8, usize) {
+        if block < self.cols / K_BLOCK {
+            (self.lhs[block * K_BLOCK..].as_ptr(), self.cols)
+        } else {
+            (self.tail.as_flattened().as_ptr(), K_BLOCK)
+        }
     }
 }
 
@@ -202,7 +214,8 @@ fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>)
         Format::Int8 => 0,
     };
     let panel_bytes = pack::panel_bytes(weights.format, cols);
-    let mut acc = [[0; PANEL]; MAX_TILE_ROWS];
+    let panels = weights.rows.div_ceil(PANEL);
+    let mut acc = [[[0; PANEL]; MAX_TILE_ROWS]; GROUP];
     let mut tail = [[0; K_BLOCK]; MAX_TILE_ROWS];
     let mut first = 0;
     while first < m {
@@ -219,44 +232,92 @@ fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>)
             }
         }
         let tile = Tile { lhs, cols, tail: &tail };
-        // Not `chunks_exact`: with no columns a panel has no bytes, but its sums are still zeros to be written.
-        for index in 0..weights.rows.div_ceil(PANEL) {
-            let panel = &weights.panels[index * panel_bytes..][..panel_bytes];
-            // SAFETY: the caller of the entry vouched for the instruction set; `pack` made whole panels.
-            unsafe { K::dots(weights.format, rows, tile, panel, &mut acc) };
-            let columns = index * PANEL..weights.rows.min((index + 1) * PANEL);
+        for first_panel in (0..panels).step_by(GROUP) {
+            let group = first_panel..panels.min(first_panel + GROUP);
+            for (index, acc) in group.clone().zip(&mut acc) {
+                // Not `chunks_exact`: with no columns a panel has no bytes, but its sums are zeros to be written.
+                let panel = &weights.panels[index * panel_bytes..][..panel_bytes];
+                // SAFETY: the caller of the entry vouched for the instruction set; `pack` made whole panels.
+                unsafe { K::dots(weights.format, rows, tile, panel, acc) };
+            }
+            let columns = group.start * PANEL..weights.rows.min(group.end * PANEL);
             for r in 0..rows {
-                // Wrapping: the stored sum and the correction may each pass 2^31; their difference never does.
-                let dots = acc[r].map(|dot| dot.wrapping_sub(corrections[r]));
-                store(sink, first + r, weights.rows, columns.clone(), &dots);
+                let at = (first + r) * weights.rows + columns.start;
+                let sums = Sums { acc: &acc, row: r, correction: corrections[r] };
+                match sink {
+                    Sink::Dots(out) => sums.write(&mut out[at..][..columns.len()]),
+                    Sink::Scaled { out, steps, scale, bias } => {
+                        let bias = match bias {
+                            Some(bias) => &bias[columns.start..],
+                            None => &[],
+                        };
+                        let out = &mut out[at..][..columns.len()];
+                        sums.write_scaled(out, steps[first + r], &scale[columns.start..], bias);
+                    }
+                }
             }
         }
         first += rows;
     }
 }
 
-/// Writes one row's sums with one panel.
-#[inline(always)]
-fn store(sink: &mut Sink<'_>, row: usize, n: usize, columns: std::ops::Range<usize>, dots: &[i32; PANEL]) {
-    let at = row * n + columns.start;
-    let len = columns.len();
-    match sink {
-        Sink::Dots(out) => out[at..][..len].copy_from_slice(&dots[..len]),
-        Sink::Scaled { out, steps, scale, bias } => {
-            let step = steps[row];
-            let scale: &[f32; PANEL] = scale[columns.start..][..PANEL].try_into().expect("the slice is one panel");
-            let mut y: [f32; PANEL] = std::array::from_fn(|c| dots[c] as f32 * step * scale[c]);
-            if let Some(bias) = bias {
-                let bias: &[f32; PANEL] = bias[columns.start..][..PANEL].try_into().expect("the slice is one panel");
-                for c in 0..PANEL {
-                    y[c] += bias[c];
-                }
+/// One row's sums with a group of panels, on their way out. Plain inlined functions without closures: a closure is
+/// compiled for the baseline CPU unless it happens to be inlined.
+struct Sums<'a> {
+    acc: &'a [Acc; GROUP],
+    row: usize,
+    /// To be subtracted from every sum.
+    correction: i32,
+}
+
+impl Sums<'_> {
+    #[inline(always)]
+    fn panel(&self, p: usize) -> [i32; PANEL] {
+        let mut dots = self.acc[p][self.row];
+        for dot in &mut dots {
+            // Wrapping: the stored sum and the correction may each pass 2^31; their difference never does.
+            *dot = dot.wrapping_sub(self.correction);
+        }
+        dots
+    }
+
+    /// `(dot * step) * scale + bias`, without the last when there is no bias.
+    #[inline(always)]
+    fn scaled_panel(&self, p: usize, step: f32, scale: &[[f32; PANEL]], bias: &[[f32; PANEL]]) -> [f32; PANEL] {
+        let dots = self.panel(p);
+        let mut y = [0.0; PANEL];
+        for c in 0..PANEL {
+            y[c] = dots[c] as f32 * step * scale[p][c];
+        }
+        if !bias.is_empty() {
+            for c in 0..PANEL {
+                y[c] += bias[p][c];
             }
-            // The common case has a length known to the compiler: one vector store.
-            match <&mut [f32; PANEL]>::try_from(&mut out[at..][..len]) {
-                Ok(out) => *out = y,
-                Err(_) => out[at..][..len].copy_from_slice(&y[..len]),
-            }
+        }
+        y
+    }
+
+    #[inline(always)]
+    fn write(&self, out: &mut [i32]) {
+        let (whole, rest) = out.as_chunks_mut::<PANEL>();
+        for p in 0..whole.len() {
+            whole[p] = self.panel(p);
+        }
+        if !rest.is_empty() {
+            rest.copy_from_slice(&self.panel(whole.len())[..rest.len()]);
+        }
+    }
+
+    #[inline(always)]
+    fn write_scaled(&self, out: &mut [f32], step: f32, scale: &[f32], bias: &[f32]) {
+        let (scale, _) = scale.as_chunks();
+        let (bias, _) = bias.as_chunks();
+        let (whole, rest) = out.as_chunks_mut::<PANEL>();
+        for p in 0..whole.len() {
+            whole[p] = self.scaled_panel(p, step, scale, bias);
+        }
+        if !rest.is_empty() {
+            rest.copy_from_slice(&self.scaled_panel(whole.len(), step, scale, bias)[..rest.len()]);
         }
     }
 }

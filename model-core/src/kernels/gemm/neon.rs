@@ -112,8 +112,7 @@ unsafe fn load<const TERNARY: bool>(weights: *const u8, quad: usize, i: usize) -
 #[target_feature(enable = "neon")]
 fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let full = tile.full_blocks();
-    let blocks = full + usize::from(tile.has_tail());
+    let blocks = tile.blocks();
     assert!(tile.lhs.len() >= ROWS * tile.cols);
     assert!(panel.len() >= block_bytes * blocks);
     for half in 0..2 {
@@ -124,15 +123,10 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], ac
             let last = blocks.min(first + WIDEN_EVERY);
             let mut narrow = [[[vdupq_n_s16(0); 2]; QUADS]; ROWS];
             for block in first..last {
-                // SAFETY: `block < blocks`, so the panel holds it; a full block has 16 bytes in every row at stride
-                // `cols` (both asserted above), and `tail` holds 16 rows of 16 bytes.
+                // SAFETY: `block < blocks`, so the panel holds it (asserted above), and `lhs_block` has 16 bytes a row.
                 unsafe {
                     let weights = panel.as_ptr().add(block * block_bytes);
-                    let (lhs, stride) = if block < full {
-                        (tile.lhs.as_ptr().add(block * K_BLOCK), tile.cols)
-                    } else {
-                        (tile.tail.as_ptr().cast(), K_BLOCK)
-                    };
+                    let (lhs, stride) = tile.lhs_block(block);
                     if TERNARY {
                         accumulate_ternary(&mut narrow, weights, half, lhs, stride);
                     } else {
@@ -258,22 +252,17 @@ unsafe fn for_rows_dot<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: 
 #[target_feature(enable = "neon,dotprod")]
 fn dots_dot<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let full = tile.full_blocks();
-    let blocks = full + usize::from(tile.has_tail());
+    let blocks = tile.blocks();
     assert!(tile.lhs.len() >= ROWS * tile.cols);
     assert!(panel.len() >= block_bytes * blocks);
     for half in 0..2 {
         let mut sums = [[vdupq_n_s32(0); QUADS]; ROWS];
         for block in 0..blocks {
-            // SAFETY: `block < blocks`, so the panel holds it; a full block has 16 bytes in every row at stride `cols`
-            // (both asserted above), and `tail` holds 16 rows of 16 bytes; `QUADS * half + quad < 4`.
+            // SAFETY: `block < blocks`, so the panel holds it (asserted above), and `lhs_block` has 16 bytes a row;
+            // `QUADS * half + quad < 4`.
             unsafe {
                 let weights = panel.as_ptr().add(block * block_bytes);
-                let (lhs, stride) = if block < full {
-                    (tile.lhs.as_ptr().add(block * K_BLOCK), tile.cols)
-                } else {
-                    (tile.tail.as_ptr().cast(), K_BLOCK)
-                };
+                let (lhs, stride) = tile.lhs_block(block);
                 let w = |i| -> [int8x16_t; QUADS] {
                     [load::<TERNARY>(weights, QUADS * half, i), load::<TERNARY>(weights, QUADS * half + 1, i)]
                 };

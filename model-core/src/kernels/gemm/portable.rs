@@ -23,7 +23,7 @@ impl Kernel for Portable {
                 }
             }
             for r in 0..rows {
-                let lhs: &[i8; K_BLOCK] = if b < tile.full_blocks() {
+                let lhs: &[i8; K_BLOCK] = if b < tile.cols / K_BLOCK {
                     tile.lhs[r * tile.cols + b * K_BLOCK..][..K_BLOCK].try_into().expect("the slice is one block")
                 } else {
                     &tile.tail[r]
