@@ -12,40 +12,26 @@ use serde::Serialize;
 use crate::artifact::{Contents, Encoding, TensorSize};
 use crate::config::{BackboneConfig, ExpertConfig, ViTConfig};
 
-/// How the engine holds parameters; what is not named here is held as on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Residency {
-    /// Bits of a ternary weight.
-    pub ternary_bits: u64,
-    /// Bits of a weight of stem, attention or head; its row has a f32 scale beside.
-    pub dense_bits: u64,
-    /// Least bits of an angle code: 8 when codes narrower than a byte are held one to a byte.
-    pub min_angle_bits: u64,
-}
-
-impl Residency {
-    /// What [`crate::kernels`] pack: see `PackedTernary`, `PackedInt8`.
-    pub const ENGINE: Self = Self { ternary_bits: 8, dense_bits: 8, min_angle_bits: 8 };
-
-    fn tensor_bytes(&self, tensor: &TensorSize) -> u64 {
-        let elements = tensor.elements as u64;
-        match tensor.encoding {
-            Encoding::Float if tensor.name.ends_with(".weight") => {
-                elements * self.dense_bits / 8 + tensor.rows as u64 * F32_BYTES
-            }
-            Encoding::Float => elements * F32_BYTES,
-            Encoding::Ternary => elements * self.ternary_bits / 8,
-            Encoding::Codes(bits) => elements * self.angle_bits(bits) / 8,
-            Encoding::Signed(bits) => elements * u64::from(bits) / 8,
-        }
-    }
-
-    fn angle_bits(&self, bits: u32) -> u64 {
-        u64::from(bits).max(self.min_angle_bits)
-    }
-}
-
 const F32_BYTES: u64 = 4;
+
+/// Rows, and for integer products also columns, that the engine pads a matrix to: see `kernels/gemm`.
+const PANEL: u64 = 16;
+
+/// Bytes of a tensor as the engine packs it: substrates at two bits a weight, attention's weights as int8 with a scale
+/// per row, angle and router codes at their own width, everything else f32.
+fn resident_bytes(tensor: &TensorSize) -> u64 {
+    let (elements, rows) = (tensor.elements as u64, tensor.rows as u64);
+    let cols = elements / rows.max(1);
+    let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
+    let is_int8 = tensor.name.contains(".attention.") && tensor.name.ends_with(".weight");
+    match tensor.encoding {
+        Encoding::Float if is_int8 => padded_rows * (padded_cols + F32_BYTES),
+        Encoding::Float => elements * F32_BYTES,
+        Encoding::Ternary => padded_rows * padded_cols / 4,
+        Encoding::Codes(bits) => elements * u64::from(bits) / 8,
+        Encoding::Signed(bits) => padded_rows * cols * u64::from(bits) / 8,
+    }
+}
 
 /// Bytes of one kind of parameter in an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -74,7 +60,7 @@ pub fn components(contents: &Contents, file_bytes: u64) -> Vec<Component> {
         vec![Component { name: "header and labels", disk_bytes: header_bytes, resident_bytes: text_bytes }];
     for tensor in &tensors {
         let name = component_of(&tensor.name);
-        let (disk_bytes, resident_bytes) = (tensor.disk_bytes as u64, Residency::ENGINE.tensor_bytes(tensor));
+        let (disk_bytes, resident_bytes) = (tensor.disk_bytes as u64, resident_bytes(tensor));
         match components.iter_mut().find(|component| component.name == name) {
             Some(component) => {
                 component.disk_bytes += disk_bytes;
@@ -149,18 +135,16 @@ pub struct LayerBytes {
 impl LayerBytes {
     /// One layer as the engine holds it.
     pub fn resident(backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
-        Self::with(Residency::ENGINE, backbone, experts)
-    }
-
-    fn with(residency: Residency, backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
         let (d_model, d_ff) = (backbone.d_model as u64, backbone.d_ff as u64);
         let num_experts = experts.num_experts as u64;
+        let (padded_model, padded_ff) = (d_model.next_multiple_of(PANEL), d_ff.next_multiple_of(PANEL));
         let angles = num_experts * experts.angles_per_expert(backbone) as u64;
+        let router_row = d_model * u64::from(experts.router_bits) / 8 + F32_BYTES;
         Self {
-            substrates: 2 * d_model * d_ff * residency.ternary_bits / 8,
-            scales: (d_model + d_ff) * F32_BYTES,
-            angles: angles * residency.angle_bits(experts.angle_bits) / 8,
-            router: num_experts * (d_model * u64::from(experts.router_bits) / 8 + F32_BYTES),
+            substrates: 2 * padded_model * padded_ff / 4,
+            scales: (padded_model + padded_ff) * F32_BYTES,
+            angles: angles * u64::from(experts.angle_bits) / 8,
+            router: num_experts.next_multiple_of(PANEL) * router_row,
         }
     }
 
@@ -299,8 +283,7 @@ mod tests {
     #[test]
     fn run_time_bytes_of_the_papers_configuration_count_everything() {
         let config = paper();
-        let packed = Residency { ternary_bits: 2, dense_bits: 8, min_angle_bits: 4 };
-        let layer = LayerBytes::with(packed, &config.backbone, &config.experts);
+        let layer = LayerBytes::resident(&config.backbone, &config.experts);
         let expected = LayerBytes {
             substrates: 131_072, // 2 x 262,144 weights x 2 bits
             scales: 5_120,       // (256 + 1024) x 4
@@ -312,20 +295,17 @@ mod tests {
         // Dense: 64 x (524,288 + 256) x 4 bytes.
         let runtime = runtime_compression(&config.backbone, &config.experts);
         assert_eq!(runtime.dense_bytes, 134_283_264.0);
+        assert!((runtime.ratio() - 270.2).abs() < 0.05, "{}", runtime.ratio());
     }
 
     #[test]
-    fn narrow_angle_codes_are_held_as_the_residency_says() {
-        let mut config = ViTConfig::preset("cifar").unwrap();
-        let bytes = |config: &ViTConfig, min_angle_bits| {
-            let residency = Residency { min_angle_bits, ..Residency::ENGINE };
-            LayerBytes::with(residency, &config.backbone, &config.experts).angles
-        };
-        // 64 experts x 4 stages x (64 + 256) pairs.
-        assert_eq!(bytes(&config, 8), 81_920);
-        config.experts.angle_bits = 6;
-        assert_eq!(bytes(&config, 8), 81_920);
-        assert_eq!(bytes(&config, 4), 61_440);
+    fn codes_count_at_their_own_width() {
+        let mut config = paper();
+        // 64 experts x 4 stages x (128 + 512) pairs = 163,840 codes.
+        for (bits, bytes) in [(16, 327_680), (8, 163_840), (6, 122_880), (4, 81_920)] {
+            config.experts.angle_bits = bits;
+            assert_eq!(LayerBytes::resident(&config.backbone, &config.experts).angles, bytes);
+        }
     }
 
     #[test]
