@@ -275,9 +275,9 @@ pub struct SpecialiseArgs {
     /// The backbone's file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
-    /// An expert set on that backbone whose angles and routers to start from; random ones without.
+    /// An expert set on that backbone, whose angles and routers to start from.
     #[arg(long, value_name = "FILE")]
-    pub start: Option<PathBuf>,
+    pub start: PathBuf,
     /// The loop.
     #[command(flatten)]
     pub run: LoopArgs,

@@ -88,21 +88,11 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     let settings = args.run.settings();
     let checkpoint = starting_point(&settings, args.run.resume)?;
     let backbone = load_backbone(&args.backbone)?;
-    let start = args.start.as_ref().map(|path| load_set(path, &backbone)).transpose()?;
-    let experts = match &start {
-        Some(set) => set.weights.config.clone(),
-        None => bail!("--start is missing: the expert set whose angles and routers to start from"),
-    };
+    let start = load_set(&args.start, &backbone)?;
+    let origin = Origin::Specialise { backbone: backbone.digest.to_string(), start: start.digest.to_string() };
     let mut recipe = match &checkpoint {
-        Some(checkpoint) => checkpoint.state.recipe.clone(),
-        None => {
-            let model = ViTConfig { backbone: backbone.weights.config.clone(), experts, num_classes: 1 };
-            Recipe::specialise(model, backbone.digest.to_string(), None)
-        }
-    };
-    recipe.origin = Origin::Specialise {
-        backbone: backbone.digest.to_string(),
-        start: start.as_ref().map(|set| set.digest.to_string()),
+        Some(checkpoint) => Recipe { origin, ..checkpoint.state.recipe.clone() },
+        None => Recipe::specialise(start.weights.vit_config(&backbone.weights.config), origin),
     };
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
@@ -110,9 +100,7 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     recipe.validate()?;
 
     let (_, mut set) = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?;
-    if let Some(start) = start {
-        set.layers = start.weights.layers;
-    }
+    set.layers = start.weights.layers;
     let vit = ViT::from_weights(&backbone.weights, &set)?.freeze(|name| !is_expert_set_parameter(name))?;
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), backbone.preprocess.clone())?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {

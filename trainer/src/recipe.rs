@@ -26,8 +26,8 @@ pub enum Origin {
     Specialise {
         /// Digest of the backbone.
         backbone: String,
-        /// Digest of the expert set that the angles and routers start from; random ones without.
-        start: Option<String>,
+        /// Digest of the expert set that the angles and routers start from.
+        start: String,
     },
 }
 
@@ -96,9 +96,9 @@ impl Recipe {
     }
 
     /// The defaults for a new expert set on a frozen backbone: a short run, little variation.
-    pub fn specialise(model: ViTConfig, backbone: String, start: Option<String>) -> Self {
+    pub fn specialise(model: ViTConfig, origin: Origin) -> Self {
         Self {
-            origin: Origin::Specialise { backbone, start },
+            origin,
             epochs: 10,
             learning_rate: 5e-3,
             warmup_epochs: 0.5,

@@ -177,11 +177,6 @@ impl Run {
                 self.checkpoint()?.save(&self.settings.out)?;
                 return Ok(Ended::Interrupted);
             }
-            if self.settings.limit.is_some_and(|limit| self.started.elapsed() >= limit) {
-                bar.abandon_with_message("out of time");
-                self.checkpoint()?.save(&self.settings.out)?;
-                return Ok(Ended::OutOfTime);
-            }
             let rate = self.recipe.rate_at(self.optimizer.step, steps_per_epoch);
             let (stats, norm) = self.step(&mut loader, rate)?;
             recent.add(stats, norm);
@@ -206,6 +201,12 @@ impl Run {
             {
                 diary.write(&Line::Validation(validation))?;
                 recent.since = Instant::now();
+            }
+            // After the step, so that even the shortest limit gets somewhere.
+            if self.optimizer.step < total && self.settings.limit.is_some_and(|limit| self.started.elapsed() >= limit) {
+                bar.abandon_with_message("out of time");
+                self.checkpoint()?.save(&self.settings.out)?;
+                return Ok(Ended::OutOfTime);
             }
             if last_save.elapsed() >= self.settings.checkpoint_every {
                 self.checkpoint()?.save(&self.settings.out)?;

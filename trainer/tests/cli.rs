@@ -1,0 +1,198 @@
+//! The binary, from a folder of images to measured artifacts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use model_core::image::RgbImage;
+use serde_json::Value;
+
+fn trainer(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer")).args(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> Output {
+    let output = trainer(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn fail(args: &[&str]) -> String {
+    let output = trainer(args);
+    assert!(!output.status.success(), "{args:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// 3 classes of 8x8 images: red, green and blue with noise, 20 of each to learn from and 5 to measure on.
+fn images(root: &Path) -> PathBuf {
+    let data = root.join("data");
+    for (part, count) in [("train", 20), ("test", 5)] {
+        for (channel, class) in ["red", "green", "blue"].into_iter().enumerate() {
+            let folder = data.join(part).join(class);
+            fs::create_dir_all(&folder).unwrap();
+            for number in 0..count {
+                let noise = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(number * 977) >> 11) as u8 / 4;
+                let mut image =
+                    RgbImage::from_fn(8, 8, |x, y| [noise(x * 8 + y), noise(x + y * 9), noise(x * y)].into());
+                image.pixels_mut().for_each(|pixel| pixel[channel] += 150);
+                image.save(folder.join(format!("{number}.png"))).unwrap();
+            }
+        }
+    }
+    data
+}
+
+const FAST: [&str; 14] = [
+    "--quiet",
+    "--epochs",
+    "12",
+    "--batch-size",
+    "12",
+    "--shard-size",
+    "6",
+    "--hold-out",
+    "0.2",
+    "--mix",
+    "0",
+    "--threads",
+    "2",
+    "--log-every=2",
+];
+
+fn train<'a>(data: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["train", "--data", data, "--out", out][..], &FAST, more].concat()
+}
+
+#[test]
+fn train_evaluate_and_specialise() {
+    let root = tempfile::tempdir().unwrap();
+    let data = images(root.path());
+    fs::write(data.join("train/red/broken.png"), "no picture").unwrap();
+    let (data, out) = (text(&data).to_owned(), root.path().join("run"));
+    let rate = ["--preset", "tiny", "--learning-rate", "0.01"];
+    let output = succeed(&train(&data, text(&out), &rate));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("1 unusable images skipped") && said.contains("broken.png"), "{said}");
+    for file in ["checkpoint.safetensors", "metrics.jsonl", "curve.png"] {
+        assert!(out.join(file).is_file(), "{file}");
+    }
+
+    let backbone = out.join("store/backbones/backbone.safetensors");
+    let set = out.join("store/expert-sets/default/1.safetensors");
+    let picture = root.path().join("confusion.png");
+    let evaluate = ["evaluate", "--data", &data, "--backbone", text(&backbone), "--set", text(&set)];
+    let measure = |more: &[&str]| -> Value {
+        serde_json::from_slice(&succeed(&[&evaluate[..], &["--json"], more].concat()).stdout).unwrap()
+    };
+    let integer = measure(&["--confusion", text(&picture)]);
+    assert_eq!(integer["images"], 15);
+    assert!(integer["top1"].as_f64().unwrap() > 0.8, "{integer}");
+    assert_eq!(integer["classes"].as_array().unwrap().len(), 3);
+    assert_eq!(integer["layers"].as_array().unwrap().len(), 2);
+    assert!(picture.is_file());
+    let float = measure(&["--float"]);
+    assert!((float["cross_entropy"].as_f64().unwrap() - integer["cross_entropy"].as_f64().unwrap()).abs() < 0.1);
+    assert_eq!(measure(&["--limit", "4"])["images"], 4);
+    let printed = String::from_utf8(succeed(&evaluate).stdout).unwrap();
+    assert!(printed.contains("top-5") && printed.contains("calibration error"), "{printed}");
+
+    // Another set on the same backbone: the classes renamed and one dropped.
+    let other = root.path().join("other");
+    fs::create_dir(&other).unwrap();
+    for (from, to) in [("red", "warm"), ("blue", "cold")] {
+        fs::rename(Path::new(&data).join("train").join(from), other.join(to)).unwrap();
+    }
+    let second = root.path().join("second");
+    let specialise = [
+        &["specialise", "--data", text(&other), "--backbone", text(&backbone), "--start", text(&set)][..],
+        &["--out", text(&second), "--set-name", "warmth", "--learning-rate", "0.01"],
+        &FAST,
+    ];
+    succeed(&specialise.concat());
+    let set = second.join("store/expert-sets/warmth/1.safetensors");
+    let evaluate = ["evaluate", "--json", "--data", text(&other), "--backbone", text(&backbone), "--set", text(&set)];
+    let report: Value = serde_json::from_slice(&succeed(&evaluate).stdout).unwrap();
+    assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
+    let error = fail(&["evaluate", "--data", &data, "--backbone", text(&backbone), "--set", text(&set)]);
+    assert!(error.contains("labels are not the classes"), "{error}");
+}
+
+#[test]
+fn runs_are_not_overwritten_and_resume_only_as_they_were() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    let start = train(text(&data), text(&out), &["--preset", "tiny", "--limit-seconds", "0"]);
+    succeed(&start);
+    assert!(!out.join("store").exists(), "an unfinished run exports nothing by itself");
+    assert!(fail(&start).contains("already holds a run"));
+    let resume = |more: &[&'static str]| -> Vec<String> {
+        let args = [&["train", "--data", text(&data), "--out", text(&out), "--quiet", "--resume"], more].concat();
+        args.into_iter().map(str::to_owned).collect()
+    };
+    let run = |args: Vec<String>| trainer(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let refused = run(resume(&["--batch-size", "13"]));
+    let error = String::from_utf8(refused.stderr).unwrap();
+    assert!(error.contains("batch_size was 12, now 13"), "{error}");
+    assert!(run(resume(&[])).status.success());
+    assert!(out.join("store/backbones/backbone.safetensors").is_file());
+}
+
+#[test]
+fn an_interrupt_saves_a_checkpoint() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    let args = train(text(&data), text(&out), &["--preset", "tiny"]);
+    let long = args.iter().map(|arg| if *arg == "12" { "100000" } else { arg });
+    let mut child = Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer")).args(long).spawn().unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "no step within a minute");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(out.join("checkpoint.safetensors").is_file());
+    succeed(&["export", "--run", text(&out), "--store", text(&root.path().join("store"))]);
+    assert!(root.path().join("store/expert-sets/default/1.safetensors").is_file());
+}
+
+#[test]
+fn init_writes_as_many_sets_as_asked_for() {
+    let root = tempfile::tempdir().unwrap();
+    let init = |more: &[&str]| {
+        succeed(&[&["init", "--store", text(root.path()), "--preset", "tiny", "--sets", "3"], more].concat())
+    };
+    init(&[]);
+    let set = |number: u32| fs::read(root.path().join(format!("expert-sets/set-000{number}/1.safetensors"))).unwrap();
+    let (first, second) = (set(0), set(1));
+    assert!(first != second && set(2).len() == first.len());
+    init(&[]);
+    assert_eq!(set(0), first, "the same seed gives the same files");
+    init(&["--seed", "9"]);
+    assert_ne!(set(0), first);
+
+    let config = root.path().join("config.json");
+    fs::write(&config, r#"{"backbone": 1}"#).unwrap();
+    let error = fail(&["init", "--store", text(root.path()), "--config", text(&config)]);
+    assert!(error.contains("config.json"), "{error}");
+    assert!(fail(&["init", "--store", text(root.path()), "--preset", "huge"]).contains("no preset huge"));
+}
+
+#[test]
+fn unusable_data_is_explained() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    fs::write(data.join("train/red/broken.png"), "no picture").unwrap();
+    let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", "--strict"]));
+    assert!(error.contains("broken.png") && error.contains("--strict"), "{error}");
+    fs::create_dir(data.join("train/empty")).unwrap();
+    let error = fail(&train(text(&data), text(&out), &["--preset", "tiny"]));
+    assert!(error.contains("class empty has no usable image"), "{error}");
+    let error = fail(&train(text(&root.path().join("nowhere")), text(&out), &["--preset", "tiny"]));
+    assert!(error.contains("is not a folder"), "{error}");
+}

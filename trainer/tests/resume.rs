@@ -1,0 +1,149 @@
+//! A run that is stopped and resumed after every single step, with changing numbers of threads, ends with the same
+//! bits as one that never stops.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use butterflyvit_trainer::checkpoint::Checkpoint;
+use butterflyvit_trainer::data::Dataset;
+use butterflyvit_trainer::data::loader::Mixing;
+use butterflyvit_trainer::recipe::{Origin, Recipe};
+use butterflyvit_trainer::train::{Ended, Run, Settings};
+use model_core::config::ViTConfig;
+use model_core::vit::{ViT, is_expert_set_parameter};
+
+/// 45 noisy images of 8x8 in 5 classes.
+fn dataset() -> Arc<Dataset> {
+    let pixel = |i: usize| (i.wrapping_mul(2_654_435_761) >> 7) as u8 / 4 + (i / 192 % 5 * 40) as u8;
+    Arc::new(Dataset {
+        images: (0..45 * 192).map(pixel).collect(),
+        side: 8,
+        labels: (0..45).map(|i| i % 5).collect(),
+        class_names: (0..5).map(|class| format!("class {class}")).collect(),
+    })
+}
+
+fn recipe() -> Recipe {
+    let tiny = ViTConfig::preset("tiny").unwrap();
+    Recipe {
+        epochs: 3,
+        batch_size: 8,
+        shard_size: 3,
+        hold_out: 0.2,
+        mixing: Mixing { probability: 0.5, ..Mixing::NONE },
+        ..Recipe::scratch(tiny)
+    }
+}
+
+fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> Run {
+    let settings = Settings {
+        out: out.to_owned(),
+        threads,
+        checkpoint_every: Duration::from_secs(3600),
+        validate_every: 1,
+        log_every: 2,
+        limit,
+        quiet: true,
+    };
+    let dataset = dataset();
+    let vit = ViT::init(&recipe.model, recipe.seed).unwrap();
+    let vit = match recipe.origin {
+        Origin::Scratch => vit,
+        Origin::Specialise { .. } => vit.freeze(|name| !is_expert_set_parameter(name)).unwrap(),
+    };
+    let preprocess = dataset.preprocess();
+    Run::new(recipe.clone(), settings, vit, dataset, preprocess).unwrap()
+}
+
+/// Everything but the time, in bits.
+fn bits(checkpoint: &Checkpoint) -> Vec<(String, Vec<u32>)> {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+    let moments = checkpoint.moments.iter().flat_map(|(name, m)| {
+        [(format!("mean of {name}"), bits(&m.mean)), (format!("square of {name}"), bits(&m.square))]
+    });
+    let parameters = checkpoint.parameters.iter().map(|(name, v)| (name.clone(), bits(v)));
+    let average = checkpoint.average.iter().map(|(name, v)| (format!("average of {name}"), bits(v)));
+    parameters.chain(average).chain(moments).collect()
+}
+
+#[test]
+fn interrupted_at_every_step_equals_uninterrupted() {
+    let specialise = Origin::Specialise { backbone: "digest".into(), start: "digest".into() };
+    for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }] {
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut uninterrupted = run(&recipe, whole.path(), 2, None);
+        assert_eq!(uninterrupted.train(&AtomicBool::new(false)).unwrap(), Ended::Finished);
+
+        let mut interruptions = 0;
+        loop {
+            let mut piece = run(&recipe, pieces.path(), 1 + interruptions % 3, Some(Duration::ZERO));
+            if interruptions > 0 {
+                piece.resume(&Checkpoint::load(pieces.path()).unwrap()).unwrap();
+            }
+            match piece.train(&AtomicBool::new(false)).unwrap() {
+                Ended::Finished => break,
+                _ => interruptions += 1,
+            }
+        }
+        assert_eq!(interruptions, 3 * 4 - 1, "36 - 9 held out = 36 images are 4 batches an epoch");
+        let (whole, pieces) = (Checkpoint::load(whole.path()).unwrap(), Checkpoint::load(pieces.path()).unwrap());
+        assert_eq!(whole.state.position, pieces.state.position);
+        let (a, b) = (whole.state.validation.unwrap(), pieces.state.validation.unwrap());
+        assert_eq!((a.top1, a.cross_entropy), (b.top1, b.cross_entropy));
+        assert_eq!(bits(&whole), bits(&pieces));
+        assert!(!whole.moments.is_empty());
+    }
+}
+
+#[test]
+fn a_frozen_backbone_does_not_move() {
+    let recipe =
+        Recipe { origin: Origin::Specialise { backbone: "digest".into(), start: "digest".into() }, ..recipe() };
+    let out = tempfile::tempdir().unwrap();
+    let mut run = run(&recipe, out.path(), 2, None);
+    let before = run.checkpoint().unwrap().parameters;
+    run.train(&AtomicBool::new(false)).unwrap();
+    for (name, after) in &run.checkpoint().unwrap().parameters {
+        assert_eq!(*after == before[name], !is_expert_set_parameter(name), "{name}");
+    }
+}
+
+#[test]
+fn other_recipes_and_other_images_are_refused() {
+    let out = tempfile::tempdir().unwrap();
+    let mut first = run(&recipe(), out.path(), 1, Some(Duration::ZERO));
+    assert_eq!(first.train(&AtomicBool::new(false)).unwrap(), Ended::OutOfTime);
+    let mut checkpoint = Checkpoint::load(out.path()).unwrap();
+
+    let other = Recipe { learning_rate: 0.5, ..recipe() };
+    let error = run(&other, out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
+    assert!(error.contains("another configuration: learning_rate"), "{error}");
+
+    checkpoint.state.data_fingerprint ^= 1;
+    let error = run(&recipe(), out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
+    assert!(error.contains("the data folder has changed"), "{error}");
+}
+
+#[test]
+fn asking_to_stop_saves_a_checkpoint() {
+    let out = tempfile::tempdir().unwrap();
+    let mut run = run(&recipe(), out.path(), 1, None);
+    assert_eq!(run.train(&AtomicBool::new(true)).unwrap(), Ended::Interrupted);
+    assert_eq!(Checkpoint::load(out.path()).unwrap().state.step, 0);
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint() {
+    let out = tempfile::tempdir().unwrap();
+    let mut first = run(&recipe(), out.path(), 1, Some(Duration::ZERO));
+    first.train(&AtomicBool::new(false)).unwrap();
+    let mut checkpoint = Checkpoint::load(out.path()).unwrap();
+    checkpoint.parameters.get_mut("head.bias").unwrap()[0] = f32::NAN;
+    let mut second = run(&recipe(), out.path(), 1, None);
+    second.resume(&checkpoint).unwrap();
+    let error = second.train(&AtomicBool::new(false)).unwrap_err().to_string();
+    assert!(error.contains("stopped being a number at step 1"), "{error}");
+    assert_eq!(Checkpoint::load(out.path()).unwrap().state.step, 1);
+}
