@@ -19,10 +19,12 @@
 
 pub mod artifact;
 pub mod config;
+pub mod engine;
 pub mod footprint;
 pub mod image;
 pub mod kernels;
 pub mod layers;
+pub mod model;
 pub mod ops;
 pub mod train;
 pub mod vit;

@@ -2,19 +2,26 @@
 //! and per-ISA code that must equal it: bit for bit on integer paths, within a derived bound on float paths.
 
 pub mod activation;
+pub mod combine;
+pub mod dense;
 mod error;
 #[allow(clippy::needless_range_loop, reason = "a micro-kernel indexes a register file; indices are its honest form")]
 mod gemm;
 pub mod isa;
 pub mod linear;
 pub mod matmul;
+pub mod norm;
 pub mod quantize;
 pub mod rotation;
 pub mod router;
+mod simd;
+pub mod softmax;
 pub mod ternary;
 
+pub use dense::PackedF32;
 pub use error::KernelError;
 pub use isa::Isa;
 pub use linear::PackedInt8;
 pub use quantize::quantize_rows;
+pub use rotation::{LaneOrder, PackedAngles};
 pub use ternary::PackedTernary;

@@ -1,3 +1,29 @@
-//! Butterfly rotations `B(angles)`: `stages` stages of 2x2 Givens rotations.
+//! Butterfly rotations `B(angles)`: `stages` stages of 2x2 Givens rotations (arXiv 2601.13563).
+//!
+//! ```text
+//! for stage l in 0..stages:                          # stride 2^l
+//!     for every pair (j, j + 2^l) inside blocks of 2^(l+1):
+//!         y[j]       = cos * x[j] - sin * x[j + 2^l]
+//!         y[j + 2^l] = sin * x[j] + cos * x[j + 2^l]
+//! ```
+//!
+//! Two ideas make it fast:
+//! - **Lane order** ([`LaneOrder`]). The first stages pair neighbours, which would cost shuffles inside registers. The
+//!   order of the features is ours to choose, though: it is folded into the rows and columns of the substrates when
+//!   they are packed, and into the angle codes when a set is loaded. In lane order the bits of a feature's index that
+//!   the *last* stages use select the lane, so that the first stages pair whole registers, without one shuffle.
+//! - **Angles are decoded once for all rows of an expert** ([`PackedAngles::decode`]): codes stay integers in memory.
+//!   A code is a fraction of a turn, so reducing the angle is exact integer arithmetic, and one odd polynomial on a
+//!   quarter turn gives both sine and cosine. A table was not faster for 8-bit codes: gathers cost more than ten
+//!   multiplications.
 
+mod angles;
+mod apply;
+mod order;
 pub mod scalar;
+#[cfg(test)]
+mod tests;
+
+pub use angles::{Coefficients, PackedAngles, SINCOS_ERROR};
+pub use apply::rotate;
+pub use order::LaneOrder;

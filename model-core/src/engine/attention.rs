@@ -1,0 +1,89 @@
+//! Attention of one head of one image: `softmax(q k^T / sqrt(head_dim)) v`, f32.
+
+use crate::kernels::Isa;
+use crate::kernels::dense::{PANEL, Rows, RowsMut, matmul_panels, panels_len};
+use crate::kernels::softmax::softmax;
+
+/// Queries whose scores are held at a time.
+const QUERIES: usize = 32;
+
+/// Per-thread buffers.
+#[derive(Debug)]
+pub(super) struct AttentionScratch {
+    /// k as the weights of a product, `[tokens, head_dim]` in panels.
+    keys: Vec<f32>,
+    /// v^T as the weights of a product, `[head_dim, tokens]` in panels.
+    values: Vec<f32>,
+    /// `[QUERIES, tokens]`.
+    scores: Vec<f32>,
+}
+
+impl AttentionScratch {
+    pub(super) fn new(tokens: usize, head_dim: usize) -> Self {
+        Self {
+            keys: vec![0.0; panels_len(tokens, head_dim)],
+            values: vec![0.0; panels_len(head_dim, tokens)],
+            scores: vec![0.0; QUERIES.min(tokens) * tokens],
+        }
+    }
+
+    pub(super) fn heap_bytes(&self) -> usize {
+        (self.keys.capacity() + self.values.capacity() + self.scores.capacity()) * size_of::<f32>()
+    }
+}
+
+/// One head of one image; `qkv` is `[tokens, 3 d_model]`.
+pub(super) struct Head<'a> {
+    pub isa: Isa,
+    pub qkv: &'a [f32],
+    pub tokens: usize,
+    pub d_model: usize,
+    pub head_dim: usize,
+    /// Which head.
+    pub head: usize,
+}
+
+impl Head<'_> {
+    /// Writes the result into `out` `[tokens, head_dim]`.
+    pub(super) fn forward(&self, scratch: &mut AttentionScratch, out: &mut [f32]) {
+        let Self { isa, qkv, tokens, d_model, head_dim, head } = *self;
+        let stride = 3 * d_model;
+        let part = |which: usize| &qkv[which * d_model + head * head_dim..];
+        self.pack_keys(part(1), &mut scratch.keys);
+        self.pack_values(part(2), &mut scratch.values);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        for first in (0..tokens).step_by(QUERIES) {
+            let queries = QUERIES.min(tokens - first);
+            let scores = &mut scratch.scores[..queries * tokens];
+            let lhs = Rows { data: &part(0)[first * stride..], stride };
+            let product = RowsMut { data: scores, stride: tokens };
+            matmul_panels(isa, queries, lhs, &scratch.keys, None, tokens, head_dim, product);
+            softmax(isa, scores, tokens, tokens, scale);
+            let lhs = Rows { data: scores, stride: tokens };
+            let product = RowsMut { data: &mut out[first * head_dim..], stride: head_dim };
+            matmul_panels(isa, queries, lhs, &scratch.values, None, head_dim, tokens, product);
+        }
+    }
+
+    fn pack_keys(&self, k: &[f32], panels: &mut [f32]) {
+        let (head_dim, stride) = (self.head_dim, 3 * self.d_model);
+        for (p, panel) in panels.chunks_exact_mut(PANEL * head_dim).enumerate() {
+            for i in 0..PANEL.min(self.tokens - p * PANEL) {
+                let row = &k[(p * PANEL + i) * stride..][..head_dim];
+                for (values, &v) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(row) {
+                    values[i] = v;
+                }
+            }
+        }
+    }
+
+    fn pack_values(&self, v: &[f32], panels: &mut [f32]) {
+        let stride = 3 * self.d_model;
+        for (p, panel) in panels.chunks_exact_mut(PANEL * self.tokens).enumerate() {
+            let columns = PANEL.min(self.head_dim - p * PANEL);
+            for (token, values) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+                values[..columns].copy_from_slice(&v[token * stride + p * PANEL..][..columns]);
+            }
+        }
+    }
+}

@@ -1,0 +1,604 @@
+//! The mixture of butterfly experts, `y = sum_k w_k [B(out_i)] Down(gelu(B(hidden_i) Up(B(in_i) x)))`.
+//!
+//! ```text
+//! route:    logits = x . router^T; the top_k experts of every token, softmax over their logits
+//! assign:   counting sort of the (token, choice) rows by (expert set, expert): a segment is one expert's rows
+//! up:       for each tile of rows: for each of its segments: decode B(in_i), rotate, quantise
+//!                                  one product with `up` for the whole tile, whatever experts and sets
+//!                                  for each of its segments: decode B(hidden_i), rotate, gelu
+//! down:     for each tile of tokens: weighted sum over k, quantise, one product with `down`, add to the residual
+//! ```
+//! Deviation from the reference's order: the weighted sum commutes with `down`, so without an `out` rotation it comes
+//! first, and `down` runs (and quantises) one row per token instead of `top_k`. With an `out` rotation `down` runs on
+//! the tiles of rows, followed by `B(out_i)`, and the weighted sum comes last, as in the reference.
+//!
+//! Inside the layer features lie in [`LaneOrder`], which is folded into the substrates, routers and angle codes.
+//! Every row and token is computed by operations that do not see the other rows, so a row's answer does not depend on
+//! what shares its batch.
+
+use super::linear::{Quantized, TILE};
+use super::pool::{Parts, Pool};
+use crate::config::ExpertConfig;
+use crate::kernels::activation::gelu;
+use crate::kernels::combine::{add_assign, weighted_sum};
+use crate::kernels::dense::{PANEL, Rows, RowsMut, matmul_panels};
+use crate::kernels::rotation::{Coefficients, rotate};
+use crate::kernels::router::top_k;
+use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary};
+use crate::weights::{ExpertLayerWeights, Ternary};
+
+/// The substrates of one layer, in lane order.
+#[derive(Debug)]
+pub struct Substrates {
+    isa: Isa,
+    /// Order of `d_model` features at the layer's input and inside its `out` rotation.
+    model: LaneOrder,
+    up: PackedTernary,
+    down: PackedTernary,
+}
+
+impl Substrates {
+    /// Packs `up` `[d_ff, d_model]` and `down` `[d_model, d_ff]`.
+    ///
+    /// # Errors
+    /// [`KernelError`] when lengths do not fit, or codes or scales are not valid.
+    pub fn pack(isa: Isa, up: &Ternary, down: &Ternary, d_model: usize, d_ff: usize) -> Result<Self, KernelError> {
+        let (model, ff) = (LaneOrder::new(d_model), LaneOrder::new(d_ff));
+        for (what, matrix, rows) in [("up", up, d_ff), ("down", down, d_model)] {
+            let expected = d_model * d_ff;
+            if matrix.codes.len() != expected || matrix.scale.len() != rows {
+                return Err(KernelError::Length { what, expected, got: matrix.codes.len() });
+            }
+        }
+        let up_codes = ff.permute_rows(&model.permute_columns(&up.codes), d_model);
+        let up_scale = ff.permute_rows(&up.scale, 1);
+        let down_codes = ff.permute_columns(&down.codes);
+        Ok(Self {
+            isa,
+            model,
+            up: PackedTernary::pack(isa, &up_codes, &up_scale, d_ff, d_model)?,
+            down: PackedTernary::pack(isa, &down_codes, &down.scale, d_model, d_ff)?,
+        })
+    }
+
+    /// The order in which the layer wants its input.
+    pub fn input_order(&self) -> LaneOrder {
+        self.model
+    }
+
+    /// Bytes on the heap.
+    pub fn resident_bytes(&self) -> usize {
+        self.up.resident_bytes() + self.down.resident_bytes()
+    }
+}
+
+/// Router codes in panels `[experts / PANEL, d_model, PANEL]`, as narrow as the artifact's.
+#[derive(Debug)]
+enum RouterCodes {
+    Bits8(Box<[i8]>),
+    Bits16(Box<[i16]>),
+}
+
+/// The experts and router of one layer of a set, as they rest in memory: integer codes.
+#[derive(Debug)]
+pub struct ExpertLayer {
+    num_experts: usize,
+    top_k: usize,
+    router: RouterCodes,
+    /// Padded to whole panels.
+    router_scale: Box<[f32]>,
+    rotation_in: PackedAngles,
+    rotation_hidden: PackedAngles,
+    rotation_out: PackedAngles,
+}
+
+impl ExpertLayer {
+    /// Packs one layer's weights.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] when a tensor does not fit the configuration.
+    pub fn pack(
+        weights: &ExpertLayerWeights,
+        config: &ExpertConfig,
+        d_model: usize,
+        d_ff: usize,
+    ) -> Result<Self, KernelError> {
+        let (model, ff) = (LaneOrder::new(d_model), LaneOrder::new(d_ff));
+        let ExpertConfig { num_experts, top_k, angle_bits, .. } = *config;
+        for (what, got, expected) in [
+            ("router", weights.router.len(), num_experts * d_model),
+            ("router scales", weights.router_scale.len(), num_experts),
+        ] {
+            if got != expected {
+                return Err(KernelError::Length { what, expected, got });
+            }
+        }
+        let angles = |codes: &[u16], order, stages| PackedAngles::pack(order, codes, num_experts, stages, angle_bits);
+        let padded = num_experts.next_multiple_of(PANEL);
+        let mut router_scale = vec![0.0; padded];
+        router_scale[..num_experts].copy_from_slice(&weights.router_scale);
+        let code = |i: usize| {
+            let (panel, position, lane) = (i / PANEL / d_model, i / PANEL % d_model, i % PANEL);
+            let expert = panel * PANEL + lane;
+            if expert < num_experts { weights.router[expert * d_model + model.feature(position)] } else { 0 }
+        };
+        let codes = (0..padded * d_model).map(code);
+        Ok(Self {
+            num_experts,
+            top_k,
+            router: match config.router_bits {
+                // Eight-bit codes are in range: the reader checks, and training rounds to them.
+                8 => RouterCodes::Bits8(codes.map(|code| code.clamp(-128, 127) as i8).collect()),
+                _ => RouterCodes::Bits16(codes.collect()),
+            },
+            router_scale: router_scale.into(),
+            rotation_in: angles(&weights.rotation_in.codes, model, config.stages_in)?,
+            rotation_hidden: angles(&weights.rotation_hidden.codes, ff, config.stages_hidden)?,
+            rotation_out: angles(&weights.rotation_out.codes, model, config.stages_out)?,
+        })
+    }
+
+    /// Bytes on the heap.
+    pub fn resident_bytes(&self) -> usize {
+        let router = match &self.router {
+            RouterCodes::Bits8(codes) => size_of_val(&**codes),
+            RouterCodes::Bits16(codes) => size_of_val(&**codes),
+        };
+        let angles = [&self.rotation_in, &self.rotation_hidden, &self.rotation_out];
+        router + size_of_val(&*self.router_scale) + angles.map(PackedAngles::resident_bytes).iter().sum::<usize>()
+    }
+
+    /// Logits of `tokens` `[rows, d_model]` in lane order, `[rows, num_experts]`. `panel` has room for one decoded
+    /// panel.
+    fn logits(&self, isa: Isa, tokens: &[f32], d_model: usize, panel: &mut [f32], logits: &mut [f32]) {
+        let panel = &mut panel[..PANEL * d_model];
+        for first in (0..self.num_experts).step_by(PANEL) {
+            // Scaled before the product, as the definition has it: gate weight = code * scale.
+            let codes = first * d_model..(first + PANEL) * d_model;
+            let scale = &self.router_scale[first..first + PANEL];
+            match &self.router {
+                RouterCodes::Bits8(all) => decode_router(&all[codes], scale, panel),
+                RouterCodes::Bits16(all) => decode_router(&all[codes], scale, panel),
+            }
+            let n = PANEL.min(self.num_experts - first);
+            let lhs = Rows { data: tokens, stride: d_model };
+            let out = RowsMut { data: &mut logits[first..], stride: self.num_experts };
+            matmul_panels(isa, tokens.len() / d_model, lhs, panel, None, n, d_model, out);
+        }
+    }
+}
+
+fn decode_router<T: Copy + Into<f32>>(codes: &[T], scale: &[f32], panel: &mut [f32]) {
+    for (out, codes) in panel.chunks_exact_mut(PANEL).zip(codes.chunks_exact(PANEL)) {
+        for ((out, &code), scale) in out.iter_mut().zip(codes).zip(scale) {
+            *out = code.into() * scale;
+        }
+    }
+}
+
+/// Consecutive tokens that go through the same expert set.
+#[derive(Debug, Clone, Copy)]
+pub struct Span {
+    /// Which of the batch's expert sets.
+    pub set: usize,
+    /// First token.
+    pub first: usize,
+    /// Number of tokens.
+    pub tokens: usize,
+    /// First of the `tokens * top_k` slots, one per (token, choice).
+    pub first_slot: usize,
+}
+
+/// At most [`TILE`] tokens of one span, worked on by one thread.
+#[derive(Debug, Clone, Copy)]
+struct TokenTile {
+    set: usize,
+    first: usize,
+    tokens: usize,
+    first_slot: usize,
+}
+
+/// The rows that one expert of one set gets; long ones are cut at tiles.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    set: usize,
+    expert: usize,
+    /// First of its rows, and how many.
+    first: usize,
+    rows: usize,
+}
+
+/// Segments worked on by one thread with one product: at most [`TILE`] rows of sets that agree on having an `out`
+/// rotation.
+#[derive(Debug, Clone, Copy)]
+struct RowTile {
+    first_segment: usize,
+    segments: usize,
+    first: usize,
+    rows: usize,
+}
+
+/// Most (token, choice) rows whose hidden activations are held at a time, unless one token alone has more: 4 MB at
+/// `d_ff` 1024.
+const CHUNK_ROWS: usize = 1024;
+
+/// Buffers of the layer, shared by all layers of a session.
+#[derive(Debug)]
+pub struct MoeScratch {
+    d_model: usize,
+    d_ff: usize,
+    /// Set by [`MoeScratch::plan`].
+    tiles: Vec<TokenTile>,
+    /// Chosen experts and their weights, one per slot.
+    ids: Vec<u16>,
+    weights: Vec<f32>,
+    /// Where a slot's row went; for the slots of the current chunk.
+    row_of_slot: Vec<u32>,
+    /// The token of each row.
+    token_of_row: Vec<u32>,
+    /// For counting sort, one per expert.
+    counts: Vec<u32>,
+    segments: Vec<Segment>,
+    row_tiles: Vec<RowTile>,
+    /// `[rows, d_ff]` hidden activations.
+    hidden: Vec<f32>,
+    /// `[rows, d_model]` outputs of experts with an `out` rotation, in lane order.
+    outputs: Vec<f32>,
+    threads: Vec<MoeThread>,
+}
+
+/// Buffers of one thread.
+#[derive(Debug)]
+struct MoeThread {
+    coefficients: Coefficients,
+    quantized: Quantized,
+    /// `[TILE, max(d_model, d_ff)]`.
+    rows: Vec<f32>,
+    /// `[TILE, d_model]`.
+    narrow: Vec<f32>,
+    /// One decoded router panel.
+    panel: Vec<f32>,
+    /// `[TILE, num_experts]`.
+    logits: Vec<f32>,
+}
+
+/// Lengthens a buffer that is only ever as long as the largest batch needed.
+fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+}
+
+impl MoeScratch {
+    /// Room for `tokens` tokens with two experts each; more experts grow it once.
+    pub fn new(d_model: usize, d_ff: usize, tokens: usize, threads: usize) -> Self {
+        let slots = 2 * tokens;
+        let rows = slots.min(CHUNK_ROWS);
+        let thread = || MoeThread {
+            coefficients: Coefficients::new(&[LaneOrder::new(d_model), LaneOrder::new(d_ff)]),
+            quantized: Quantized::new(d_model.max(d_ff)),
+            rows: vec![0.0; TILE * d_model.max(d_ff)],
+            narrow: vec![0.0; TILE * d_model],
+            panel: vec![0.0; PANEL * d_model],
+            logits: vec![0.0; TILE * 64],
+        };
+        Self {
+            d_model,
+            d_ff,
+            tiles: Vec::with_capacity(2 * tokens.div_ceil(TILE) + threads),
+            ids: vec![0; slots],
+            weights: vec![0.0; slots],
+            row_of_slot: vec![0; rows],
+            token_of_row: vec![0; rows],
+            counts: vec![0; 64],
+            segments: Vec::with_capacity(rows),
+            row_tiles: Vec::with_capacity(rows),
+            hidden: vec![0.0; rows * d_ff],
+            outputs: Vec::new(),
+            threads: (0..threads).map(|_| thread()).collect(),
+        }
+    }
+
+    /// Bytes on the heap.
+    pub fn heap_bytes(&self) -> usize {
+        let thread = |t: &MoeThread| {
+            let floats = t.rows.capacity() + t.narrow.capacity() + t.panel.capacity() + t.logits.capacity();
+            t.coefficients.heap_bytes() + t.quantized.heap_bytes() + floats * size_of::<f32>() + size_of::<MoeThread>()
+        };
+        let words = self.weights.capacity()
+            + self.row_of_slot.capacity()
+            + self.token_of_row.capacity()
+            + self.counts.capacity()
+            + self.hidden.capacity()
+            + self.outputs.capacity();
+        words * size_of::<u32>()
+            + self.ids.capacity() * size_of::<u16>()
+            + self.tiles.capacity() * size_of::<TokenTile>()
+            + self.segments.capacity() * size_of::<Segment>()
+            + self.row_tiles.capacity() * size_of::<RowTile>()
+            + self.threads.iter().map(thread).sum::<usize>()
+    }
+
+    /// The experts of each slot, as the last [`Moe::route`] chose them.
+    pub fn ids(&self) -> &[u16] {
+        &self.ids
+    }
+
+    /// The weights of each slot.
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+}
+
+/// One layer at work on a batch.
+pub struct Moe<'a, F> {
+    /// The backbone's half.
+    pub substrates: &'a Substrates,
+    /// The sets' half: the layer's experts of the set with that index.
+    pub experts: F,
+    /// How tokens belong to sets, in order and without gaps.
+    pub spans: &'a [Span],
+}
+
+impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
+    /// Cuts the spans into tiles, the same for every layer of a forward. Call it before [`Moe::route`] and
+    /// [`Moe::forward`] whenever the spans changed.
+    pub fn plan(&self, threads: usize, scratch: &mut MoeScratch) {
+        let all: usize = self.spans.iter().map(|span| span.tokens).sum();
+        let share = all.div_ceil(threads).clamp(8, TILE);
+        scratch.tiles.clear();
+        let (mut slots, mut experts) = (0, 0);
+        for span in self.spans {
+            let layer = (self.experts)(span.set);
+            let most = share.min(CHUNK_ROWS / layer.top_k).max(1);
+            for offset in (0..span.tokens).step_by(most) {
+                scratch.tiles.push(TokenTile {
+                    set: span.set,
+                    first: span.first + offset,
+                    tokens: most.min(span.tokens - offset),
+                    first_slot: span.first_slot + offset * layer.top_k,
+                });
+            }
+            slots = slots.max(span.first_slot + span.tokens * layer.top_k);
+            experts = experts.max(layer.num_experts);
+        }
+        grow(&mut scratch.ids, slots);
+        grow(&mut scratch.weights, slots);
+        grow(&mut scratch.counts, experts);
+        for thread in &mut scratch.threads {
+            grow(&mut thread.logits, TILE * experts);
+        }
+    }
+
+    /// Chooses the experts of every token. `x` is `[tokens, d_model]` in lane order.
+    pub fn route(&self, x: &[f32], pool: &mut Pool, scratch: &mut MoeScratch) {
+        let (d_model, isa) = (scratch.d_model, self.substrates.isa);
+        let (ids, weights) = (Parts::new(&mut scratch.ids), Parts::new(&mut scratch.weights));
+        let threads = Parts::new(&mut scratch.threads);
+        let tiles = &scratch.tiles;
+        pool.run(tiles.len(), |thread, item| {
+            let tile = tiles[item];
+            let layer = (self.experts)(tile.set);
+            let k = layer.top_k;
+            // SAFETY: a thread number is used by one call at a time, and tiles have slots of their own.
+            let (thread, ids, weights) = unsafe {
+                let slots = tile.tokens * k;
+                (
+                    &mut threads.part(thread, 1)[0],
+                    ids.part(tile.first_slot, slots),
+                    weights.part(tile.first_slot, slots),
+                )
+            };
+            let logits = &mut thread.logits[..tile.tokens * layer.num_experts];
+            let tokens = &x[tile.first * d_model..][..tile.tokens * d_model];
+            layer.logits(isa, tokens, d_model, &mut thread.panel, logits);
+            for (logits, (ids, weights)) in
+                logits.chunks_exact(layer.num_experts).zip(ids.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)))
+            {
+                top_k(logits, ids, weights);
+            }
+        });
+    }
+
+    /// `residual += experts(x)` with the choices of [`Moe::route`]; `x` `[tokens, d_model]` is in lane order,
+    /// `residual` `[tokens, d_model]` is not.
+    pub fn forward(&self, x: &[f32], residual: &mut [f32], pool: &mut Pool, scratch: &mut MoeScratch) {
+        let mut first = 0;
+        while first < scratch.tiles.len() {
+            let mut slots = 0;
+            let mut end = first;
+            while end < scratch.tiles.len() {
+                let more = scratch.tiles[end].tokens * (self.experts)(scratch.tiles[end].set).top_k;
+                if end > first && slots + more > CHUNK_ROWS {
+                    break;
+                }
+                slots += more;
+                end += 1;
+            }
+            self.assign(first..end, slots, pool.threads(), scratch);
+            self.run_rows(x, pool, scratch);
+            self.run_tokens(first..end, residual, pool, scratch);
+            first = end;
+        }
+    }
+
+    /// Sorts the rows of a chunk by set and expert, and cuts them into tiles.
+    fn assign(&self, tiles: std::ops::Range<usize>, slots: usize, threads: usize, scratch: &mut MoeScratch) {
+        grow(&mut scratch.row_of_slot, slots);
+        grow(&mut scratch.token_of_row, slots);
+        grow(&mut scratch.hidden, slots * scratch.d_ff);
+        scratch.segments.clear();
+        let base_slot = scratch.tiles[tiles.start].first_slot;
+        let most = slots.div_ceil(threads).clamp(16, TILE);
+        let (mut first_row, mut at) = (0, tiles.start);
+        while at < tiles.end {
+            // Tiles of one set are neighbours.
+            let set = scratch.tiles[at].set;
+            let group =
+                at..tiles.end.min(at + scratch.tiles[at..tiles.end].iter().take_while(|t| t.set == set).count());
+            let layer = (self.experts)(set);
+            let counts = &mut scratch.counts[..layer.num_experts];
+            counts.fill(0);
+            let slots_of = |t: &TokenTile| t.first_slot..t.first_slot + t.tokens * layer.top_k;
+            let begin = slots_of(&scratch.tiles[group.start]).start;
+            let end = slots_of(&scratch.tiles[group.end - 1]).end;
+            let first_token = scratch.tiles[group.start].first;
+            for &id in &scratch.ids[begin..end] {
+                counts[usize::from(id)] += 1;
+            }
+            for (expert, count) in counts.iter_mut().enumerate() {
+                let rows = *count as usize;
+                *count = first_row as u32;
+                for offset in (0..rows).step_by(most) {
+                    let rows = most.min(rows - offset);
+                    scratch.segments.push(Segment { set, expert, first: first_row + offset, rows });
+                }
+                first_row += rows;
+            }
+            for (i, &id) in scratch.ids[begin..end].iter().enumerate() {
+                let row = &mut counts[usize::from(id)];
+                scratch.row_of_slot[begin + i - base_slot] = *row;
+                scratch.token_of_row[*row as usize] = (first_token + i / layer.top_k) as u32;
+                *row += 1;
+            }
+            at = group.end;
+        }
+        self.cut_row_tiles(most, scratch);
+    }
+
+    fn cut_row_tiles(&self, most: usize, scratch: &mut MoeScratch) {
+        scratch.row_tiles.clear();
+        let rotates_out = |segment: &Segment| (self.experts)(segment.set).rotation_out.stages() > 0;
+        for (i, segment) in scratch.segments.iter().enumerate() {
+            match scratch.row_tiles.last_mut() {
+                Some(tile)
+                    if tile.rows + segment.rows <= most
+                        && rotates_out(&scratch.segments[tile.first_segment]) == rotates_out(segment) =>
+                {
+                    tile.segments += 1;
+                    tile.rows += segment.rows;
+                }
+                _ => scratch.row_tiles.push(RowTile {
+                    first_segment: i,
+                    segments: 1,
+                    first: segment.first,
+                    rows: segment.rows,
+                }),
+            }
+        }
+        if scratch.segments.iter().any(rotates_out) {
+            let rows = scratch.segments.last().map_or(0, |last| last.first + last.rows);
+            grow(&mut scratch.outputs, rows * scratch.d_model);
+        }
+    }
+
+    /// From tokens to the hidden activations of their experts, and with an `out` rotation on to the experts' outputs.
+    fn run_rows(&self, x: &[f32], pool: &mut Pool, scratch: &mut MoeScratch) {
+        let Substrates { isa, model, up, down, .. } = self.substrates;
+        let (d_model, d_ff) = (scratch.d_model, scratch.d_ff);
+        let MoeScratch { row_tiles, segments, token_of_row, hidden, outputs, threads, .. } = scratch;
+        let (hidden, outputs, threads) = (Parts::new(hidden), Parts::new(outputs), Parts::new(threads));
+        pool.run(row_tiles.len(), |thread, item| {
+            let tile = row_tiles[item];
+            let segments = &segments[tile.first_segment..][..tile.segments];
+            let first = tile.first;
+            // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
+            let (thread, hidden) =
+                unsafe { (&mut threads.part(thread, 1)[0], hidden.part(first * d_ff, tile.rows * d_ff)) };
+            let MoeThread { coefficients, quantized, rows, narrow, .. } = thread;
+
+            let rows = &mut rows[..tile.rows * d_model];
+            for (row, &token) in rows.chunks_exact_mut(d_model).zip(&token_of_row[first..]) {
+                row.copy_from_slice(&x[token as usize * d_model..][..d_model]);
+            }
+            for segment in segments {
+                let rows = &mut rows[(segment.first - first) * d_model..][..segment.rows * d_model];
+                apply(*isa, &(self.experts)(segment.set).rotation_in, segment.expert, coefficients, rows);
+            }
+            let (codes, steps) = quantized.rows(*isa, rows, d_model).expect(LENGTHS);
+            up.matmul(codes, steps, hidden).expect(LENGTHS);
+            for segment in segments {
+                let rows = &mut hidden[(segment.first - first) * d_ff..][..segment.rows * d_ff];
+                apply(*isa, &(self.experts)(segment.set).rotation_hidden, segment.expert, coefficients, rows);
+                gelu(*isa, rows);
+            }
+            if (self.experts)(segments[0].set).rotation_out.stages() == 0 {
+                return;
+            }
+            // SAFETY: tiles have rows of their own.
+            let outputs = unsafe { outputs.part(first * d_model, tile.rows * d_model) };
+            let (codes, steps) = quantized.rows(*isa, hidden, d_ff).expect(LENGTHS);
+            let narrow = &mut narrow[..tile.rows * d_model];
+            down.matmul(codes, steps, narrow).expect(LENGTHS);
+            for (ordered, natural) in outputs.chunks_exact_mut(d_model).zip(narrow.chunks_exact(d_model)) {
+                to_lane_order(*model, natural, ordered);
+            }
+            for segment in segments {
+                let rows = &mut outputs[(segment.first - first) * d_model..][..segment.rows * d_model];
+                apply(*isa, &(self.experts)(segment.set).rotation_out, segment.expert, coefficients, rows);
+            }
+        });
+    }
+
+    /// The weighted sums, and what remains of `down`.
+    fn run_tokens(
+        &self,
+        tiles: std::ops::Range<usize>,
+        residual: &mut [f32],
+        pool: &mut Pool,
+        scratch: &mut MoeScratch,
+    ) {
+        let Substrates { isa, model, down, .. } = self.substrates;
+        let (d_model, d_ff) = (scratch.d_model, scratch.d_ff);
+        let base_slot = scratch.tiles[tiles.start].first_slot;
+        let MoeScratch { tiles: all_tiles, weights, row_of_slot, hidden, outputs, threads, .. } = scratch;
+        let (residual, threads, tiles) = (Parts::new(residual), Parts::new(threads), &all_tiles[tiles]);
+        pool.run(tiles.len(), |thread, item| {
+            let tile = tiles[item];
+            let layer = (self.experts)(tile.set);
+            // SAFETY: a thread number is used by one call at a time, and tiles have tokens of their own.
+            let (thread, residual) = unsafe {
+                (&mut threads.part(thread, 1)[0], residual.part(tile.first * d_model, tile.tokens * d_model))
+            };
+            let MoeThread { quantized, rows, narrow, .. } = thread;
+            let rotates_out = layer.rotation_out.stages() > 0;
+            let (source, width) = if rotates_out { (&**outputs, d_model) } else { (&**hidden, d_ff) };
+            let sums = &mut rows[..tile.tokens * width];
+            for (token, sum) in sums.chunks_exact_mut(width).enumerate() {
+                let slot = tile.first_slot + token * layer.top_k;
+                let rows = &row_of_slot[slot - base_slot..][..layer.top_k];
+                weighted_sum(*isa, source, rows, &weights[slot..][..layer.top_k], sum);
+            }
+            if rotates_out {
+                for (residual, sum) in residual.chunks_exact_mut(d_model).zip(sums.chunks_exact(d_model)) {
+                    for (j, residual) in residual.iter_mut().enumerate() {
+                        *residual += sum[model.position(j)];
+                    }
+                }
+            } else {
+                let (codes, steps) = quantized.rows(*isa, sums, d_ff).expect(LENGTHS);
+                let narrow = &mut narrow[..tile.tokens * d_model];
+                down.matmul(codes, steps, narrow).expect(LENGTHS);
+                add_assign(*isa, residual, narrow);
+            }
+        });
+    }
+}
+
+/// Why the kernels called here cannot refuse.
+pub(super) const LENGTHS: &str = "buffers are sized by the configuration that the weights were packed with";
+
+/// Rotates the rows of one expert.
+fn apply(isa: Isa, angles: &PackedAngles, expert: usize, coefficients: &mut Coefficients, rows: &mut [f32]) {
+    if angles.stages() > 0 {
+        angles.decode(isa, expert, coefficients);
+        rotate(isa, coefficients, rows);
+    }
+}
+
+/// Moves one row into lane order.
+pub(super) fn to_lane_order(order: LaneOrder, natural: &[f32], ordered: &mut [f32]) {
+    for (position, out) in ordered.iter_mut().enumerate() {
+        *out = natural[order.feature(position)];
+    }
+}

@@ -1,0 +1,118 @@
+//! The stem: convolutions as products over windows, channel-last.
+
+use super::linear::{Linear, Quantized, TILE};
+use crate::config::{BackboneConfig, StemLayer};
+use crate::kernels::activation::gelu;
+use crate::kernels::combine::add_assign;
+use crate::kernels::norm::layer_norm;
+use crate::kernels::{Isa, KernelError};
+use crate::weights::{LAYER_NORM_EPS, Norm, StemWeights};
+
+/// One layer of the stem.
+#[derive(Debug)]
+pub(super) struct Convolution {
+    layer: StemLayer,
+    /// Side and channels of the square input.
+    input: (usize, usize),
+    output_side: usize,
+    conv: Linear,
+    norm: Option<Norm>,
+}
+
+impl Convolution {
+    pub(super) fn pack(
+        isa: Isa,
+        weights: &StemWeights,
+        (layer, side, channels): (StemLayer, usize, usize),
+    ) -> Result<Self, KernelError> {
+        let conv = Linear::f32(isa, &weights.conv, layer.channels, layer.kernel.pow(2) * channels)?;
+        let output_side = layer.output_side(side).unwrap_or(0);
+        Ok(Self { layer, input: (side, channels), output_side, conv, norm: weights.norm.clone() })
+    }
+
+    pub(super) fn heap_bytes(&self) -> usize {
+        let norm = self.norm.as_ref().map_or(0, |norm| norm.gamma.len() + norm.beta.len());
+        self.conv.heap_bytes() + norm * size_of::<f32>()
+    }
+
+    /// Windows of one image.
+    pub(super) fn windows(&self) -> usize {
+        self.output_side.pow(2)
+    }
+
+    /// Output channels.
+    pub(super) fn channels(&self) -> usize {
+        self.layer.channels
+    }
+
+    /// Values of one window.
+    pub(super) fn window_len(&self) -> usize {
+        self.layer.kernel.pow(2) * self.input.1
+    }
+
+    /// Runs the windows from `first` on of one image, at most [`TILE`], into `out` `[windows, channels]`. `gathered`
+    /// has room for a tile's windows and `raw` for its output.
+    pub(super) fn forward(
+        &self,
+        isa: Isa,
+        input: &[f32],
+        first: usize,
+        (gathered, raw, quantized): (&mut [f32], &mut [f32], &mut Quantized),
+        out: &mut [f32],
+    ) -> Result<(), KernelError> {
+        let gathered = &mut gathered[..out.len() / self.channels() * self.window_len()];
+        for (i, window) in gathered.chunks_exact_mut(self.window_len()).enumerate() {
+            self.gather(input, first + i, window);
+        }
+        let Some(norm) = &self.norm else {
+            self.conv.forward(gathered, quantized, out)?;
+            self.add_input(isa, input, first, out);
+            return Ok(());
+        };
+        let raw = &mut raw[..out.len()];
+        self.conv.forward(gathered, quantized, raw)?;
+        layer_norm(isa, raw, &norm.gamma, &norm.beta, LAYER_NORM_EPS, out);
+        gelu(isa, out);
+        self.add_input(isa, input, first, out);
+        Ok(())
+    }
+
+    /// The residual connection; input and output have the same shape where there is one.
+    fn add_input(&self, isa: Isa, input: &[f32], first: usize, out: &mut [f32]) {
+        if self.layer.residual {
+            add_assign(isa, out, &input[first * self.channels()..][..out.len()]);
+        }
+    }
+
+    /// The pixels under window `index`, in the order (row, column, channel); zero where it hangs over the edge.
+    fn gather(&self, input: &[f32], index: usize, window: &mut [f32]) {
+        let (side, channels) = self.input;
+        let StemLayer { kernel, stride, padding, .. } = self.layer;
+        let (top, left) = (index / self.output_side * stride, index % self.output_side * stride);
+        // Columns of the kernel that lie inside the image.
+        let begin = padding.saturating_sub(left).min(kernel);
+        let end = (side + padding).saturating_sub(left).clamp(begin, kernel);
+        for (row, line) in window.chunks_exact_mut(kernel * channels).enumerate() {
+            if top + row < padding || top + row >= side + padding || begin == end {
+                line.fill(0.0);
+                continue;
+            }
+            let start = ((top + row - padding) * side + left + begin - padding) * channels;
+            line[..begin * channels].fill(0.0);
+            line[begin * channels..end * channels].copy_from_slice(&input[start..][..(end - begin) * channels]);
+            line[end * channels..].fill(0.0);
+        }
+    }
+}
+
+/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and of
+/// a tile's output.
+pub(super) fn scratch_sizes(config: &BackboneConfig) -> (usize, usize, usize) {
+    let layers = || config.stem_inputs();
+    let last = config.stem.len() - 1;
+    let between =
+        layers().take(last).map(|(layer, side, _)| layer.output_side(side).unwrap_or(0).pow(2) * layer.channels);
+    let windows = layers().map(|(layer, _, channels)| TILE * layer.kernel.pow(2) * channels);
+    let outputs = layers().map(|(layer, ..)| TILE * layer.channels);
+    (between.max().unwrap_or(0), windows.max().unwrap_or(0), outputs.max().unwrap_or(0))
+}

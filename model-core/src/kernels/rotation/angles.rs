@@ -1,0 +1,205 @@
+//! Angle codes as they rest in memory, and their decoding to sines and cosines.
+
+use super::LaneOrder;
+use crate::kernels::KernelError;
+use crate::kernels::error::expect_len;
+use crate::kernels::isa::Isa;
+use crate::kernels::simd::{MAX_LANES, Simd, Work, dispatch};
+
+/// The angle codes of one rotation site, all experts: bit-packed (least significant bit first), in lane order.
+#[derive(Debug, Clone)]
+pub struct PackedAngles {
+    order: LaneOrder,
+    stages: usize,
+    bits: u32,
+    /// Each expert starts at a byte of its own.
+    expert_bytes: usize,
+    bytes: Box<[u8]>,
+}
+
+impl PackedAngles {
+    /// Packs `codes` `[experts, stages, features / 2]`, each below `2^bits`; code c stands for `c * 2 pi / 2^bits`.
+    /// `bits` is 4, 6, 8 or 16.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] when `codes` does not have that many elements or there are more stages than `order`
+    /// allows.
+    ///
+    /// # Panics
+    /// When `bits` is another number; configurations are validated before.
+    pub fn pack(
+        order: LaneOrder,
+        codes: &[u16],
+        experts: usize,
+        stages: usize,
+        bits: u32,
+    ) -> Result<Self, KernelError> {
+        assert!(matches!(bits, 4 | 6 | 8 | 16), "{bits} bits per angle code");
+        let pairs = order.features() / 2;
+        expect_len("angle codes", codes.len(), experts.saturating_mul(stages).saturating_mul(pairs))?;
+        if stages > order.max_stages() {
+            return Err(KernelError::Length { what: "stages", expected: order.max_stages(), got: stages });
+        }
+        let expert_bytes = (stages * pairs * bits as usize).div_ceil(8);
+        let mut bytes = vec![0; experts * expert_bytes];
+        for (expert, bytes) in bytes.chunks_exact_mut(expert_bytes.max(1)).enumerate() {
+            let codes = &codes[expert * stages * pairs..][..stages * pairs];
+            for (i, &code) in codes.iter().enumerate() {
+                let (stage, pair) = (i / pairs, i % pairs);
+                let bit = (stage * pairs + order.angle_position(stage, pair)) * bits as usize;
+                // A code straddles two bytes at most: 16 bits start at a byte, and fewer fit in two.
+                let word = (u32::from(code) & ((1 << bits) - 1)) << (bit % 8);
+                bytes[bit / 8] |= word as u8;
+                if word > 0xff {
+                    bytes[bit / 8 + 1] |= (word >> 8) as u8;
+                }
+            }
+        }
+        Ok(Self { order, stages, bits, expert_bytes, bytes: bytes.into() })
+    }
+
+    /// Stages of the rotation; 0 for the identity.
+    pub fn stages(&self) -> usize {
+        self.stages
+    }
+
+    /// Bytes on the heap.
+    pub fn resident_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Writes the sines and cosines of one expert's angles. Absolute error at most [`SINCOS_ERROR`].
+    ///
+    /// # Panics
+    /// When there is no such expert, or `out` was made for fewer features or stages.
+    pub fn decode(&self, isa: Isa, expert: usize, out: &mut Coefficients) {
+        let count = self.stages * self.order.features() / 2;
+        let bytes = &self.bytes[expert * self.expert_bytes..][..self.expert_bytes];
+        let Coefficients { cos, sin, order, stages } = out;
+        (*order, *stages) = (self.order, self.stages);
+        dispatch(isa, Decode { bytes, bits: self.bits, cos: &mut cos[..count], sin: &mut sin[..count] });
+    }
+}
+
+/// The decoded angles of one expert at one site.
+#[derive(Debug, Clone)]
+pub struct Coefficients {
+    pub(super) cos: Vec<f32>,
+    pub(super) sin: Vec<f32>,
+    pub(super) order: LaneOrder,
+    pub(super) stages: usize,
+}
+
+impl Coefficients {
+    /// Room for any rotation of features in one of `orders`.
+    pub fn new(orders: &[LaneOrder]) -> Self {
+        let len = orders.iter().map(|order| order.max_stages() * order.features() / 2).max().unwrap_or(0);
+        Self { cos: vec![0.0; len], sin: vec![0.0; len], order: LaneOrder::new(0), stages: 0 }
+    }
+
+    /// Bytes on the heap.
+    pub fn heap_bytes(&self) -> usize {
+        (self.cos.capacity() + self.sin.capacity()) * size_of::<f32>()
+    }
+}
+
+/// Largest absolute error of a decoded sine or cosine, against the exact one of the code's angle: 3.4e-9 for the
+/// polynomial, and its evaluation in f32: the last two of its roundings see values up to 1.6 and 1, so
+/// `(1.6 + 1) * 2^-24 = 1.6e-7`, and the ones before add less than a quarter of that.
+pub const SINCOS_ERROR: f32 = 2e-7;
+
+/// `sin(pi/2 * v) = v * P(v^2)` on [-1, 1]: minimax in absolute error, 3.4e-9.
+const SIN: [f32; 5] = [1.570_796_3, -0.645_963_37, 0.079_688_48, -0.004_672_228, 0.000_150_820_55];
+
+/// A quarter turn in units of a 16-bit code.
+const QUARTER: f32 = 16384.0;
+
+struct Decode<'a> {
+    bytes: &'a [u8],
+    bits: u32,
+    cos: &'a mut [f32],
+    sin: &'a mut [f32],
+}
+
+impl Work for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // Codes pass through this buffer as signed 16-bit fractions of a turn: shifted to 16 bits, an unsigned code of
+        // any width wraps to the same angle.
+        let mut turns = [0i16; BUFFER];
+        for (i, (cos, sin)) in self.cos.chunks_mut(BUFFER).zip(self.sin.chunks_mut(BUFFER)).enumerate() {
+            let turns = &mut turns[..cos.len()];
+            unpack(&self.bytes[i * BUFFER * self.bits as usize / 8..], self.bits, turns);
+            sin_cos(simd, turns, cos, sin);
+        }
+    }
+}
+
+/// Codes unpacked at a time; a multiple of 8, so that every chunk starts at a byte.
+const BUFFER: usize = 256;
+
+#[inline(always)]
+fn unpack(bytes: &[u8], bits: u32, turns: &mut [i16]) {
+    match bits {
+        16 => {
+            for (turn, &code) in turns.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *turn = i16::from_le_bytes(code);
+            }
+        }
+        8 => {
+            for (turn, &code) in turns.iter_mut().zip(bytes) {
+                *turn = (u16::from(code) << 8).cast_signed();
+            }
+        }
+        _ => {
+            for (i, turn) in turns.iter_mut().enumerate() {
+                let bit = i * bits as usize;
+                let high = bytes.get(bit / 8 + 1).copied().unwrap_or(0);
+                let word = u16::from_le_bytes([bytes[bit / 8], high]) >> (bit % 8);
+                *turn = (word << (16 - bits)).cast_signed();
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sin_cos<S: Simd>(simd: S, turns: &[i16], cos: &mut [f32], sin: &mut [f32]) {
+    let mut i = 0;
+    while i < turns.len() {
+        if i + S::LANES <= turns.len() {
+            let (c, s) = sin_cos_vector(simd, simd.load_i16(&turns[i..]));
+            simd.store(&mut cos[i..], c);
+            simd.store(&mut sin[i..], s);
+        } else {
+            let mut lanes = [0; MAX_LANES];
+            let tail = turns.len() - i;
+            lanes[..tail].copy_from_slice(&turns[i..]);
+            let (c, s) = sin_cos_vector(simd, simd.load_i16(&lanes));
+            cos[i..].copy_from_slice(&simd.to_array(c, 0.0)[..tail]);
+            sin[i..].copy_from_slice(&simd.to_array(s, 0.0)[..tail]);
+        }
+        i += S::LANES;
+    }
+}
+
+/// Cosine and sine of `code` in -32768..32768, 65536 to the turn. All but the polynomial is exact.
+#[inline(always)]
+fn sin_cos_vector<S: Simd>(simd: S, code: S::V) -> (S::V, S::V) {
+    let quarter_sin = |w: S::V| {
+        let v = simd.mul(w, simd.splat(1.0 / QUARTER));
+        let u = simd.mul(v, v);
+        let mut p = simd.splat(SIN[4]);
+        for &coefficient in SIN[..4].iter().rev() {
+            p = simd.mul_add(p, u, simd.splat(coefficient));
+        }
+        simd.mul(p, v)
+    };
+    // cos(c) = sin(quarter - |c|), which is within a quarter turn of zero.
+    let cos = quarter_sin(simd.sub(simd.splat(QUARTER), simd.abs(code)));
+    // Folds what lies beyond a quarter turn back: sin(c) = sin(half - c) = sin(-half - c).
+    let folded = simd.min(code, simd.sub(simd.splat(2.0 * QUARTER), code));
+    let folded = simd.max(folded, simd.sub(simd.splat(-2.0 * QUARTER), code));
+    (cos, quarter_sin(folded))
+}

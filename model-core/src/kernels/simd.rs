@@ -1,0 +1,321 @@
+//! Vectors of f32 for kernels that are the same on every instruction set: written once over [`Simd`], compiled once
+//! per instruction set by [`dispatch`].
+//!
+//! A [`Simd`] value is a token like [`Isa`]: it exists only inside the `#[target_feature]` functions of [`dispatch`],
+//! so its methods may use the instructions. Everything below them must be `#[inline(always)]`, or it would be compiled
+//! without those instructions.
+//!
+//! On Arm the portable vector is the NEON one: NEON is part of the baseline there, and the compiler turns arrays of
+//! four floats into its registers.
+
+use super::isa::{Isa, Kind};
+
+/// Vector operations of one instruction set, holding only what the kernels use.
+pub(super) trait Simd: Copy {
+    /// A vector.
+    type V: Copy;
+    /// Floats in a vector; a power of two, at most [`MAX_LANES`].
+    const LANES: usize;
+
+    fn splat(self, value: f32) -> Self::V;
+    /// # Safety
+    /// `from` is valid for reading [`Simd::LANES`] floats.
+    unsafe fn load_ptr(self, from: *const f32) -> Self::V;
+    /// # Safety
+    /// `to` is valid for writing [`Simd::LANES`] floats.
+    unsafe fn store_ptr(self, to: *mut f32, v: Self::V);
+    /// # Safety
+    /// `from` is valid for reading [`Simd::LANES`] values.
+    unsafe fn load_i16_ptr(self, from: *const i16) -> Self::V;
+
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, fused where the hardware does.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `c - a * b`, fused where the hardware does.
+    fn neg_mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    fn abs(self, a: Self::V) -> Self::V;
+    /// `a * 2^n` for `n` given as `shifted = n + 1.5 * 2^23`, whose lowest bits are the integer n. Both `a` and the
+    /// product must be normal.
+    fn mul_pow2(self, a: Self::V, shifted: Self::V) -> Self::V;
+
+    /// The first [`Simd::LANES`] floats of `from`.
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> Self::V {
+        assert!(from.len() >= Self::LANES);
+        // SAFETY: the slice has LANES floats.
+        unsafe { self.load_ptr(from.as_ptr()) }
+    }
+
+    /// Writes the first [`Simd::LANES`] floats of `to`.
+    #[inline(always)]
+    fn store(self, to: &mut [f32], v: Self::V) {
+        assert!(to.len() >= Self::LANES);
+        // SAFETY: the slice has LANES floats.
+        unsafe { self.store_ptr(to.as_mut_ptr(), v) }
+    }
+
+    /// The first [`Simd::LANES`] values of `from`, as floats.
+    #[inline(always)]
+    fn load_i16(self, from: &[i16]) -> Self::V {
+        assert!(from.len() >= Self::LANES);
+        // SAFETY: the slice has LANES values.
+        unsafe { self.load_i16_ptr(from.as_ptr()) }
+    }
+
+    /// `v` as an array; lanes past [`Simd::LANES`] are `fill`.
+    #[inline(always)]
+    fn to_array(self, v: Self::V, fill: f32) -> [f32; MAX_LANES] {
+        let mut lanes = [fill; MAX_LANES];
+        self.store(&mut lanes, v);
+        lanes
+    }
+
+    /// The sum of the lanes, in lane order.
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        self.to_array(v, 0.0)[..Self::LANES].iter().sum()
+    }
+
+    /// The largest lane.
+    #[inline(always)]
+    fn max_lane(self, v: Self::V) -> f32 {
+        self.to_array(v, f32::NEG_INFINITY).iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// `x <- f(x)` elementwise; a tail shorter than a vector is padded with zeros.
+    #[inline(always)]
+    fn map_in_place(self, x: &mut [f32], f: impl Fn(Self::V) -> Self::V) {
+        let mut chunks = x.chunks_exact_mut(Self::LANES);
+        for chunk in &mut chunks {
+            let v = f(self.load(chunk));
+            self.store(chunk, v);
+        }
+        let tail = chunks.into_remainder();
+        if !tail.is_empty() {
+            let mut lanes = [0.0; MAX_LANES];
+            lanes[..tail.len()].copy_from_slice(tail);
+            let v = f(self.load(&lanes));
+            self.store(&mut lanes, v);
+            tail.copy_from_slice(&lanes[..tail.len()]);
+        }
+    }
+}
+
+/// Most floats in any [`Simd::V`].
+pub(super) const MAX_LANES: usize = 16;
+
+/// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`.
+pub(super) trait Work {
+    /// What it returns.
+    type Output;
+    /// Does it.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `work` with the vectors of `isa`.
+#[inline]
+pub(super) fn dispatch<W: Work>(isa: Isa, work: W) -> W::Output {
+    match isa.kind() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an `Isa` of this kind proves the features.
+        Kind::Avx512 => unsafe { x86::run_avx512(work) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Kind::Avx2 => unsafe { x86::run_avx2(work) },
+        _ => work.run(Portable),
+    }
+}
+
+/// Arrays of four floats: the definition of every operation.
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+impl Portable {
+    #[inline(always)]
+    fn zip(a: [f32; 4], b: [f32; 4], f: impl Fn(f32, f32) -> f32) -> [f32; 4] {
+        [f(a[0], b[0]), f(a[1], b[1]), f(a[2], b[2]), f(a[3], b[3])]
+    }
+}
+
+/// Fused only where the baseline CPU has the instruction; elsewhere `f32::mul_add` would be a library call.
+#[inline(always)]
+fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(target_arch = "aarch64") { a.mul_add(b, c) } else { a * b + c }
+}
+
+impl Simd for Portable {
+    type V = [f32; 4];
+    const LANES: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [f32; 4] {
+        [value; 4]
+    }
+    #[inline(always)]
+    unsafe fn load_ptr(self, from: *const f32) -> [f32; 4] {
+        // SAFETY: the caller vouches for four floats; the read is unaligned.
+        unsafe { from.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr(self, to: *mut f32, v: [f32; 4]) {
+        // SAFETY: the caller vouches for four floats; the write is unaligned.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn load_i16_ptr(self, from: *const i16) -> [f32; 4] {
+        // SAFETY: the caller vouches for four values; the read is unaligned.
+        unsafe { from.cast::<[i16; 4]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        Self::zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        Self::zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        Self::zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        [mul_add(a[0], b[0], c[0]), mul_add(a[1], b[1], c[1]), mul_add(a[2], b[2], c[2]), mul_add(a[3], b[3], c[3])]
+    }
+    #[inline(always)]
+    fn neg_mul_add(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        self.mul_add(a.map(|v| -v), b, c)
+    }
+    #[inline(always)]
+    fn min(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        Self::zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        Self::zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn abs(self, a: [f32; 4]) -> [f32; 4] {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
+    fn mul_pow2(self, a: [f32; 4], shifted: [f32; 4]) -> [f32; 4] {
+        Self::zip(a, shifted, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Simd, Work};
+
+    /// Reached only through [`run_avx2`]; the private field keeps other modules from making one.
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2(());
+
+    /// Reached only through [`run_avx512`].
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx512(());
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn run_avx2<W: Work>(work: W) -> W::Output {
+        work.run(Avx2(()))
+    }
+
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    pub(super) fn run_avx512<W: Work>(work: W) -> W::Output {
+        work.run(Avx512(()))
+    }
+
+    /// One operation without pointers: the token in `self` proves the features it needs.
+    macro_rules! value_op {
+        ($name:ident($($arg:ident),*) -> $v:ty = $body:expr) => {
+            #[inline(always)]
+            fn $name(self, $($arg: $v),*) -> $v {
+                // SAFETY: a token of this type exists only below the function that enables its features.
+                unsafe { $body }
+            }
+        };
+    }
+
+    impl Simd for Avx2 {
+        type V = __m256;
+        const LANES: usize = 8;
+
+        #[inline(always)]
+        fn splat(self, value: f32) -> __m256 {
+            // SAFETY: the token proves AVX2.
+            unsafe { _mm256_set1_ps(value) }
+        }
+        #[inline(always)]
+        unsafe fn load_ptr(self, from: *const f32) -> __m256 {
+            // SAFETY: the token proves AVX2; the caller vouches for eight floats; the load is unaligned.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store_ptr(self, to: *mut f32, v: __m256) {
+            // SAFETY: as in `load_ptr`.
+            unsafe { _mm256_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn load_i16_ptr(self, from: *const i16) -> __m256 {
+            // SAFETY: the token proves AVX2; the caller vouches for eight values of 16 bits.
+            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+        value_op!(add(a, b) -> __m256 = _mm256_add_ps(a, b));
+        value_op!(sub(a, b) -> __m256 = _mm256_sub_ps(a, b));
+        value_op!(mul(a, b) -> __m256 = _mm256_mul_ps(a, b));
+        value_op!(mul_add(a, b, c) -> __m256 = _mm256_fmadd_ps(a, b, c));
+        value_op!(neg_mul_add(a, b, c) -> __m256 = _mm256_fnmadd_ps(a, b, c));
+        value_op!(min(a, b) -> __m256 = _mm256_min_ps(a, b));
+        value_op!(max(a, b) -> __m256 = _mm256_max_ps(a, b));
+        value_op!(abs(a) -> __m256 = _mm256_andnot_ps(_mm256_set1_ps(-0.0), a));
+        value_op!(mul_pow2(a, shifted) -> __m256 = _mm256_castsi256_ps(_mm256_add_epi32(
+            _mm256_castps_si256(a),
+            _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted)),
+        )));
+    }
+
+    impl Simd for Avx512 {
+        type V = __m512;
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        fn splat(self, value: f32) -> __m512 {
+            // SAFETY: the token proves AVX-512F.
+            unsafe { _mm512_set1_ps(value) }
+        }
+        #[inline(always)]
+        unsafe fn load_ptr(self, from: *const f32) -> __m512 {
+            // SAFETY: the token proves AVX-512F; the caller vouches for sixteen floats; the load is unaligned.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store_ptr(self, to: *mut f32, v: __m512) {
+            // SAFETY: as in `load_ptr`.
+            unsafe { _mm512_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn load_i16_ptr(self, from: *const i16) -> __m512 {
+            // SAFETY: the token proves AVX-512F; the caller vouches for sixteen values of 16 bits.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast()))) }
+        }
+        value_op!(add(a, b) -> __m512 = _mm512_add_ps(a, b));
+        value_op!(sub(a, b) -> __m512 = _mm512_sub_ps(a, b));
+        value_op!(mul(a, b) -> __m512 = _mm512_mul_ps(a, b));
+        value_op!(mul_add(a, b, c) -> __m512 = _mm512_fmadd_ps(a, b, c));
+        value_op!(neg_mul_add(a, b, c) -> __m512 = _mm512_fnmadd_ps(a, b, c));
+        value_op!(min(a, b) -> __m512 = _mm512_min_ps(a, b));
+        value_op!(max(a, b) -> __m512 = _mm512_max_ps(a, b));
+        value_op!(abs(a) -> __m512 = _mm512_abs_ps(a));
+        value_op!(mul_pow2(a, shifted) -> __m512 = _mm512_castsi512_ps(_mm512_add_epi32(
+            _mm512_castps_si512(a),
+            _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted)),
+        )));
+    }
+}
