@@ -5,7 +5,8 @@
 //! to even, and its low byte is the code.
 
 use super::error::{KernelError, expect_len};
-use super::isa::{Isa, Kind};
+use super::isa::Isa;
+use super::simd::{Simd, Work, dispatch};
 use super::ternary::scalar;
 
 /// Quantises every row of `x` `[rows, cols]` by itself: `step = max |x| / 127` (1 for a row of zeros),
@@ -22,44 +23,34 @@ pub fn quantize_rows(isa: Isa, x: &[f32], cols: usize, codes: &mut [i8], steps: 
         steps.fill(1.0);
         return Ok(());
     }
-    match isa.kind() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: an `Isa` of this kind exists only where detection found its instructions.
-        Kind::Avx512 => unsafe { rows_avx512(x, cols, codes, steps) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Kind::Avx2 => unsafe { rows_avx2(x, cols, codes, steps) },
-        Kind::Scalar => {
-            for ((x, codes), step) in x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)).zip(steps) {
-                *step = scalar::quantize_row(x, codes);
-            }
+    if isa == Isa::SCALAR {
+        for ((x, codes), step) in x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)).zip(steps) {
+            *step = scalar::quantize_row(x, codes);
         }
-        // NEON is part of the baseline.
-        #[cfg(target_arch = "aarch64")]
-        Kind::Neon | Kind::NeonDot => rows(x, cols, codes, steps),
+    } else {
+        dispatch(isa, Rows { x, cols, codes, steps });
     }
     Ok(())
 }
 
-/// [`rows`], compiled for AVX-512.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-fn rows_avx512(x: &[f32], cols: usize, codes: &mut [i8], steps: &mut [f32]) {
-    rows(x, cols, codes, steps);
+/// The arguments of [`quantize_rows`], checked.
+struct Rows<'a> {
+    x: &'a [f32],
+    cols: usize,
+    codes: &'a mut [i8],
+    steps: &'a mut [f32],
 }
 
-/// [`rows`], compiled for AVX2.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn rows_avx2(x: &[f32], cols: usize, codes: &mut [i8], steps: &mut [f32]) {
-    rows(x, cols, codes, steps);
-}
+impl Work for Rows<'_> {
+    type Output = ();
 
-/// Plain loops that the compiler turns into vectors of whatever the caller is compiled for.
-#[inline(always)]
-fn rows(x: &[f32], cols: usize, codes: &mut [i8], steps: &mut [f32]) {
-    for ((x, codes), step) in x.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)).zip(steps) {
-        *step = row(x, codes);
+    /// Plain loops, which the compiler turns into vectors of whatever this is compiled for: `S` is not asked.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let rows = self.x.chunks_exact(self.cols).zip(self.codes.chunks_exact_mut(self.cols));
+        for ((x, codes), step) in rows.zip(self.steps) {
+            *step = row(x, codes);
+        }
     }
 }
 
