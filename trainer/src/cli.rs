@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use model_core::config::ViTConfig;
 
+use crate::compare::Variant;
 use crate::data::LabelColumn;
 use crate::recipe::Recipe;
 
@@ -32,6 +33,11 @@ pub enum Command {
     Train(TrainArgs),
     /// Train a new expert set (angles, routers, head) on a frozen backbone.
     Specialise(SpecialiseArgs),
+    /// Train variants of one recipe with the same seeds, and write a table of accuracy against memory.
+    ///
+    /// Every variant and seed is a run folder below --out; a comparison that was interrupted goes on where it was when
+    /// it is started again.
+    Compare(CompareArgs),
     /// Write the artifacts of a run's latest checkpoint, also while the run goes on.
     Export(ExportArgs),
     /// Measure artifacts on the test part of a data folder.
@@ -65,6 +71,9 @@ pub struct InitArgs {
     /// Number of expert sets, named set-0000 and on.
     #[arg(long, default_value_t = 1)]
     pub sets: u32,
+    /// Experts in each layer, instead of the configuration's.
+    #[arg(long)]
+    pub experts: Option<usize>,
     /// Decides all weights.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -284,6 +293,29 @@ pub struct SpecialiseArgs {
     /// Name of the expert set.
     #[arg(long, default_value = "default")]
     pub set_name: String,
+    /// What is computed.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+}
+
+/// `compare`.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Where images come from.
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The loop; --out is the folder of all runs.
+    #[command(flatten)]
+    pub run: LoopArgs,
+    /// Variants to train.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Variant::Butterfly, Variant::NoSmoothness])]
+    pub variants: Vec<Variant>,
+    /// Seeds to train each with.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2])]
+    pub seeds: Vec<u64>,
     /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,

@@ -12,7 +12,10 @@ use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::cli::{DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, TrainArgs, threads};
+use crate::cli::{
+    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, TrainArgs, threads,
+};
+use crate::compare::{self, Outcome, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::evaluate::{Report, Tally, confusion_picture};
 use crate::metrics;
@@ -27,7 +30,11 @@ use crate::train::{Ended, Run, Settings, averaged};
 /// # Errors
 /// When the configuration is invalid or a file cannot be written.
 pub fn init(args: &InitArgs) -> Result<()> {
-    let (config, preset) = args.model.resolve()?;
+    let (mut config, preset) = args.model.resolve()?;
+    if let Some(num_experts) = args.experts {
+        config.experts.num_experts = num_experts;
+        config.validate()?;
+    }
     let name = args.name.clone().unwrap_or(preset);
     let store = Store::new(&args.store);
     let labels: Vec<String> = (0..config.num_classes).map(|class| format!("class {class}")).collect();
@@ -108,6 +115,83 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     })
 }
 
+/// `compare`: variants of one recipe, each with every seed.
+///
+/// # Errors
+/// As for [`train`].
+pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
+    let mut base = Recipe::scratch(args.model.resolve()?.0);
+    args.recipe.apply(&mut base);
+    let side = base.model.backbone.image_size;
+    let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
+    base.model.num_classes = dataset.num_classes();
+    let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
+    let mut outcomes = Vec::new();
+    for &seed in &args.seeds {
+        for &variant in &args.variants {
+            let mut recipe = Recipe { seed, ..base.clone() };
+            variant.apply(&mut recipe);
+            let out = args.run.out.join(format!("{}-seed-{seed}", variant.name()));
+            say(&format!("{variant:?}, seed {seed}"));
+            let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
+            let vit = ViT::init(&recipe.model, seed)?;
+            let settings = Settings { out: out.clone(), ..args.run.settings() };
+            let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess())?;
+            let mut outcome = None;
+            let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
+                outcome = Some(measure_run(variant, checkpoint, &test, threads(args.run.threads))?);
+                Ok(())
+            })?;
+            let Some(outcome) = outcome else { return Ok(ended) };
+            outcomes.push(outcome);
+            // After every run, so that a long comparison can be watched.
+            let table = compare::write(&args.run.out, &outcomes)?;
+            print(&table)?;
+        }
+    }
+    Ok(Ended::Finished)
+}
+
+/// Exports a finished run in memory and measures it on the test part.
+fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, threads: usize) -> Result<Outcome> {
+    let state = &checkpoint.state;
+    let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
+    let (backbone, set) = vit.to_weights(&state.labels)?;
+    let (model, _) = integer_path(&backbone, &set)?;
+    let scores = measure(&*model, &state.recipe.model, test, test.len(), &state.preprocess, threads)?.scores();
+    Ok(Outcome {
+        variant,
+        recipe: state.recipe.clone(),
+        parameters: checkpoint.parameters.values().map(Vec::len).sum(),
+        top1: scores.top1,
+        top5: scores.top5,
+        routing_agreement: scores.routing_agreement,
+        images_per_second: state.step as f64 * state.recipe.batch_size as f64 / state.seconds.max(1e-9),
+    })
+}
+
+/// Shows the first `count` images of `dataset` to `model`.
+fn measure(
+    model: &dyn Predictor,
+    config: &ViTConfig,
+    dataset: &Dataset,
+    count: usize,
+    preprocess: &Preprocess,
+    threads: usize,
+) -> Result<Tally> {
+    let indices: Vec<u32> = (0..count.min(dataset.len()) as u32).collect();
+    let mut tally = Tally::new(config);
+    for_each_shard(model, dataset, &indices, preprocess, threads, &mut |shard, answer| {
+        let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
+        tally.add(&labels, &answer);
+    })?;
+    Ok(tally)
+}
+
+fn open_options(args: &DataArgs, side: usize, labels: LabelColumn) -> OpenOptions {
+    OpenOptions { side, labels, strict: args.strict }
+}
+
 /// `export`: the artifacts of a run's checkpoint.
 ///
 /// # Errors
@@ -141,14 +225,9 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     } else {
         integer_path(&backbone.weights, &set.weights)?
     };
-    let count = args.limit.unwrap_or(usize::MAX).min(dataset.len());
-    let indices: Vec<u32> = (0..count as u32).collect();
-    let mut tally = Tally::new(&config);
+    let count = args.limit.unwrap_or(usize::MAX);
     let started = Instant::now();
-    for_each_shard(&*model, &dataset, &indices, &backbone.preprocess, threads(args.threads), &mut |shard, answer| {
-        let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
-        tally.add(&labels, &answer);
-    })?;
+    let tally = measure(&*model, &config, &dataset, count, &backbone.preprocess, threads(args.threads))?;
     let report = Report::new(&tally, &set.weights.labels, path, skipped.len(), started.elapsed().as_secs_f64());
     if let Some(path) = &args.confusion {
         confusion_picture(path, &tally, &set.weights.labels)?;
@@ -172,8 +251,7 @@ fn open_labelled(args: &EvaluateArgs, part: Part, config: &ViTConfig, labels: &[
     let side = config.backbone.image_size;
     let columns = args.labels.map_or(vec![LabelColumn::Fine, LabelColumn::Coarse], |column| vec![column]);
     for column in columns {
-        let options = OpenOptions { side, labels: column, strict: args.data.strict };
-        let opened = data::open(&args.data.data, part, &options)?;
+        let opened = data::open(&args.data.data, part, &open_options(&args.data, side, column))?;
         if opened.dataset.class_names == labels {
             return Ok(opened);
         }
@@ -183,8 +261,7 @@ fn open_labelled(args: &EvaluateArgs, part: Part, config: &ViTConfig, labels: &[
 
 /// Reads the training images and says what is wrong with them.
 fn open_train(args: &DataArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
-    let Opened { dataset, skipped, warnings } =
-        data::open(&args.data, Part::Train, &OpenOptions { side, labels, strict: args.strict })?;
+    let Opened { dataset, skipped, warnings } = data::open(&args.data, Part::Train, &open_options(args, side, labels))?;
     const SHOWN: usize = 5;
     if !skipped.is_empty() {
         say(&format!("{} unusable images skipped:", skipped.len()));
@@ -225,12 +302,15 @@ fn drive(
         say(&format!("going on from step {} of epoch {}", state.step, state.position.epoch));
     }
     let ended = run.train(stop)?;
-    learning_curve(&out.join("curve.png"), &metrics::read(out))?;
     match ended {
         Ended::Finished => export(&run.checkpoint()?)?,
         Ended::OutOfTime | Ended::Interrupted => {
             say(&format!("stopped; the checkpoint is in {}; add --resume to go on", out.display()));
         }
+    }
+    if let Err(error) = learning_curve(&out.join("curve.png"), &metrics::read(out)) {
+        // The run is worth more than its picture.
+        say(&format!("warning: no learning curve: {error:#}"));
     }
     Ok(ended)
 }

@@ -9,6 +9,7 @@
 //! | [`train`] | the loop: steps, validation, checkpoints, diary |
 //! | [`checkpoint`], [`metrics`], [`files`] | what a run leaves on the disk, and how it survives a crash |
 //! | [`predict`], [`evaluate`] | running a model over a data set; accuracy, calibration, routing |
+//! | [`compare`] | variants of one recipe over several seeds, as table and picture |
 //! | [`plot`] | the learning curve, and what pictures share |
 //! | [`store`] | artifacts in the layout that the server reads |
 //! | [`cli`], [`commands`] | from arguments to files |
@@ -19,6 +20,7 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;
+pub mod compare;
 pub mod data;
 pub mod evaluate;
 pub mod files;

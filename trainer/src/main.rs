@@ -36,6 +36,7 @@ fn run(cli: &Cli) -> Result<Ended> {
         Command::Init(args) => commands::init(args)?,
         Command::Train(args) => return commands::train(args, &*stop_on_signal()?),
         Command::Specialise(args) => return commands::specialise(args, &*stop_on_signal()?),
+        Command::Compare(args) => return commands::compare(args, &*stop_on_signal()?),
         Command::Export(args) => commands::export(args)?,
         Command::Evaluate(args) => commands::evaluate(args)?,
     }

@@ -106,7 +106,7 @@ fn chart(
         .y_label_area_size(52)
         .build_cartesian_2d(0.0..epochs.max(1e-9), 0.0..top.max(1e-9) * 1.05)
         .map_err(drawing)?;
-    chart.configure_mesh().x_desc("epoch").label_style((FONT, 13)).draw().map_err(drawing)?;
+    chart.configure_mesh().max_light_lines(1).x_desc("epoch").label_style((FONT, 13)).draw().map_err(drawing)?;
     for s in series.iter().filter(|s| !s.points.is_empty()) {
         let color = s.color;
         let line = LineSeries::new(s.points.iter().copied().filter(|p| p.1.is_finite()), color.stroke_width(2));

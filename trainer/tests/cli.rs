@@ -122,6 +122,21 @@ fn train_evaluate_and_specialise() {
 }
 
 #[test]
+fn compare_trains_variants_and_goes_on_after_an_interruption() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("study"));
+    let what = ["compare", "--data", text(&data), "--out", text(&out), "--preset", "tiny", "--seeds", "3"];
+    let compare = [&what[..], &["--variants", "butterfly,angles4,no-smoothness"], &FAST].concat();
+    succeed(&[&compare[..], &["--limit-seconds", "0"]].concat());
+    assert!(!out.join("table.md").exists());
+    let table = String::from_utf8(succeed(&compare).stdout).unwrap();
+    assert_eq!(table.lines().filter(|line| line.starts_with("| angles4 | 1 |")).count(), 2, "{table}");
+    let json: Value = serde_json::from_slice(&fs::read(out.join("table.json")).unwrap()).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 3);
+    assert!(out.join("butterfly-seed-3/curve.png").is_file() && out.join("accuracy-memory.png").is_file());
+}
+
+#[test]
 fn runs_are_not_overwritten_and_resume_only_as_they_were() {
     let root = tempfile::tempdir().unwrap();
     let (data, out) = (images(root.path()), root.path().join("run"));
@@ -173,6 +188,8 @@ fn init_writes_as_many_sets_as_asked_for() {
     assert!(first != second && set(2).len() == first.len());
     init(&[]);
     assert_eq!(set(0), first, "the same seed gives the same files");
+    let smaller = init(&["--experts", "2"]);
+    assert!(smaller.status.success() && set(0).len() < first.len());
     init(&["--seed", "9"]);
     assert_ne!(set(0), first);
 

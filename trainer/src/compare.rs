@@ -1,0 +1,254 @@
+//! One recipe, several variants of the model, several seeds: what each choice costs in accuracy and saves in memory.
+//!
+//! Every run is an ordinary run folder, `OUT/VARIANT-seed-N`, so an interrupted comparison goes on where it was, and a
+//! variant added later reuses what is there. Runs differ in nothing but the variant's own change and the seed.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use model_core::footprint::{paper_compression, runtime_compression};
+use plotters::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::files::write_atomically;
+use crate::plot::{FONT, drawing, png};
+use crate::recipe::Recipe;
+
+/// A change to the recipe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Variant {
+    /// The recipe as it is.
+    Butterfly,
+    /// Without the spatial smoothness loss.
+    NoSmoothness,
+    /// Two stages in both rotations.
+    Stages2,
+    /// Four stages in both rotations.
+    Stages4,
+    /// As many stages as the sizes allow.
+    StagesAll,
+    /// With an out rotation of four stages.
+    OutRotation,
+    /// 4-bit angle codes.
+    Angles4,
+    /// 6-bit angle codes.
+    Angles6,
+    /// 8-bit angle codes.
+    Angles8,
+    /// 16-bit angle codes.
+    Angles16,
+    /// 8-bit router codes.
+    Router8,
+    /// 16-bit router codes.
+    Router16,
+}
+
+impl Variant {
+    /// Changes the recipe.
+    pub fn apply(self, recipe: &mut Recipe) {
+        let (d_model, d_ff) = (recipe.model.backbone.d_model, recipe.model.backbone.d_ff);
+        let experts = &mut recipe.model.experts;
+        let mut stages = |most: u32| {
+            experts.stages_in = d_model.trailing_zeros().min(most) as usize;
+            experts.stages_hidden = d_ff.trailing_zeros().min(most) as usize;
+        };
+        match self {
+            Self::Butterfly => {}
+            Self::NoSmoothness => recipe.losses.smoothness = 0.0,
+            Self::Stages2 => stages(2),
+            Self::Stages4 => stages(4),
+            Self::StagesAll => stages(16),
+            Self::OutRotation => experts.stages_out = d_model.trailing_zeros().min(4) as usize,
+            Self::Angles4 => experts.angle_bits = 4,
+            Self::Angles6 => experts.angle_bits = 6,
+            Self::Angles8 => experts.angle_bits = 8,
+            Self::Angles16 => experts.angle_bits = 16,
+            Self::Router8 => experts.router_bits = 8,
+            Self::Router16 => experts.router_bits = 16,
+        }
+    }
+
+    /// As on the command line.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// What one run came to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The change.
+    pub variant: Variant,
+    /// The whole recipe with it.
+    pub recipe: Recipe,
+    /// Trained numbers.
+    pub parameters: usize,
+    /// On the test part, integer path.
+    pub top1: f64,
+    /// On the test part, integer path.
+    pub top5: f64,
+    /// Share of chosen experts that neighbouring patches have in common, on the test part.
+    pub routing_agreement: f64,
+    /// Training speed, over the whole run.
+    pub images_per_second: f64,
+}
+
+/// All runs of one variant.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// The change.
+    pub variant: Variant,
+    /// Number of runs.
+    pub seeds: usize,
+    /// Mean over seeds.
+    pub top1: f64,
+    /// Largest minus smallest.
+    pub top1_spread: f64,
+    /// Mean over seeds.
+    pub top5: f64,
+    /// Mean over seeds.
+    pub routing_agreement: f64,
+    /// Trained numbers.
+    pub parameters: usize,
+    /// Bytes of all feed-forward layers as the paper counts them.
+    pub paper_bytes: f64,
+    /// Bytes of all feed-forward layers at run time, everything counted.
+    pub runtime_bytes: f64,
+    /// Dense fp32 experts with router over `runtime_bytes`.
+    pub runtime_ratio: f64,
+    /// Mean over seeds.
+    pub images_per_second: f64,
+}
+
+/// Gathers outcomes by variant.
+pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
+    let variants: BTreeSet<Variant> = outcomes.iter().map(|outcome| outcome.variant).collect();
+    let row = |variant: Variant| {
+        let runs: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.variant == variant).collect();
+        let mean = |value: fn(&Outcome) -> f64| runs.iter().map(|run| value(run)).sum::<f64>() / runs.len() as f64;
+        let highest = runs.iter().map(|run| run.top1).fold(f64::MIN, f64::max);
+        let lowest = runs.iter().map(|run| run.top1).fold(f64::MAX, f64::min);
+        let model = &runs[0].recipe.model;
+        let layers = model.backbone.num_layers as f64;
+        let runtime = runtime_compression(&model.backbone, &model.experts);
+        Row {
+            variant,
+            seeds: runs.len(),
+            top1: mean(|run| run.top1),
+            top1_spread: highest - lowest,
+            top5: mean(|run| run.top5),
+            routing_agreement: mean(|run| run.routing_agreement),
+            parameters: runs[0].parameters,
+            paper_bytes: layers * paper_compression(&model.backbone, &model.experts).butterfly_bytes,
+            runtime_bytes: layers * runtime.butterfly_bytes,
+            runtime_ratio: runtime.ratio(),
+            images_per_second: mean(|run| run.images_per_second),
+        }
+    };
+    variants.into_iter().map(row).collect()
+}
+
+/// Writes `table.md`, `table.json` and `accuracy-memory.png` into `folder`, and returns the table.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
+    let rows = rows(outcomes);
+    let mut table = String::from(
+        "| variant | seeds | top-1 % | spread | top-5 % | neighbours agree % | parameters | feed-forward kB (paper) | \
+         feed-forward kB (all counted) | smaller than dense | images/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+    );
+    for row in &rows {
+        writeln!(
+            table,
+            "| {} | {} | {:.2} | {:.2} | {:.2} | {:.1} | {} | {:.1} | {:.1} | {:.0}x | {:.0} |",
+            row.variant.name(),
+            row.seeds,
+            100.0 * row.top1,
+            100.0 * row.top1_spread,
+            100.0 * row.top5,
+            100.0 * row.routing_agreement,
+            row.parameters,
+            row.paper_bytes / 1e3,
+            row.runtime_bytes / 1e3,
+            row.runtime_ratio,
+            row.images_per_second
+        )
+        .context("formatting the table")?;
+    }
+    write_atomically(&folder.join("table.md"), table.as_bytes())?;
+    write_atomically(&folder.join("table.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
+    picture(&folder.join("accuracy-memory.png"), &rows)?;
+    Ok(table)
+}
+
+/// Accuracy against the memory of the feed-forward layers, everything counted.
+fn picture(path: &Path, rows: &[Row]) -> Result<()> {
+    let points: Vec<(f64, f64, String)> =
+        rows.iter().map(|row| (row.runtime_bytes / 1e3, 100.0 * row.top1, row.variant.name())).collect();
+    let range = |value: fn(&(f64, f64, String)) -> f64, margin: f64| {
+        let low = points.iter().map(value).fold(f64::MAX, f64::min);
+        let high = points.iter().map(value).fold(f64::MIN, f64::max);
+        (low - margin)..(high + margin)
+    };
+    let widest = points.iter().map(|p| p.0).fold(0.0, f64::max);
+    png(path, (900, 600), |root| {
+        let mut chart = ChartBuilder::on(root)
+            .margin(16)
+            .caption("test accuracy against feed-forward memory", (FONT, 18))
+            .x_label_area_size(40)
+            .y_label_area_size(52)
+            .build_cartesian_2d(range(|p| p.0, 0.15 * widest), range(|p| p.1, 2.0))
+            .map_err(drawing)?;
+        let mut mesh = chart.configure_mesh();
+        mesh.max_light_lines(1).x_desc("kB, everything counted").y_desc("top-1 %").label_style((FONT, 13));
+        mesh.draw().map_err(drawing)?;
+        let dots = points.iter().map(|(x, y, name)| {
+            let text = Text::new(name.clone(), (8, -6), (FONT, 13));
+            EmptyElement::at((*x, *y)) + Circle::new((0, 0), 4, BLUE.filled()) + text
+        });
+        chart.draw_series(dots).map_err(drawing)?;
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model_core::config::ViTConfig;
+
+    #[test]
+    fn every_variant_is_a_valid_recipe_and_changes_what_it_says() {
+        let base = Recipe::scratch(ViTConfig::preset("cifar").unwrap());
+        for &variant in Variant::value_variants() {
+            let mut recipe = base.clone();
+            variant.apply(&mut recipe);
+            recipe.validate().unwrap_or_else(|error| panic!("{}: {error}", variant.name()));
+        }
+        let mut recipe = base.clone();
+        Variant::StagesAll.apply(&mut recipe);
+        assert_eq!(1 << recipe.model.experts.stages_in, base.model.backbone.d_model);
+    }
+
+    #[test]
+    fn rows_average_over_seeds() {
+        let outcome = |variant: Variant, top1| {
+            let mut recipe = Recipe::scratch(ViTConfig::preset("tiny").unwrap());
+            variant.apply(&mut recipe);
+            Outcome { variant, recipe, parameters: 7, top1, top5: 0.9, routing_agreement: 0.5, images_per_second: 10.0 }
+        };
+        let outcomes =
+            [outcome(Variant::Butterfly, 0.5), outcome(Variant::Angles4, 0.25), outcome(Variant::Butterfly, 0.75)];
+        let rows = rows(&outcomes);
+        assert_eq!((rows[0].seeds, rows[0].top1, rows[0].top1_spread), (2, 0.625, 0.25));
+        assert!(rows[1].runtime_bytes < rows[0].runtime_bytes);
+        let folder = tempfile::tempdir().unwrap();
+        let table = write(folder.path(), &outcomes).unwrap();
+        assert!(table.contains("| butterfly | 2 | 62.50 | 25.00 |"), "{table}");
+        assert!(folder.path().join("accuracy-memory.png").is_file());
+    }
+}
