@@ -2,35 +2,15 @@
 //! than the file justifies. A binary of its own, because it counts allocations.
 
 mod common;
+#[path = "common/counting.rs"]
+mod counting;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use common::{Files, files, minute_config};
+use counting::{Counting, measure};
 use model_core::artifact::{read_backbone, read_expert_set};
 use proptest::prelude::*;
-
-/// Counts the bytes that are allocated, and their peak.
-struct Counting;
-
-static CURRENT: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is handed on to `System` unchanged; the counters do not touch the memory.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(CURRENT.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: the caller's promises are those `System` asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        CURRENT.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -44,11 +24,8 @@ const BYTES_PER_FILE_BYTE: usize = 96;
 
 /// Reads `bytes` as either kind; `true` when one of them loads. Whatever loads is finite by `ArtifactError::Value`.
 fn reads(bytes: &[u8]) -> bool {
-    let before = CURRENT.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    let backbone = read_backbone(bytes);
-    let set = read_expert_set(bytes);
-    let peak = PEAK.load(Relaxed).saturating_sub(before);
+    let taken = measure(|| (read_backbone(bytes), read_expert_set(bytes)));
+    let ((backbone, set), peak) = (taken.result, taken.peak);
     let allowed = 4096 + BYTES_PER_FILE_BYTE * bytes.len();
     assert!(peak <= allowed, "{peak} bytes allocated for a file of {}", bytes.len());
     if let Ok(set) = &set {

@@ -1,32 +1,13 @@
 //! The memory that a decoding is said to need bounds what it takes. A binary of its own, because it counts allocations.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::io::Cursor;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+#[path = "common/counting.rs"]
+mod counting;
 
+use std::io::Cursor;
+
+use counting::{Counting, Taken, measure};
 use image::{DynamicImage, ImageFormat, RgbImage};
 use model_core::image::{DecodeLimits, decode, probe};
-
-/// Counts the bytes that are allocated, and their peak.
-struct Counting;
-
-static CURRENT: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is handed on to `System` unchanged; the counters do not touch the memory.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(CURRENT.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: the caller's promises are those `System` asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        CURRENT.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -39,21 +20,6 @@ fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Vec::new();
     image.write_to(&mut Cursor::new(&mut bytes), format).unwrap();
     bytes
-}
-
-/// Bytes a decoding and a probing of `bytes` held at their peak, and the bound that was promised.
-fn measure(bytes: &[u8]) -> (usize, usize, u64) {
-    let peak_of = |run: &dyn Fn()| {
-        let before = CURRENT.load(Relaxed);
-        PEAK.store(before, Relaxed);
-        run();
-        PEAK.load(Relaxed) - before
-    };
-    let limits = DecodeLimits::default();
-    let bound = probe(bytes, &limits).unwrap().decode_bytes_upper_bound;
-    let decoding = peak_of(&|| drop(decode(bytes, &limits).unwrap()));
-    let probing = peak_of(&|| assert!(probe(bytes, &limits).is_ok()));
-    (decoding, probing, bound)
 }
 
 #[test]
@@ -83,7 +49,10 @@ fn decoding_takes_no_more_memory_than_its_bound() {
     case("rgba 16", &rgba16, ImageFormat::Png);
 
     for (name, bytes) in cases {
-        let (decoding, probing, bound) = measure(&bytes);
+        let limits = DecodeLimits::default();
+        let decoding = measure(|| decode(&bytes, &limits).unwrap()).peak;
+        let Taken { result, peak: probing, .. } = measure(|| probe(&bytes, &limits).unwrap());
+        let bound = result.decode_bytes_upper_bound;
         eprintln!("{name}: file {}, peak {decoding}, probing {probing}, bound {bound}", bytes.len());
         assert!(decoding as u64 <= bound, "{name}: {decoding} bytes, but the bound says {bound}");
         // A header may be followed by nothing, so reading it must not cost what an image costs.
