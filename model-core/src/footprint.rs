@@ -11,25 +11,31 @@ use serde::Serialize;
 
 use crate::artifact::{Contents, Encoding, TensorSize};
 use crate::config::{BackboneConfig, ExpertConfig, ViTConfig};
+use crate::kernels::dense;
 
 const F32_BYTES: u64 = 4;
 
-/// Rows, and for integer products also columns, that the engine pads a matrix to: see `kernels/gemm`.
-const PANEL: u64 = 16;
+/// Rows and columns that an integer matrix is padded to: see `kernels/gemm`.
+const INTEGER_PANEL: u64 = 16;
+/// Rows that a f32 matrix and a router are padded to.
+const FLOAT_PANEL: u64 = dense::PANEL as u64;
 
 /// Bytes of a tensor as the engine packs it: substrates at two bits a weight, attention's weights as int8 with a scale
 /// per row, angle and router codes at their own width, everything else f32.
 fn resident_bytes(tensor: &TensorSize) -> u64 {
     let (elements, rows) = (tensor.elements as u64, tensor.rows as u64);
     let cols = elements / rows.max(1);
-    let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
-    let is_int8 = tensor.name.contains(".attention.") && tensor.name.ends_with(".weight");
+    let integer_matrix = || rows.next_multiple_of(INTEGER_PANEL) * cols.next_multiple_of(INTEGER_PANEL);
+    let is_weight = tensor.name.ends_with(".weight");
     match tensor.encoding {
-        Encoding::Float if is_int8 => padded_rows * (padded_cols + F32_BYTES),
+        Encoding::Float if is_weight && tensor.name.contains(".attention.") => {
+            integer_matrix() + rows.next_multiple_of(INTEGER_PANEL) * F32_BYTES
+        }
+        Encoding::Float if is_weight => rows.next_multiple_of(FLOAT_PANEL) * cols * F32_BYTES,
         Encoding::Float => elements * F32_BYTES,
-        Encoding::Ternary => padded_rows * padded_cols / 4,
+        Encoding::Ternary => integer_matrix() / 4,
         Encoding::Codes(bits) => elements * u64::from(bits) / 8,
-        Encoding::Signed(bits) => padded_rows * cols * u64::from(bits) / 8,
+        Encoding::Signed(bits) => rows.next_multiple_of(FLOAT_PANEL) * cols * u64::from(bits) / 8,
     }
 }
 
@@ -137,14 +143,14 @@ impl LayerBytes {
     pub fn resident(backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
         let (d_model, d_ff) = (backbone.d_model as u64, backbone.d_ff as u64);
         let num_experts = experts.num_experts as u64;
-        let (padded_model, padded_ff) = (d_model.next_multiple_of(PANEL), d_ff.next_multiple_of(PANEL));
+        let (padded_model, padded_ff) = (d_model.next_multiple_of(INTEGER_PANEL), d_ff.next_multiple_of(INTEGER_PANEL));
         let angles = num_experts * experts.angles_per_expert(backbone) as u64;
         let router_row = d_model * u64::from(experts.router_bits) / 8 + F32_BYTES;
         Self {
             substrates: 2 * padded_model * padded_ff / 4,
             scales: (padded_model + padded_ff) * F32_BYTES,
             angles: angles * u64::from(experts.angle_bits) / 8,
-            router: num_experts.next_multiple_of(PANEL) * router_row,
+            router: num_experts.next_multiple_of(FLOAT_PANEL) * router_row,
         }
     }
 

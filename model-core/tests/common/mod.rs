@@ -1,5 +1,7 @@
 //! Small models with random weights, for the tests of this folder.
 
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
 use model_core::artifact::{Digest, read_backbone, write_backbone, write_expert_set};
 use model_core::config::{BackboneConfig, ExpertConfig, StemLayer, ViTConfig};
 use model_core::image::Preprocess;
