@@ -52,8 +52,8 @@ pub(super) const K_BLOCK: usize = 16;
 /// Most rows of a tile, over all micro-kernels.
 const MAX_TILE_ROWS: usize = 16;
 
-/// Panels whose sums are collected before they are written, so that a row of the output is written in runs of whole
-/// cache lines; rows of it are often a multiple of 4096 bytes apart, which share one set of the L1 cache.
+/// Panels whose sums are collected before they are written, so that a row of the output is written in runs of several
+/// cache lines, and what is known per row is looked up once per run.
 const GROUP: usize = 4;
 
 /// The i32 sums of a tile. Micro-kernels write all 16 columns of the rows that the tile has.
@@ -275,8 +275,9 @@ impl Sums<'_> {
     fn panel(&self, p: usize) -> [i32; PANEL] {
         let mut dots = self.acc[p][self.row];
         for dot in &mut dots {
-            // Wrapping: the stored sum and the correction may each pass 2^31; their difference never does.
-            *dot = dot.wrapping_sub(self.correction);
+            // With k at most 2^16, |dot| is at most 2^16 * 255 * 128 and |correction| half of that; the difference is
+            // the true sum, at most 2^16 * 127 * 128. All are below 2^31.
+            *dot -= self.correction;
         }
         dots
     }
