@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
 use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
@@ -20,7 +21,7 @@ use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::evaluate::{Report, Tally, confusion_picture};
 use crate::metrics;
 use crate::plot::learning_curve;
-use crate::predict::{Candle, Predictor, for_each_shard};
+use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe};
 use crate::store::{Store, load_backbone, load_set};
 use crate::train::{Ended, Run, Settings, averaged};
@@ -157,8 +158,11 @@ fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, thread
     let state = &checkpoint.state;
     let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
     let (backbone, set) = vit.to_weights(&state.labels)?;
-    let (model, _) = integer_path(&backbone, &set)?;
-    let scores = measure(&*model, &state.recipe.model, test, test.len(), &state.preprocess, threads)?.scores();
+    let backbone = read_backbone(&write_backbone("run", &backbone, &state.preprocess, &Value::Null)?)?;
+    let bound_to = (&backbone.weights.config, backbone.digest);
+    let set = read_expert_set(&write_expert_set("run", &set, bound_to, &Value::Null)?)?;
+    let model = Integer::new(&backbone, &set)?;
+    let scores = measure(&model, &state.recipe.model, test, test.len(), &state.preprocess, threads)?.scores();
     Ok(Outcome {
         variant,
         recipe: state.recipe.clone(),
@@ -223,7 +227,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         let vit = ViT::from_weights(&backbone.weights, &set.weights)?.freeze(|_| true)?;
         (Box::new(Candle { vit, quantizers: Quantizers::NONE }), "float")
     } else {
-        integer_path(&backbone.weights, &set.weights)?
+        (Box::new(Integer::new(&backbone, &set)?), "integer")
     };
     let count = args.limit.unwrap_or(usize::MAX);
     let started = Instant::now();
@@ -234,16 +238,6 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     }
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
     print(&text)
-}
-
-/// The forward pass that serves.
-fn integer_path(
-    backbone: &model_core::weights::BackboneWeights,
-    set: &model_core::weights::ExpertSetWeights,
-) -> Result<(Box<dyn Predictor>, &'static str)> {
-    let vit = ViT::from_weights(backbone, set)?.freeze(|_| true)?;
-    let quantizers = Quantizers { activations: model_core::ops::Activations::Int8, ..Quantizers::NONE };
-    Ok((Box::new(Candle { vit, quantizers }), "integer"))
 }
 
 /// Opens the images with the label column whose names are the expert set's.

@@ -1,11 +1,14 @@
 //! Running a model over a data set, shard by shard on several threads.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
 use model_core::image::Preprocess;
+use model_core::kernels::Isa;
+use model_core::model::{Backbone, ExpertSet, Row, Session};
 use model_core::vit::{Quantizers, ViT};
 
 use crate::data::Dataset;
@@ -46,6 +49,59 @@ impl Predictor for Candle {
             logits: output.logits.flatten_all()?.to_vec1()?,
             experts: output.routing.iter().map(|routing| routing.experts.to_vec()).collect(),
         })
+    }
+}
+
+/// The integer engine, which is what serves.
+#[derive(Debug)]
+pub struct Integer {
+    backbone: Arc<Backbone>,
+    set: ExpertSet,
+    /// Choices of one image in one layer.
+    choices: usize,
+    /// Scratch that no thread is using at the moment.
+    idle: Mutex<Vec<Session>>,
+}
+
+impl Integer {
+    /// Packs artifacts for this CPU.
+    ///
+    /// # Errors
+    /// When they do not belong together.
+    pub fn new(backbone: &BackboneArtifact, set: &ExpertSetArtifact) -> Result<Self> {
+        set.check_backbone(&backbone.weights.config, backbone.digest)?;
+        let choices = backbone.weights.config.num_tokens() * set.weights.config.top_k;
+        let BackboneArtifact { name, weights, preprocess, digest, .. } = backbone;
+        let backbone = Backbone::from_weights(name.clone(), weights, preprocess.clone(), *digest, Isa::from_env()?)?;
+        let set = ExpertSet::from_weights(set.name.clone(), set.weights.clone(), set.digest, &backbone)?;
+        Ok(Self { backbone: Arc::new(backbone), set, choices, idle: Mutex::new(Vec::new()) })
+    }
+}
+
+impl Predictor for Integer {
+    fn predict(&self, pixels: Vec<f32>, len: usize) -> Result<Prediction> {
+        let idle = self.idle.lock().expect("nobody panics while holding the list").pop();
+        let mut session = match idle {
+            Some(session) if session.max_batch() >= len => session,
+            _ => Session::new(&self.backbone, len.max(SHARD), 1),
+        };
+        let (classes, layers) = (self.set.labels().len(), self.backbone.config().num_layers);
+        let mut logits = vec![0.0; len * classes];
+        let mut routing = vec![0; len * layers * self.choices];
+        let outputs = logits.chunks_exact_mut(classes).zip(routing.chunks_exact_mut(layers * self.choices));
+        let mut rows: Vec<Row<'_>> = pixels
+            .chunks_exact(self.backbone.pixels_len())
+            .zip(outputs)
+            .map(|(pixels, (logits, routing))| Row { set: &self.set, pixels, logits, routing: Some(routing) })
+            .collect();
+        session.forward(&mut rows)?;
+        self.idle.lock().expect("nobody panics while holding the list").push(session);
+        // From image by image to layer by layer.
+        let of_layer = |layer: usize| {
+            let images = routing.chunks_exact(layers * self.choices);
+            images.flat_map(|image| &image[layer * self.choices..][..self.choices]).copied().collect()
+        };
+        Ok(Prediction { experts: (0..layers).map(of_layer).collect(), logits })
     }
 }
 
@@ -92,4 +148,53 @@ pub fn for_each_shard(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
+    use model_core::config::ViTConfig;
+    use serde_json::Value;
+
+    #[test]
+    fn both_paths_agree_on_logits_and_routing() {
+        let labels: Vec<String> = (0..5).map(|class| class.to_string()).collect();
+        let (backbone, set) = ViT::init(&ViTConfig::preset("tiny").unwrap(), 4).unwrap().to_weights(&labels).unwrap();
+        let bytes = write_backbone("b", &backbone, &Preprocess::default(), &Value::Null).unwrap();
+        let backbone = read_backbone(&bytes).unwrap();
+        let bytes = write_expert_set("s", &set, (&backbone.weights.config, backbone.digest), &Value::Null).unwrap();
+        let set = read_expert_set(&bytes).unwrap();
+        let vit = ViT::from_weights(&backbone.weights, &set.weights).unwrap().freeze(|_| true).unwrap();
+        let float = Candle { vit, quantizers: Quantizers::NONE };
+        let integer = Integer::new(&backbone, &set).unwrap();
+
+        let dataset = Dataset {
+            images: (0..70 * 192).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 9) as u8).collect(),
+            side: 8,
+            labels: vec![0; 70],
+            class_names: labels,
+        };
+        let indices: Vec<u32> = (0..70).rev().collect();
+        let answers = |model: &dyn Predictor, threads| {
+            let (mut logits, mut experts, mut order) = (Vec::new(), Vec::new(), Vec::new());
+            let mut take = |shard: &[u32], answer: Prediction| {
+                order.extend_from_slice(shard);
+                logits.extend(answer.logits);
+                experts.extend(answer.experts[1].clone());
+            };
+            for_each_shard(model, &dataset, &indices, &backbone.preprocess, threads, &mut take).unwrap();
+            assert_eq!(order, indices);
+            (logits, experts)
+        };
+        let (exact, exact_experts) = answers(&float, 1);
+        let (logits, experts) = answers(&integer, 1);
+        assert_eq!(answers(&integer, 3), (logits.clone(), experts.clone()));
+        let error: f32 = logits.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum();
+        let norm: f32 = exact.iter().map(|v| v.powi(2)).sum();
+        // Eight-bit activations are good for about a percent; a wrong layout would be off by all of it.
+        assert!(error.sqrt() < 0.05 * norm.sqrt(), "relative error {}", (error / norm).sqrt());
+        let same = experts.iter().zip(&exact_experts).filter(|(a, b)| a == b).count();
+        assert!(same * 10 > experts.len() * 9, "{same} of {}", experts.len());
+    }
 }
