@@ -1,0 +1,70 @@
+//! A forward allocates nothing once its session is warm. Alone in its binary: the allocator counts for the process.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use model_core::artifact::Digest;
+use model_core::config::{ExpertConfig, ViTConfig};
+use model_core::image::Preprocess;
+use model_core::kernels::Isa;
+use model_core::model::{Backbone, ExpertSet, Row, Session};
+use model_core::vit::ViT;
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is handed on to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps the contract of `dealloc`.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_warm_forward_allocates_nothing() {
+    let config = ViTConfig::preset("tiny").unwrap();
+    let build = |experts: ExpertConfig| {
+        let config = ViTConfig { experts, ..config.clone() };
+        let labels: Vec<_> = (0..config.num_classes).map(|i| i.to_string()).collect();
+        ViT::init(&config, 1).unwrap().to_weights(&labels).unwrap()
+    };
+    let without_out = ExpertConfig { stages_out: 0, num_experts: 100, top_k: 5, ..config.experts.clone() };
+    let (weights, set) = build(config.experts.clone());
+    let (_, other) = build(without_out);
+    let digest = Digest::of("", &[]);
+    for isa in Isa::available() {
+        for threads in [1, 2] {
+            let backbone = Backbone::from_weights("b".into(), &weights, Preprocess::default(), digest, isa).unwrap();
+            let backbone = Arc::new(backbone);
+            let sets =
+                [&set, &other].map(|set| ExpertSet::from_weights("s".into(), set.clone(), digest, &backbone).unwrap());
+            let mut session = Session::new(&backbone, 4, threads);
+            let pixels = vec![0.5; backbone.pixels_len()];
+            let mut logits = [[0.0; 5]; 4];
+            let mut rows: Vec<_> = logits
+                .iter_mut()
+                .zip(sets.iter().cycle())
+                .map(|(logits, set)| Row { set, pixels: &pixels, logits, routing: None })
+                .collect();
+            session.forward(&mut rows).unwrap();
+            let (bytes, before) = (session.resident_bytes(), ALLOCATIONS.load(Ordering::Relaxed));
+            for count in [4, 1, 3, 4] {
+                session.forward(&mut rows[..count]).unwrap();
+            }
+            let after = ALLOCATIONS.load(Ordering::Relaxed);
+            assert_eq!((after - before, session.resident_bytes()), (0, bytes), "{isa}, {threads} threads");
+        }
+    }
+}
