@@ -34,5 +34,3 @@ pub mod serve;
 pub mod state;
 pub mod store;
 pub mod units;
-#[allow(missing_docs, reason = "temporary")]
-pub mod engine_stub;

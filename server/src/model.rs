@@ -9,7 +9,7 @@ use model_core::footprint::Footprint;
 use model_core::image::{Preprocess, RgbImage};
 use serde::Serialize;
 
-use crate::engine_stub::{Backbone, ExpertSet, Session};
+use model_core::model::{self, Backbone, ExpertSet, Session};
 use crate::metrics::Metrics;
 use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
 
@@ -109,7 +109,7 @@ impl LoadedBackbone {
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
         let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
-            .map(|(row, (logits, routing))| crate::engine_stub::Row {
+            .map(|(row, (logits, routing))| model::Row {
                 set: &row.set.set,
                 pixels: row.pixels,
                 logits,
