@@ -285,7 +285,8 @@ pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, 
 impl ServeArgs {
     /// Flags that make no sense are refused at start, not discovered under load.
     fn validate(&self) -> Result<(), clap::Error> {
-        let LimitArgs { max_body, body_memory, max_pixels, max_images, max_requests, max_connections, .. } = self.limits;
+        let LimitArgs { max_body, body_memory, max_pixels, max_images, max_requests, max_connections, .. } =
+            self.limits;
         let PipelineArgs { queue_images, max_batch, .. } = self.pipeline;
         let positive: [(&str, u64); 8] = [
             ("--max-body", max_body.0 as u64),

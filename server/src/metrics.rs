@@ -8,17 +8,16 @@ use std::sync::Mutex;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::error::ErrorCode;
 use crate::registry::Kind;
 
 /// Buckets in seconds for durations seen by clients: from fast hosts to the longest timeout.
-const DURATION_BUCKETS: &[f64] = &[
-    0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-];
+const DURATION_BUCKETS: &[f64] =
+    &[0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 /// Buckets for batch sizes and the like.
 const COUNT_BUCKETS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0];
 /// Stands for names that are not registered: labels made by clients would grow memory without end.
@@ -140,10 +139,7 @@ impl SetMetrics {
                 &["reason"],
             )?,
             hits: IntCounter::new("bvit_set_hits_total", "Requests whose expert set was resident.")?,
-            misses: IntCounter::new(
-                "bvit_set_misses_total",
-                "Requests whose expert set had to be loaded first.",
-            )?,
+            misses: IntCounter::new("bvit_set_misses_total", "Requests whose expert set had to be loaded first.")?,
         };
         for result in ["ok", "error"] {
             metrics.loads.with_label_values(&[result]);

@@ -9,9 +9,9 @@ use model_core::footprint::Footprint;
 use model_core::image::{Preprocess, RgbImage};
 use serde::Serialize;
 
-use model_core::model::{self, Backbone, ExpertSet, Session};
 use crate::metrics::Metrics;
 use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
+use model_core::model::{self, Backbone, ExpertSet, Session};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -104,7 +104,12 @@ impl LoadedBackbone {
     ///
     /// # Errors
     /// A sentence for the log.
-    pub fn forward(&self, thread: usize, rows: &[Row<'_>], metrics: Option<&Metrics>) -> Result<Vec<RowOutput>, String> {
+    pub fn forward(
+        &self,
+        thread: usize,
+        rows: &[Row<'_>],
+        metrics: Option<&Metrics>,
+    ) -> Result<Vec<RowOutput>, String> {
         let session = self.sessions.get(thread).ok_or_else(|| format!("there is no scratch for thread {thread}"))?;
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
@@ -196,7 +201,11 @@ impl Source for ArtifactSource {
         Ok(Loaded { bytes: backbone.resident_bytes(), scratch, value: LoadedBackbone { backbone, sessions } })
     }
 
-    fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<LoadedBackbone>) -> Result<Loaded<LoadedSet>, String> {
+    fn load_set(
+        &self,
+        descriptor: &SetDescriptor,
+        backbone: &Arc<LoadedBackbone>,
+    ) -> Result<Loaded<LoadedSet>, String> {
         self.load_set_on(descriptor, backbone)
     }
 }

@@ -46,13 +46,21 @@ const START_WAIT: Duration = Duration::from_secs(60);
 /// A sentence that names what keeps it from starting.
 pub fn run(args: &ServeArgs) -> Result<(), String> {
     logging::init(&args.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
     runtime.block_on(async {
         let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
         let shutdown = shutdown_signal()?;
         let app = start(args).await?;
-        serve(listener, app, args.limits.max_connections, args.limits.header_timeout, args.limits.drain_timeout, shutdown)
-            .await;
+        serve(
+            listener,
+            app,
+            args.limits.max_connections,
+            args.limits.header_timeout,
+            args.limits.drain_timeout,
+            shutdown,
+        )
+        .await;
         Ok(())
     })
 }

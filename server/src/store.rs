@@ -30,7 +30,8 @@ pub struct Broken {
 impl Broken {
     /// The file's place within its folder, without telling clients where the store is.
     pub fn file_name(&self) -> String {
-        let parts: Vec<_> = self.path.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect();
+        let parts: Vec<_> =
+            self.path.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect();
         parts.into_iter().rev().collect::<Vec<_>>().join("/")
     }
 }
@@ -101,7 +102,8 @@ pub fn scan(root: &Path) -> Result<Contents, String> {
 /// When its folder cannot be read.
 pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> Result<(), String> {
     for path in artifacts(&root.join("expert-sets").join(name))? {
-        let described = version_of(&path).and_then(|version| describe_set(name, version, &Location::File(path.clone())));
+        let described =
+            version_of(&path).and_then(|version| describe_set(name, version, &Location::File(path.clone())));
         match described {
             Ok(set) => contents.sets.push(set),
             Err(reason) => contents.broken.push(Broken { path, reason }),
@@ -116,8 +118,7 @@ pub fn set_path(root: &Path, name: &str, version: u64) -> PathBuf {
 }
 
 /// What a name must look like, as a sentence.
-pub const NAME_RULE: &str =
-    "a name has 1 to 200 letters, digits, `-`, `_` or `.`, and does not start with a dot";
+pub const NAME_RULE: &str = "a name has 1 to 200 letters, digits, `-`, `_` or `.`, and does not start with a dot";
 
 fn name_of(path: &Path) -> Result<String, String> {
     let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|name| is_valid_name(name));
@@ -158,7 +159,8 @@ mod tests {
         for name in ["cifar100", "a", "Site-7_v2.1", &"x".repeat(MAX_NAME)] {
             assert!(is_valid_name(name), "{name}");
         }
-        for name in ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "a b", "blåbær", "a:b", &"x".repeat(MAX_NAME + 1)] {
+        for name in ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "a b", "blåbær", "a:b", &"x".repeat(MAX_NAME + 1)]
+        {
             assert!(!is_valid_name(name), "{name:?}");
         }
     }

@@ -51,8 +51,8 @@ fn find(models: &ModelArgs, set: Option<&str>) -> Result<(BackboneDescriptor, Se
         (None, None) => "the model store holds no expert set".to_owned(),
     })?;
     let backbone = contents.backbones.into_iter().find(|backbone| backbone.digest == found.backbone);
-    let backbone =
-        backbone.ok_or_else(|| format!("{}: bound to backbone {}, which is not here", found.location, found.backbone))?;
+    let backbone = backbone
+        .ok_or_else(|| format!("{}: bound to backbone {}, which is not here", found.location, found.backbone))?;
     Ok((backbone, found))
 }
 

@@ -27,7 +27,8 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, String> {
     };
     let mut out = std::io::stdout().lock();
     for (name, artifact) in &artifacts {
-        let printed = if args.json { print_json(&mut out, name, artifact) } else { print_text(&mut out, name, artifact) };
+        let printed =
+            if args.json { print_json(&mut out, name, artifact) } else { print_text(&mut out, name, artifact) };
         printed.map_err(|error| format!("standard output: {error}"))?;
     }
     Ok(ExitCode::SUCCESS)

@@ -97,9 +97,8 @@ pub fn require_user(app: &AppState, headers: &HeaderMap) -> Result<(), ApiError>
     if app.user_keys.is_empty() {
         return Ok(());
     }
-    let known = presented(headers).is_some_and(|key| {
-        app.user_keys.name_of(key).or_else(|| app.admin_keys.name_of(key)).is_some()
-    });
+    let known = presented(headers)
+        .is_some_and(|key| app.user_keys.name_of(key).or_else(|| app.admin_keys.name_of(key)).is_some());
     if known { Ok(()) } else { Err(missing_or_wrong(headers)) }
 }
 

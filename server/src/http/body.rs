@@ -70,9 +70,9 @@ async fn receive_limited(
     let mut permit = app.admission.body()?;
     let mut received = BytesMut::new();
     loop {
-        let frame = tokio::time::timeout_at(deadline, body.frame()).await.map_err(|_| {
-            ApiError::new(ErrorCode::DeadlineExceeded, "the request's body did not arrive in time")
-        })?;
+        let frame = tokio::time::timeout_at(deadline, body.frame())
+            .await
+            .map_err(|_| ApiError::new(ErrorCode::DeadlineExceeded, "the request's body did not arrive in time"))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| ApiError::invalid(format!("the request's body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };

@@ -262,7 +262,10 @@ async fn prepare(
         Image::Rgb(image) => app.decoder.fit(image, model.preprocess().clone(), side).await?,
         Image::Prepared(pixels) if pixels.len() == side * side * 3 => pixels,
         Image::Prepared(_) => {
-            return Err(ApiError::invalid(format!("expert set `{}` takes {side}x{side} pixels", lease.descriptor.name)));
+            return Err(ApiError::invalid(format!(
+                "expert set `{}` takes {side}x{side} pixels",
+                lease.descriptor.name
+            )));
         }
     };
     Ok((pixels, started.elapsed()))
@@ -317,7 +320,8 @@ pub fn predictions(logits: &[f32], labels: &[String], top_k: usize) -> Vec<Predi
     let mut order: Vec<usize> = (0..logits.len().min(labels.len())).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     order.truncate(top_k);
-    let prediction = |index: usize| Prediction { label: labels[index].clone(), score: exponentials[index] / sum, index };
+    let prediction =
+        |index: usize| Prediction { label: labels[index].clone(), score: exponentials[index] / sum, index };
     order.into_iter().map(prediction).collect()
 }
 
@@ -350,7 +354,8 @@ fn respond(answers: ImageAnswers, top_k: usize, is_batch: bool) -> Result<Respon
 /// The times of the image that took longest: what a batch's client waited for.
 fn slowest(images: &[Result<ImageAnswer, ApiError>]) -> Timings {
     let timings = images.iter().flatten().map(|answer| answer.timings);
-    timings.max_by(|a, b| (a.decode + a.queue + a.inference).total_cmp(&(b.decode + b.queue + b.inference)))
+    timings
+        .max_by(|a, b| (a.decode + a.queue + a.inference).total_cmp(&(b.decode + b.queue + b.inference)))
         .unwrap_or_default()
 }
 
@@ -359,8 +364,11 @@ pub fn answer_headers(headers: &mut HeaderMap, lease: &SetLease, timings: Timing
     let Timings { decode, queue, inference, total } = timings;
     let timing = format!("decode;dur={decode}, queue;dur={queue}, inference;dur={inference}, total;dur={total}");
     let descriptor = &lease.descriptor;
-    let values =
-        [(EXPERT_SET, descriptor.name.clone()), (EXPERT_SET_GENERATION, descriptor.generation()), (SERVER_TIMING, timing)];
+    let values = [
+        (EXPERT_SET, descriptor.name.clone()),
+        (EXPERT_SET_GENERATION, descriptor.generation()),
+        (SERVER_TIMING, timing),
+    ];
     // Set names are plain ASCII (`store::is_valid_name`), so no value is refused.
     headers.extend(values.into_iter().filter_map(|(name, value)| Some((name, HeaderValue::try_from(value).ok()?))));
 }

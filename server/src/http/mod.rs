@@ -25,8 +25,16 @@ use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
 
 /// Every route, as it appears in metrics.
-pub const ROUTES: [&str; 8] =
-    ["/classify", "/classify/{set}", "/health", "/v2/health/live", "/v2/health/ready", "/metrics", "/sets", "/sets/{name}"];
+pub const ROUTES: [&str; 8] = [
+    "/classify",
+    "/classify/{set}",
+    "/health",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/metrics",
+    "/sets",
+    "/sets/{name}",
+];
 
 /// Every route with what surrounds it.
 pub fn build_router(app: AppState) -> Router {
@@ -51,7 +59,10 @@ async fn unknown_route(uri: Uri) -> ApiError {
 }
 
 async fn wrong_method() -> ApiError {
-    ApiError::new(ErrorCode::MethodNotAllowed, "this path does not take this method; the Allow header has those it takes")
+    ApiError::new(
+        ErrorCode::MethodNotAllowed,
+        "this path does not take this method; the Allow header has those it takes",
+    )
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {

@@ -58,7 +58,9 @@ impl Decoder {
                 let permit = Arc::clone(&self.memory).acquire_many_owned(grains).await.map_err(ApiError::internal)?;
                 match self.attempt(encoded, preprocess, side, Some(permit)).await? {
                     Attempt::Done(result) => result,
-                    Attempt::NeedsMemory(_) => return Err(ApiError::internal("decode memory was granted but not used")),
+                    Attempt::NeedsMemory(_) => {
+                        return Err(ApiError::internal("decode memory was granted but not used"));
+                    }
                 }
             }
         };

@@ -63,7 +63,13 @@ pub enum Decision {
 
 /// The closing rule: a batch closes when it is full, when its oldest entry has waited long enough, or when no more
 /// entries will come. With `max_wait` zero that is as soon as a compute thread is free.
-pub fn decide(oldest: Option<Instant>, waiting: usize, closed: bool, settings: &QueueSettings, now: Instant) -> Decision {
+pub fn decide(
+    oldest: Option<Instant>,
+    waiting: usize,
+    closed: bool,
+    settings: &QueueSettings,
+    now: Instant,
+) -> Decision {
     let Some(oldest) = oldest else { return Decision::Sleep };
     let due = oldest + settings.max_wait;
     if closed || waiting >= settings.max_batch || due <= now { Decision::Close } else { Decision::WaitUntil(due) }
@@ -350,11 +356,14 @@ mod tests {
 
     #[test]
     fn many_threads_lose_and_repeat_nothing() {
-        let queue = Queue::new(QueueSettings { images: 10_000, bytes: usize::MAX, images_per_set: 10_000, ..settings() });
+        let roomy = QueueSettings { images: 10_000, bytes: usize::MAX, images_per_set: 10_000, ..settings() };
+        let queue: Queue<Image> = Queue::new(roomy);
         let takers: Vec<_> = (0..4)
             .map(|_| {
                 let queue = queue.clone();
-                std::thread::spawn(move || std::iter::from_fn(|| queue.next_batch()).flatten().map(|i| i.id).collect::<Vec<_>>())
+                std::thread::spawn(move || {
+                    std::iter::from_fn(|| queue.next_batch()).flatten().map(|i| i.id).collect::<Vec<_>>()
+                })
             })
             .collect();
         for id in 0..1000 {

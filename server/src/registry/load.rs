@@ -9,8 +9,8 @@ use tokio::sync::watch;
 
 use super::lru::{self, Usage};
 use super::{
-    Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetDescriptor, SetError, Slot,
-    Source, State, unknown,
+    Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetDescriptor,
+    SetError, Slot, Source, State, unknown,
 };
 
 /// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
@@ -38,11 +38,7 @@ impl<S: Source> Inner<S> {
     }
 
     /// Joins the load of `key`, or starts it. Must run inside a tokio runtime.
-    pub(super) fn start_load(
-        self: &Arc<Self>,
-        state: &mut State<S>,
-        key: &Key,
-    ) -> Result<LoadWatch<S>, SetError> {
+    pub(super) fn start_load(self: &Arc<Self>, state: &mut State<S>, key: &Key) -> Result<LoadWatch<S>, SetError> {
         state.load_ids += 1;
         let load_id = state.load_ids;
         let slot = state.slot_mut(key).ok_or_else(|| unknown(&key.name, Some(key.version)))?;
@@ -70,7 +66,8 @@ impl<S: Source> Inner<S> {
         let descriptor = self.current_descriptor(key, load_id).await?;
         let deadline = Instant::now() + self.settings.room_wait;
         let backbone = self.acquire_backbone(key, &descriptor.backbone, deadline).await?;
-        let mut memory = self.reserve(Kind::Sets, descriptor.resident_bytes, key, &descriptor.backbone, deadline).await?;
+        let mut memory =
+            self.reserve(Kind::Sets, descriptor.resident_bytes, key, &descriptor.backbone, deadline).await?;
         let (inner, source_descriptor, source_backbone) =
             (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
         let loaded = self.loader.run(move || inner.source.load_set(&source_descriptor, &source_backbone)).await;

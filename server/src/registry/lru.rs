@@ -81,8 +81,7 @@ mod tests {
     fn probation_goes_before_hot_and_old_before_new() {
         let mut hot_old = Usage::first(1);
         hot_old.touch(2);
-        let candidates =
-            vec![("hot", hot_old.order(), 10), ("new", (false, 9), 10), ("old", (false, 3), 10)];
+        let candidates = vec![("hot", hot_old.order(), 10), ("new", (false, 9), 10), ("old", (false, 3), 10)];
         assert_eq!(plan_eviction(0, candidates.clone()), Some(vec![]));
         assert_eq!(plan_eviction(10, candidates.clone()), Some(vec!["old"]));
         assert_eq!(plan_eviction(25, candidates.clone()), Some(vec!["old", "new", "hot"]));

@@ -398,11 +398,9 @@ impl<S: Source> Registry<S> {
             needed: settings.queue_bytes,
             available: settings.budget_bytes,
         })?;
-        let state =
-            State { names: BTreeMap::new(), backbones: HashMap::new(), tick: 0, load_ids: 0 };
+        let state = State { names: BTreeMap::new(), backbones: HashMap::new(), tick: 0, load_ids: 0 };
         let loader = BlockingPool::new(settings.load_threads);
-        let inner =
-            Inner { source, settings, ledger, state: Mutex::new(state), loader, metrics, _queue: queue };
+        let inner = Inner { source, settings, ledger, state: Mutex::new(state), loader, metrics, _queue: queue };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -418,12 +416,8 @@ impl<S: Source> Registry<S> {
 
     /// Makes a backbone known; one already known by that digest stays.
     pub fn register_backbone(&self, descriptor: BackboneDescriptor) {
-        let slot = BackboneSlot {
-            descriptor: Arc::new(descriptor),
-            keep: None,
-            resident: Weak::new(),
-            load: Arc::default(),
-        };
+        let slot =
+            BackboneSlot { descriptor: Arc::new(descriptor), keep: None, resident: Weak::new(), load: Arc::default() };
         self.inner.lock().backbones.entry(slot.descriptor.digest).or_insert(slot);
     }
 

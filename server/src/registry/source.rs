@@ -123,5 +123,6 @@ pub trait Source: Send + Sync + 'static {
     ///
     /// # Errors
     /// A sentence that names file and reason.
-    fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>) -> Result<Loaded<Self::Set>, String>;
+    fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>)
+    -> Result<Loaded<Self::Set>, String>;
 }

@@ -1,0 +1,422 @@
+//! The registry's guarantees, on models that cost nothing to make. The numbers are those of the serving contract.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use model_core::artifact::Digest;
+use proptest::prelude::*;
+
+use super::*;
+
+const WAIT: Duration = Duration::from_secs(5);
+
+/// A source whose sets are numbers: their size. It counts loads and can be told to be slow or to fail.
+#[derive(Default)]
+struct Fake {
+    loads: AtomicUsize,
+    failing: Mutex<HashMap<String, String>>,
+    slow: Mutex<HashMap<String, Duration>>,
+}
+
+impl Source for Fake {
+    type Backbone = ();
+    type Set = usize;
+
+    fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
+        let bytes = std::fs::read_to_string(location.to_string()).map_err(|error| error.to_string())?;
+        let size = bytes.trim().parse().map_err(|error| format!("{location}: {error}"))?;
+        Ok(SetDescriptor { location: location.clone(), stamp: location.stamp().unwrap(), ..set(name, version, size) })
+    }
+
+    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<()>, String> {
+        Ok(Loaded { value: (), bytes: descriptor.resident_bytes, scratch: 10 })
+    }
+
+    fn load_set(&self, descriptor: &SetDescriptor, _: &Arc<()>) -> Result<Loaded<usize>, String> {
+        self.loads.fetch_add(1, Ordering::SeqCst);
+        if let Some(&delay) = self.slow.lock().unwrap().get(&descriptor.name) {
+            std::thread::sleep(delay);
+        }
+        if let Some(reason) = self.failing.lock().unwrap().get(&descriptor.name) {
+            return Err(reason.clone());
+        }
+        Ok(Loaded { value: descriptor.resident_bytes, bytes: descriptor.resident_bytes, scratch: 0 })
+    }
+}
+
+fn digest(of: &str) -> Digest {
+    Digest::of(of, &[])
+}
+
+fn set(name: &str, version: u64, resident_bytes: usize) -> SetDescriptor {
+    SetDescriptor {
+        name: name.to_owned(),
+        version,
+        digest: digest(&format!("{name} {version} {resident_bytes}")),
+        backbone: digest("backbone"),
+        resident_bytes,
+        file_bytes: 1,
+        num_classes: 1,
+        location: Location::Embedded(&[]),
+        stamp: None,
+    }
+}
+
+fn backbone(name: &str) -> BackboneDescriptor {
+    BackboneDescriptor {
+        name: name.to_owned(),
+        digest: digest(name),
+        resident_bytes: 90,
+        image_size: 1,
+        location: Location::Embedded(&[]),
+    }
+}
+
+/// A registry whose backbone and scratch take 100 bytes, with `room` bytes left for sets.
+fn registry(room: usize, adjust: impl FnOnce(&mut Settings)) -> Registry<Fake> {
+    let mut settings = Settings {
+        budget_bytes: 100 + room,
+        room_wait: Duration::from_millis(200),
+        protect_unused: Duration::from_millis(50),
+        backoff: Duration::from_millis(50),
+        ..Settings::default()
+    };
+    adjust(&mut settings);
+    let registry = Registry::new(Fake::default(), settings, SetMetrics::new().unwrap()).unwrap();
+    registry.register_backbone(backbone("backbone"));
+    registry
+}
+
+/// Uses a set as a batch would.
+async fn serve(registry: &Registry<Fake>, name: &str) -> Result<u64, SetError> {
+    let lease = registry.acquire(name, None, WAIT).await?;
+    lease.mark_served();
+    Ok(lease.descriptor.version)
+}
+
+fn resident(registry: &Registry<Fake>, name: &str) -> bool {
+    registry.status(name).unwrap().iter().any(|status| status.state == SetState::Resident)
+}
+
+#[tokio::test]
+async fn guarantee_1_bytes_are_reserved_before_loading_and_never_exceed_the_budget() {
+    let registry = registry(100, |_| ());
+    for i in 0..10 {
+        registry.register(set(&format!("s{i}"), 1, 30)).unwrap();
+    }
+    for i in 0..10 {
+        serve(&registry, &format!("s{i}")).await.unwrap();
+        assert!(registry.budget().total() <= 200);
+    }
+    assert_eq!(registry.totals().resident, 3);
+}
+
+#[tokio::test]
+async fn guarantee_1_a_replacement_that_does_not_fit_beside_the_old_is_507_and_keeps_the_old() {
+    let registry = registry(100, |_| ());
+    registry.register(set("s", 1, 60)).unwrap();
+    serve(&registry, "s").await.unwrap();
+    registry.register(set("s", 2, 60)).unwrap();
+    assert!(matches!(registry.load("s", None, WAIT).await, Err(SetError::TooLarge { .. })));
+    assert_eq!(serve(&registry, "s").await, Ok(1));
+}
+
+#[tokio::test]
+async fn guarantee_2_a_lease_outlives_unload_and_holds_its_bytes() {
+    let registry = registry(100, |_| ());
+    registry.register(set("s", 1, 60)).unwrap();
+    let lease = registry.acquire("s", None, WAIT).await.unwrap();
+    registry.unload("s").unwrap();
+    assert_eq!((lease.value, registry.budget().used(Kind::Sets)), (60, 60));
+    drop(lease);
+    assert_eq!(registry.budget().used(Kind::Sets), 0);
+}
+
+#[tokio::test]
+async fn guarantee_3_pinned_and_used_sets_are_not_evicted_and_waiting_is_bounded() {
+    let registry = registry(100, |_| ());
+    for name in ["pinned", "used", "other"] {
+        registry.register(set(name, 1, 50)).unwrap();
+    }
+    registry.pin("pinned", WAIT).await.unwrap();
+    let used = registry.acquire("used", None, WAIT).await.unwrap();
+    assert_eq!(serve(&registry, "other").await, Err(SetError::NoRoom { name: "other".into() }));
+    assert!(resident(&registry, "pinned") && resident(&registry, "used"));
+    // A request that waits gets its room as soon as a lease ends.
+    let waiting = tokio::spawn({
+        let registry = registry.clone();
+        async move { serve(&registry, "other").await }
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    drop(used);
+    assert_eq!(waiting.await.unwrap(), Ok(1));
+    assert!(matches!(registry.unload("pinned"), Err(SetError::Conflict(_))));
+}
+
+#[tokio::test]
+async fn guarantee_3_two_sets_that_do_not_fit_together_both_get_answers() {
+    let registry = registry(60, |settings| settings.room_wait = WAIT);
+    registry.register(set("a", 1, 50)).unwrap();
+    registry.register(set("b", 1, 50)).unwrap();
+    let rounds = |name: &'static str| {
+        let registry = registry.clone();
+        tokio::spawn(async move {
+            for _ in 0..20 {
+                serve(&registry, name).await.unwrap();
+            }
+        })
+    };
+    let both = async { tokio::join!(rounds("a"), rounds("b")) };
+    let (a, b) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("no livelock");
+    a.unwrap();
+    b.unwrap();
+}
+
+#[tokio::test]
+async fn guarantee_4_many_requests_for_a_cold_set_cause_one_load() {
+    let registry = registry(100, |_| ());
+    registry.register(set("s", 1, 10)).unwrap();
+    registry.source().slow.lock().unwrap().insert("s".into(), Duration::from_millis(30));
+    let requests: Vec<_> = (0..50)
+        .map(|_| {
+            let registry = registry.clone();
+            tokio::spawn(async move { serve(&registry, "s").await })
+        })
+        .collect();
+    for request in requests {
+        assert_eq!(request.await.unwrap(), Ok(1));
+    }
+    assert_eq!(registry.source().loads.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn guarantee_5_a_slow_load_blocks_no_other() {
+    let registry = registry(100, |_| ());
+    for name in ["slow", "quick", "hot"] {
+        registry.register(set(name, 1, 10)).unwrap();
+    }
+    serve(&registry, "hot").await.unwrap();
+    registry.source().slow.lock().unwrap().insert("slow".into(), Duration::from_millis(500));
+    let started = Instant::now();
+    let slow = registry.acquire("slow", None, Duration::from_millis(10)).await;
+    assert_eq!(slow.err(), Some(SetError::StillLoading { name: "slow".into() }));
+    serve(&registry, "hot").await.unwrap();
+    serve(&registry, "quick").await.unwrap();
+    assert!(started.elapsed() < Duration::from_millis(450));
+}
+
+#[tokio::test]
+async fn guarantee_6_a_failed_load_keeps_the_old_version_and_is_remembered() {
+    let registry = registry(100, |_| ());
+    registry.register(set("s", 1, 10)).unwrap();
+    serve(&registry, "s").await.unwrap();
+    registry.register(set("s", 2, 10)).unwrap();
+    registry.source().failing.lock().unwrap().insert("s".into(), "torn".into());
+    assert!(matches!(registry.load("s", None, WAIT).await, Err(SetError::Failed { .. })));
+    assert_eq!(serve(&registry, "s").await, Ok(1));
+    let status = registry.status("s").unwrap();
+    assert_eq!(status[1].reason.as_deref(), Some("torn"));
+    assert!(status[0].ready);
+
+    registry.register(set("cold", 1, 10)).unwrap();
+    registry.source().failing.lock().unwrap().insert("cold".into(), "torn".into());
+    let loads = || registry.source().loads.load(Ordering::SeqCst);
+    assert!(serve(&registry, "cold").await.is_err());
+    let before = loads();
+    assert!(serve(&registry, "cold").await.is_err(), "refused at once");
+    assert_eq!(loads(), before);
+    registry.source().failing.lock().unwrap().clear();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    assert_eq!(serve(&registry, "cold").await, Ok(1), "tried again after the delay");
+}
+
+#[tokio::test]
+async fn guarantee_6_a_changed_file_clears_the_delay() {
+    let registry = registry(100, |settings| settings.backoff = Duration::from_secs(3600));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "10").unwrap();
+    let location = Location::File(file.path().to_owned());
+    registry.register(registry.source().describe_set("s", 1, &location).unwrap()).unwrap();
+    std::fs::write(file.path(), "broken").unwrap();
+    assert!(serve(&registry, "s").await.is_err());
+    assert!(serve(&registry, "s").await.is_err());
+    std::fs::write(file.path(), "20").unwrap();
+    assert_eq!(serve(&registry, "s").await, Ok(1));
+    assert_eq!(registry.budget().used(Kind::Sets), 20);
+}
+
+#[tokio::test]
+async fn guarantee_8_no_request_after_a_load_gets_an_older_generation() {
+    let registry = registry(40, |_| ());
+    registry.register(set("s", 1, 10)).unwrap();
+    serve(&registry, "s").await.unwrap();
+    registry.register(set("s", 2, 10)).unwrap();
+    let loaded = registry.load("s", None, WAIT).await.unwrap();
+    assert_eq!(loaded.descriptor.generation(), format!("s:2:{}", set("s", 2, 10).digest.short()));
+    drop(loaded);
+    assert_eq!(serve(&registry, "s").await, Ok(2));
+    // Neither an explicit request for the old version nor eviction of the new one brings the old one back.
+    registry.acquire("s", Some(1), WAIT).await.unwrap().mark_served();
+    registry.unload("s").unwrap();
+    registry.acquire("s", Some(1), WAIT).await.unwrap().mark_served();
+    assert_eq!(serve(&registry, "s").await, Ok(2));
+}
+
+#[tokio::test]
+async fn guarantee_9_registering_loads_nothing_and_foreign_sets_are_refused() {
+    let registry = registry(100, |_| ());
+    for i in 0..1000 {
+        registry.register(set(&format!("s{i}"), 1, 10)).unwrap();
+    }
+    assert_eq!((registry.totals().registered, registry.budget().total()), (1000, 0));
+    let foreign = SetDescriptor { backbone: digest("elsewhere"), ..set("f", 1, 10) };
+    assert!(matches!(registry.register(foreign), Err(SetError::NoBackbone { .. })));
+}
+
+#[tokio::test]
+async fn guarantee_10_one_sweep_does_not_flush_the_hot_sets() {
+    let registry = registry(200, |_| ());
+    for i in 0..300 {
+        registry.register(set(&format!("s{i}"), 1, 10)).unwrap();
+    }
+    for _ in 0..3 {
+        for hot in 0..10 {
+            serve(&registry, &format!("s{hot}")).await.unwrap();
+        }
+    }
+    for cold in 10..300 {
+        serve(&registry, &format!("s{cold}")).await.unwrap();
+    }
+    let kept = (0..10).filter(|hot| resident(&registry, &format!("s{hot}"))).count();
+    assert_eq!(kept, 10);
+    let metrics = &registry.inner.metrics;
+    assert_eq!((metrics.hits.get(), metrics.misses.get()), (20, 300));
+    assert_eq!(metrics.evictions.with_label_values(&["budget"]).get(), 280);
+}
+
+#[tokio::test]
+async fn backbones_leave_with_their_last_set_when_asked_and_make_room_when_idle() {
+    let dropping = registry(100, |settings| settings.drop_idle_backbones = true);
+    dropping.register(set("s", 1, 10)).unwrap();
+    serve(&dropping, "s").await.unwrap();
+    dropping.unload("s").unwrap();
+    assert_eq!(dropping.budget().total(), 0);
+
+    let keeping = registry(50, |_| ());
+    keeping.register_backbone(backbone("second"));
+    keeping.register(set("a", 1, 10)).unwrap();
+    keeping.register(SetDescriptor { backbone: digest("second"), ..set("b", 1, 10) }).unwrap();
+    for name in ["a", "b", "a", "b"] {
+        serve(&keeping, name).await.unwrap();
+        assert!(keeping.budget().total() <= 150);
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Serve(usize),
+    Hold(usize),
+    LetGo,
+    Load(usize),
+    Unload(usize),
+    Pin(usize),
+    Unpin(usize),
+    Replace(usize, usize),
+    Delete(usize),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let name = 0usize..6;
+    let step = prop_oneof![
+        4 => name.clone().prop_map(Step::Serve),
+        1 => name.clone().prop_map(Step::Hold),
+        1 => Just(Step::LetGo),
+        1 => name.clone().prop_map(Step::Load),
+        1 => name.clone().prop_map(Step::Unload),
+        1 => name.clone().prop_map(Step::Pin),
+        1 => name.clone().prop_map(Step::Unpin),
+        1 => (name.clone(), 1usize..120).prop_map(|(name, size)| Step::Replace(name, size)),
+        1 => name.prop_map(Step::Delete),
+    ];
+    prop::collection::vec(step, 0..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn no_sequence_of_calls_exceeds_the_budget_or_gets_stuck(steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let quick = Duration::from_millis(5);
+            let registry = registry(150, |settings| {
+                (settings.room_wait, settings.protect_unused, settings.backoff) = (quick, quick, quick);
+            });
+            let mut held = Vec::new();
+            let mut version = 1;
+            for step in steps {
+                let name = |i: usize| format!("s{i}");
+                let run = async {
+                    match step {
+                        Step::Serve(i) => drop(serve(&registry, &name(i)).await),
+                        Step::Hold(i) => held.extend(registry.acquire(&name(i), None, WAIT).await.ok()),
+                        Step::LetGo => drop(held.pop()),
+                        Step::Load(i) => drop(registry.load(&name(i), None, WAIT).await),
+                        Step::Unload(i) => drop(registry.unload(&name(i))),
+                        Step::Pin(i) => drop(registry.pin(&name(i), WAIT).await),
+                        Step::Unpin(i) => drop(registry.unpin(&name(i))),
+                        Step::Delete(i) => drop(registry.remove(&name(i), None)),
+                        Step::Replace(i, size) => {
+                            version += 1;
+                            registry.register(set(&name(i), version, size)).unwrap();
+                        }
+                    }
+                };
+                tokio::time::timeout(WAIT, run).await.expect("no call may get stuck");
+                let budget = registry.budget();
+                assert!(budget.total() <= budget.limit());
+            }
+            drop(held);
+            for name in registry.names() {
+                let _ = registry.unpin(&name);
+                registry.remove(&name, None).unwrap();
+            }
+            // Loads of deleted sets may still be ending.
+            for _ in 0..200 {
+                if registry.budget().used(Kind::Sets) == 0 {
+                    break;
+                }
+                tokio::time::sleep(quick).await;
+            }
+            assert_eq!(registry.budget().used(Kind::Sets), 0, "every byte comes back");
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_tasks_at_once_keep_the_budget_and_finish() {
+    let registry = registry(100, |settings| settings.room_wait = Duration::from_millis(50));
+    for i in 0..20 {
+        registry.register(set(&format!("s{i}"), 1, 5 + i)).unwrap();
+    }
+    let tasks: Vec<_> = (0..16usize)
+        .map(|task| {
+            let registry = registry.clone();
+            tokio::spawn(async move {
+                for round in 0..200 {
+                    let name = format!("s{}", (task * 7 + round * 3) % 20);
+                    let _ = serve(&registry, &name).await;
+                    if round % 17 == task % 17 {
+                        let _ = registry.unload(&name);
+                    }
+                    let budget = registry.budget();
+                    assert!(budget.total() <= budget.limit());
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        tokio::time::timeout(Duration::from_secs(30), task).await.expect("no deadlock").unwrap();
+    }
+}
