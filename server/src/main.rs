@@ -1,1 +1,40 @@
-fn main() {}
+//! Reads the command line and hands over.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use butterflyvit::config::{self, Command};
+use butterflyvit::{commands, serve};
+
+/// A wrong flag, or something that is needed at start is broken.
+const CANNOT_START: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = match config::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        // Help and version are "errors" of clap's that are no failure.
+        Err(error) if !error.use_stderr() => {
+            return if error.print().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
+        Err(error) => return refuse(config::one_line(&error)),
+    };
+    let result = match cli.command {
+        None => serve::run(&cli.serve),
+        Some(Command::Serve(args)) => serve::run(&args),
+        Some(Command::Classify(args)) => return finish(commands::classify::run(&args)),
+        Some(Command::Inspect(args)) => return finish(commands::inspect::run(&args)),
+        Some(Command::Healthcheck(args)) => return commands::healthcheck::run(&args),
+    };
+    finish(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn finish(result: Result<ExitCode, String>) -> ExitCode {
+    result.unwrap_or_else(refuse)
+}
+
+/// One line on standard error that names what is wrong.
+fn refuse(reason: String) -> ExitCode {
+    eprintln!("butterflyvit: {}", reason.replace('\n', " "));
+    ExitCode::from(CANNOT_START)
+}

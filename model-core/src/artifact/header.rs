@@ -124,6 +124,19 @@ impl Header {
         file.read_exact(&mut header)?;
         Ok(RawHeader::parse(&header, file_bytes)?.header)
     }
+
+    /// The header of an artifact in memory, and nothing behind it.
+    ///
+    /// # Errors
+    /// [`ArtifactError`] when the header does not follow `FORMAT.md`.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, ArtifactError> {
+        let file_bytes = bytes.len() as u64;
+        let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
+            return Err(ArtifactError::Truncated { expected: LENGTH_BYTES as u64, got: file_bytes });
+        };
+        let (header, _) = rest.split_at(header_bytes(*length, file_bytes)?);
+        Ok(RawHeader::parse(header, file_bytes)?.header)
+    }
 }
 
 /// A header with what the reader of the tensors needs besides.

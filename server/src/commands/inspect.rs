@@ -1,0 +1,88 @@
+//! `butterflyvit inspect`: where the bytes of an artifact go.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use model_core::artifact::{Contents, Header};
+use model_core::footprint::Footprint;
+use serde_json::json;
+
+use crate::config::InspectArgs;
+use crate::store;
+
+/// Prints the footprint of a file, or of the embedded artifacts.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn run(args: &InspectArgs) -> Result<ExitCode, String> {
+    let artifacts = match &args.file {
+        Some(path) => {
+            let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            vec![(path.display().to_string(), inspect(&bytes).map_err(|error| format!("{}: {error}", path.display()))?)]
+        }
+        None => store::embedded_bytes()
+            .into_iter()
+            .map(|(name, bytes)| Ok((format!("embedded {name}"), inspect(bytes)?)))
+            .collect::<Result<_, String>>()?,
+    };
+    let mut out = std::io::stdout().lock();
+    for (name, artifact) in &artifacts {
+        let printed = if args.json { print_json(&mut out, name, artifact) } else { print_text(&mut out, name, artifact) };
+        printed.map_err(|error| format!("standard output: {error}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Inspected {
+    header: Header,
+    footprint: Footprint,
+}
+
+/// Reads the whole artifact, so that what is printed is of a file that would load.
+fn inspect(bytes: &[u8]) -> Result<Inspected, String> {
+    let header = Header::from_bytes(bytes).map_err(|error| error.to_string())?;
+    let checked = match header.contents {
+        Contents::Backbone { .. } => model_core::artifact::read_backbone(bytes).map(drop),
+        Contents::ExpertSet { .. } => model_core::artifact::read_expert_set(bytes).map(drop),
+    };
+    checked.map_err(|error| error.to_string())?;
+    let footprint = Footprint::of_artifact(&header.contents, header.file_bytes);
+    Ok(Inspected { header, footprint })
+}
+
+fn print_json(out: &mut impl Write, file: &str, artifact: &Inspected) -> std::io::Result<()> {
+    let Inspected { header, footprint } = artifact;
+    let (config, more) = match &header.contents {
+        Contents::Backbone { config, preprocess } => (json!(config), json!({ "preprocess": preprocess })),
+        Contents::ExpertSet { config, backbone_config, backbone_digest, labels } => (
+            json!({ "experts": config, "backbone": backbone_config }),
+            json!({ "backbone_digest": backbone_digest, "num_classes": labels.len() }),
+        ),
+    };
+    let (disk, resident) = footprint.totals();
+    let document = json!({
+        "file": file,
+        "kind": header.contents.kind(),
+        "name": header.name,
+        "digest": header.digest,
+        "file_bytes": header.file_bytes,
+        "disk_bytes": disk,
+        "resident_bytes": resident,
+        "config": config,
+        "details": more,
+        "footprint": footprint,
+        "training": header.training,
+    });
+    writeln!(out, "{document}")
+}
+
+fn print_text(out: &mut impl Write, file: &str, artifact: &Inspected) -> std::io::Result<()> {
+    let Inspected { header, footprint } = artifact;
+    writeln!(out, "{file}: {} `{}`", header.contents.kind(), header.name)?;
+    writeln!(out, "  digest {}", header.digest)?;
+    if let Contents::ExpertSet { backbone_digest, labels, .. } = &header.contents {
+        writeln!(out, "  backbone {backbone_digest}")?;
+        writeln!(out, "  {} labels", labels.len())?;
+    }
+    writeln!(out, "{footprint}")
+}

@@ -1,0 +1,5 @@
+//! The subcommands that are not `serve`.
+
+pub mod classify;
+pub mod healthcheck;
+pub mod inspect;

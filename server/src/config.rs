@@ -1,0 +1,376 @@
+//! Everything that can be set, as command-line flags and `BVIT_` variables, one struct per concern.
+//!
+//! Variables are prefixed because docker and systemd put unprefixed ones such as `HOSTNAME` into every environment.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::units::{ByteSize, parse_duration};
+
+/// Image-classification inference server for edge gateways: ButterflyViT over HTTP.
+#[derive(Debug, Parser)]
+#[command(name = "butterflyvit", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do; `serve` when left out.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Flags of `serve`, for when it is left out.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve over HTTP (the default).
+    Serve(Box<ServeArgs>),
+    /// Classify image files here, without a server.
+    Classify(ClassifyArgs),
+    /// Show where the bytes of an artifact go.
+    Inspect(InspectArgs),
+    /// Ask a running server whether it is ready; exit code 0 when it is, 1 when not.
+    Healthcheck(HealthcheckArgs),
+}
+
+/// Flags of `serve`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// Address and port to listen on; port 0 takes a free one.
+    #[arg(long, env = "BVIT_LISTEN", default_value = "127.0.0.1:8000", value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// Which models to serve.
+    #[command(flatten)]
+    pub models: ModelArgs,
+    /// What a request may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// How work is queued and batched.
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// How expert sets come and go.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+    /// Who may do what.
+    #[command(flatten)]
+    pub auth: AuthArgs,
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// Give every expert set its own series in the metrics that carry a `set` label.
+    #[arg(
+        long,
+        env = "BVIT_PER_SET_METRICS",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL",
+        help_heading = "Metrics"
+    )]
+    pub per_set_metrics: bool,
+}
+
+/// Which models to use; shared by `serve` and `classify`.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Models")]
+pub struct ModelArgs {
+    /// Folder with `backbones/NAME.safetensors` and `expert-sets/SET/VERSION.safetensors`; without it the model
+    /// embedded in this program is used.
+    #[arg(long, env = "BVIT_MODEL_STORE", value_name = "DIR")]
+    pub model_store: Option<PathBuf>,
+    /// Expert set used when a request names none; without it the only one, or the first by name.
+    #[arg(long, env = "BVIT_DEFAULT_SET", value_name = "SET")]
+    pub default_set: Option<String>,
+}
+
+/// What a request may cost.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitArgs {
+    /// Largest request body, after decompression.
+    #[arg(long, env = "BVIT_MAX_BODY", default_value = "16MiB", value_name = "SIZE")]
+    pub max_body: ByteSize,
+    /// Bytes of request bodies held at once, all requests together.
+    #[arg(long, env = "BVIT_BODY_MEMORY", default_value = "32MiB", value_name = "SIZE")]
+    pub body_memory: ByteSize,
+    /// Most pixels (width times height) of an image.
+    #[arg(long, env = "BVIT_MAX_PIXELS", default_value_t = 16_777_216, value_name = "N")]
+    pub max_pixels: u64,
+    /// Most images in one request.
+    #[arg(long, env = "BVIT_MAX_IMAGES", default_value_t = 32, value_name = "N")]
+    pub max_images: usize,
+    /// Most requests being worked on at once; more are answered 429.
+    #[arg(long, env = "BVIT_MAX_REQUESTS", default_value_t = 256, value_name = "N")]
+    pub max_requests: usize,
+    /// Most open connections; more wait to be accepted.
+    #[arg(long, env = "BVIT_MAX_CONNECTIONS", default_value_t = 1024, value_name = "N")]
+    pub max_connections: usize,
+    /// Longest time from a request's headers to its answer.
+    #[arg(long, env = "BVIT_REQUEST_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    pub request_timeout: Duration,
+    /// Longest time a client may take to send its headers.
+    #[arg(long, env = "BVIT_HEADER_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    pub header_timeout: Duration,
+    /// Longest time a client may take to send its body.
+    #[arg(long, env = "BVIT_BODY_TIMEOUT", default_value = "8s", value_parser = parse_duration, value_name = "TIME")]
+    pub body_timeout: Duration,
+    /// Longest time to finish accepted work after SIGTERM.
+    #[arg(long, env = "BVIT_DRAIN_TIMEOUT", default_value = "25s", value_parser = parse_duration, value_name = "TIME")]
+    pub drain_timeout: Duration,
+}
+
+/// How work is queued and batched.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Queue and batching")]
+pub struct PipelineArgs {
+    /// Most images waiting for a compute thread; more are answered 429.
+    #[arg(long, env = "BVIT_QUEUE_IMAGES", default_value_t = 256, value_name = "N")]
+    pub queue_images: usize,
+    /// Most bytes of preprocessed images waiting for a compute thread; part of the memory budget.
+    #[arg(long, env = "BVIT_QUEUE_BYTES", default_value = "8MiB", value_name = "SIZE")]
+    pub queue_bytes: ByteSize,
+    /// Most of the waiting images that may belong to one expert set; without it three quarters of the queue.
+    #[arg(long, env = "BVIT_SET_QUEUE_IMAGES", value_name = "N")]
+    pub set_queue_images: Option<usize>,
+    /// Most images in one batch.
+    #[arg(long, env = "BVIT_MAX_BATCH", default_value_t = 8, value_name = "N")]
+    pub max_batch: usize,
+    /// How long the oldest image may wait for company; with 0 a batch closes as soon as a compute thread is free.
+    #[arg(long, env = "BVIT_MAX_WAIT", default_value = "0ms", value_parser = parse_duration, value_name = "TIME")]
+    pub max_wait: Duration,
+    /// Threads that run the model; 0 for one per core.
+    #[arg(long, env = "BVIT_COMPUTE_THREADS", default_value_t = 0, value_name = "N")]
+    pub compute_threads: usize,
+    /// Threads that decode images; 0 for one per core.
+    #[arg(long, env = "BVIT_DECODE_THREADS", default_value_t = 0, value_name = "N")]
+    pub decode_threads: usize,
+    /// Bytes that images being decoded may take together; a larger one is decoded alone.
+    #[arg(long, env = "BVIT_DECODE_MEMORY", default_value = "64MiB", value_name = "SIZE")]
+    pub decode_memory: ByteSize,
+}
+
+/// How expert sets come and go.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Expert sets")]
+pub struct RegistryArgs {
+    /// Bytes that backbones, resident expert sets, scratch and queue may take together.
+    #[arg(long, env = "BVIT_MEMORY_BUDGET", default_value = "64MiB", value_name = "SIZE")]
+    pub memory_budget: ByteSize,
+    /// Expert sets to load at start and never evict.
+    #[arg(long, env = "BVIT_PIN", value_delimiter = ',', value_name = "SET")]
+    pub pin: Vec<String>,
+    /// Threads that load expert sets.
+    #[arg(long, env = "BVIT_LOAD_THREADS", default_value_t = 2, value_name = "N")]
+    pub load_threads: usize,
+    /// How long a request waits for its expert set to be loaded before it is answered 503.
+    #[arg(long, env = "BVIT_LOAD_WAIT", default_value = "5s", value_parser = parse_duration, value_name = "TIME")]
+    pub load_wait: Duration,
+    /// Drop a backbone from memory together with its last resident expert set.
+    #[arg(long, env = "BVIT_DROP_IDLE_BACKBONES", default_value_t = false)]
+    pub drop_idle_backbones: bool,
+    /// Refuse to start when any file of the model store is broken.
+    #[arg(long, env = "BVIT_STRICT", default_value_t = false)]
+    pub strict: bool,
+}
+
+/// Who may do what. Keys are read from the environment or a file so that they do not show in a process list.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Keys")]
+pub struct AuthArgs {
+    /// File of admin keys, one `NAME:KEY` or `KEY` a line; without admin keys management answers only the loopback.
+    #[arg(long, env = "BVIT_ADMIN_KEY_FILE", value_name = "FILE")]
+    pub admin_key_file: Option<PathBuf>,
+    /// File of user keys, one `NAME:KEY` or `KEY` a line; without user keys anyone may classify.
+    #[arg(long, env = "BVIT_USER_KEY_FILE", value_name = "FILE")]
+    pub user_key_file: Option<PathBuf>,
+}
+
+/// Logs, to standard error.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Logs")]
+pub struct LogArgs {
+    /// What to log: a level, or `tracing` directives such as `butterflyvit=debug,hyper=warn`.
+    #[arg(long, env = "BVIT_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+    /// Text for people or JSON for collectors.
+    #[arg(long, env = "BVIT_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One line of text.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Flags of `classify`.
+#[derive(Debug, Clone, Args)]
+pub struct ClassifyArgs {
+    /// Image files.
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Which models to use.
+    #[command(flatten)]
+    pub models: ModelArgs,
+    /// Expert set to use.
+    #[arg(long, env = "BVIT_SET", value_name = "SET")]
+    pub set: Option<String>,
+    /// How many labels to print for each image.
+    #[arg(long, env = "BVIT_TOP_K", default_value_t = 5, value_name = "N")]
+    pub top_k: usize,
+    /// Print one JSON document a file.
+    #[arg(long, env = "BVIT_JSON")]
+    pub json: bool,
+    /// Print every logit too.
+    #[arg(long, env = "BVIT_LOGITS")]
+    pub logits: bool,
+    /// Take the f32 path instead of the integer path that serves.
+    #[arg(long, env = "BVIT_FLOAT")]
+    pub float: bool,
+    /// Most pixels (width times height) of an image.
+    #[arg(long, env = "BVIT_MAX_PIXELS", default_value_t = 16_777_216, value_name = "N")]
+    pub max_pixels: u64,
+}
+
+/// Flags of `inspect`.
+#[derive(Debug, Clone, Args)]
+pub struct InspectArgs {
+    /// A backbone or expert set; without it the embedded ones.
+    #[arg(value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long, env = "BVIT_JSON")]
+    pub json: bool,
+}
+
+/// Flags of `healthcheck`.
+#[derive(Debug, Clone, Args)]
+pub struct HealthcheckArgs {
+    /// Address the server listens on.
+    #[arg(long, env = "BVIT_LISTEN", default_value = "127.0.0.1:8000", value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// How long to wait for the answer.
+    #[arg(long, env = "BVIT_HEALTHCHECK_TIMEOUT", default_value = "3s", value_parser = parse_duration, value_name = "TIME")]
+    pub timeout: Duration,
+}
+
+/// `requested` threads, or one per core when it is 0.
+pub fn threads_or_cores(requested: usize) -> usize {
+    match requested {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n,
+    }
+}
+
+/// Parses a command line.
+///
+/// # Errors
+/// clap's error; [`one_line`] makes it fit on one line. `--help` and `--version` come as errors too.
+pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, clap::Error> {
+    let cli = Cli::try_parse_from(args)?;
+    if let Some(serve) = match &cli.command {
+        None => Some(&cli.serve),
+        Some(Command::Serve(serve)) => Some(serve.as_ref()),
+        Some(_) => None,
+    } {
+        serve.validate()?;
+    }
+    Ok(cli)
+}
+
+impl ServeArgs {
+    /// Flags that make no sense are refused at start, not discovered under load.
+    fn validate(&self) -> Result<(), clap::Error> {
+        let LimitArgs { max_body, body_memory, max_pixels, max_images, max_requests, max_connections, .. } = self.limits;
+        let PipelineArgs { queue_images, max_batch, .. } = self.pipeline;
+        let positive: [(&str, u64); 8] = [
+            ("--max-body", max_body.0 as u64),
+            ("--max-pixels", max_pixels),
+            ("--max-images", max_images as u64),
+            ("--max-requests", max_requests as u64),
+            ("--max-connections", max_connections as u64),
+            ("--queue-images", queue_images as u64),
+            ("--max-batch", max_batch as u64),
+            ("--load-threads", self.registry.load_threads as u64),
+        ];
+        for (flag, value) in positive {
+            if value == 0 {
+                return Err(invalid(format!("{flag} must be at least 1")));
+            }
+        }
+        if self.limits.max_connections > tokio::sync::Semaphore::MAX_PERMITS {
+            return Err(invalid(format!("--max-connections must be at most {}", tokio::sync::Semaphore::MAX_PERMITS)));
+        }
+        if body_memory < max_body {
+            return Err(invalid(format!("--body-memory {body_memory} is below --max-body {max_body}")));
+        }
+        if max_images > queue_images {
+            return Err(invalid(format!("--max-images {max_images} is above --queue-images {queue_images}")));
+        }
+        Ok(())
+    }
+}
+
+fn invalid(message: String) -> clap::Error {
+    clap::Error::raw(clap::error::ErrorKind::ValueValidation, message)
+}
+
+/// The error on one line, without the usage text that clap adds.
+pub fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let first_paragraph: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+    let message = first_paragraph.join(" ");
+    message.strip_prefix("error: ").unwrap_or(&message).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse_strs(args: &[&str]) -> Result<Cli, clap::Error> {
+        parse(std::iter::once("butterflyvit").chain(args.iter().copied()).map(Into::into))
+    }
+
+    #[test]
+    fn the_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_is_the_default() {
+        let cli = parse_strs(&["--listen", "127.0.0.1:0"]).unwrap();
+        assert!(cli.command.is_none());
+        assert_eq!(cli.serve.listen.port(), 0);
+        let cli = parse_strs(&["serve", "--max-batch", "3"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Serve(serve)) if serve.pipeline.max_batch == 3));
+    }
+
+    #[test]
+    fn every_flag_is_also_a_prefixed_variable() {
+        let check = |command: &clap::Command| {
+            for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
+                if !["help", "version"].contains(&arg.get_id().as_str()) {
+                    let env = arg.get_env().map(|env| env.to_string_lossy().into_owned());
+                    assert!(env.is_some_and(|env| env.starts_with("BVIT_")), "--{}", arg.get_long().unwrap());
+                }
+            }
+        };
+        let command = Cli::command();
+        check(&command);
+        command.get_subcommands().for_each(check);
+    }
+
+    #[test]
+    fn a_wrong_flag_is_one_line() {
+        for args in [&["--nonsense"][..], &["--max-body", "lots"], &["--max-batch", "0"], &["classify"]] {
+            let line = one_line(&parse_strs(args).unwrap_err());
+            assert!(!line.contains('\n') && !line.is_empty(), "{line:?}");
+        }
+        assert_eq!(one_line(&parse_strs(&["--max-batch", "0"]).unwrap_err()), "--max-batch must be at least 1");
+    }
+}

@@ -1,0 +1,58 @@
+//! Extractors whose refusals follow the status table instead of axum's plain text.
+
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{FromRequestParts, Path, Query};
+use axum::http::request::Parts;
+use tokio::time::Instant;
+
+use crate::error::{ApiError, ErrorCode};
+
+/// A path parameter.
+#[derive(Debug)]
+pub struct ApiPath<T>(pub T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned + Send> FromRequestParts<S> for ApiPath<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = Path::from_request_parts(parts, state).await;
+        // A path that does not parse names nothing that exists.
+        path.map(|Path(value)| Self(value))
+            .map_err(|error: PathRejection| ApiError::new(ErrorCode::RouteNotFound, error.body_text()))
+    }
+}
+
+/// Query parameters.
+#[derive(Debug)]
+pub struct ApiQuery<T>(pub T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for ApiQuery<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let query = Query::from_request_parts(parts, state).await;
+        query
+            .map(|Query(value)| Self(value))
+            .map_err(|error: QueryRejection| ApiError::invalid(format!("query parameters: {}", error.body_text())))
+    }
+}
+
+/// What travels with a request from its headers on.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestContext {
+    /// When its headers were there.
+    pub started: Instant,
+    /// When its answer must be there.
+    pub deadline: Instant,
+    /// Whether it came from this machine; `false` when unknown.
+    pub from_loopback: bool,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for RequestContext {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let context = parts.extensions.get::<Self>().copied();
+        context.ok_or_else(|| ApiError::internal("the observing middleware is missing"))
+    }
+}

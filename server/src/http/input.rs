@@ -1,0 +1,322 @@
+//! The forms in which images arrive at `/classify`, turned into one.
+
+use std::fmt;
+
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request};
+use axum::http::{HeaderMap, header};
+use base64::Engine;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
+
+use crate::error::{ApiError, ErrorCode};
+
+/// Padding is optional: some encoders leave it out.
+const STANDARD: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::STANDARD, LENIENT);
+const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::URL_SAFE, LENIENT);
+const LENIENT: GeneralPurposeConfig =
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+
+/// What a request asks for, whatever its form.
+#[derive(Debug, Default)]
+pub struct ClassifyInput {
+    /// Encoded images in request order; what is wrong with one stands in its place.
+    pub images: Vec<Result<Bytes, ApiError>>,
+    /// Whether the answer is a list.
+    pub is_batch: bool,
+    /// Expert set named in the body.
+    pub set: Option<String>,
+    /// Number of labels asked for in the body.
+    pub top_k: Option<usize>,
+}
+
+/// Reads a body by its content type. `max_images` bounds what is collected.
+///
+/// # Errors
+/// 400, 413 or 415 as in the status table.
+pub async fn parse(headers: &HeaderMap, body: Bytes, max_images: usize) -> Result<ClassifyInput, ApiError> {
+    if body.is_empty() {
+        return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an image"));
+    }
+    let input = match Form::of(headers)? {
+        Form::Raw => ClassifyInput { images: vec![Ok(body)], ..ClassifyInput::default() },
+        Form::Json => parse_json(&body, max_images)?,
+        Form::Multipart => parse_multipart(headers, body, max_images).await?,
+    };
+    if input.images.len() > max_images {
+        return Err(too_many(max_images));
+    }
+    if input.images.is_empty() {
+        return Err(ApiError::invalid("the request contains no image"));
+    }
+    Ok(input)
+}
+
+fn too_many(max_images: usize) -> ApiError {
+    ApiError::new(ErrorCode::BatchTooLarge, format!("at most {max_images} images are accepted in one request"))
+}
+
+enum Form {
+    Raw,
+    Json,
+    Multipart,
+}
+
+impl Form {
+    fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
+        let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(Self::Raw) };
+        let unsupported = |given: &str| {
+            let given: String = given.chars().take(100).collect();
+            let message = format!(
+                "content type `{given}` is not accepted; send an image, multipart/form-data or application/json"
+            );
+            ApiError::new(ErrorCode::UnsupportedMediaType, message)
+        };
+        let text = value.to_str().map_err(|_| unsupported("(unreadable)"))?;
+        if text.trim().is_empty() {
+            return Ok(Self::Raw);
+        }
+        let mime: mime::Mime = text.parse().map_err(|_| unsupported(text))?;
+        match (mime.type_(), mime.subtype()) {
+            (mime::IMAGE, _) | (mime::APPLICATION, mime::OCTET_STREAM) => Ok(Self::Raw),
+            // What `curl --data-binary` sends when not told otherwise; nothing here is ever a real form of this kind.
+            (mime::APPLICATION, mime::WWW_FORM_URLENCODED) => Ok(Self::Raw),
+            (mime::APPLICATION, mime::JSON) => Ok(Self::Json),
+            (mime::MULTIPART, mime::FORM_DATA) => Ok(Self::Multipart),
+            _ => Err(unsupported(text)),
+        }
+    }
+}
+
+/// Hugging Face's schema, with `model` (or `set`) naming the expert set.
+#[derive(Deserialize)]
+struct JsonRequest {
+    inputs: Inputs,
+    #[serde(default)]
+    parameters: Option<JsonParameters>,
+    #[serde(default, alias = "set")]
+    model: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+struct JsonParameters {
+    #[serde(default)]
+    top_k: Option<usize>,
+}
+
+/// One base64 string or a list of them. Written by hand so that a body of a million tiny values costs a count, not a
+/// million allocations, and so that errors say what was expected.
+struct Inputs {
+    items: Vec<String>,
+    count: usize,
+    is_list: bool,
+}
+
+impl Inputs {
+    /// Strings kept of a list; above any sensible `max_images`, whose check comes later.
+    const KEEP: usize = 4096;
+}
+
+impl<'de> Deserialize<'de> for Inputs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InputsVisitor;
+
+        impl<'de> Visitor<'de> for InputsVisitor {
+            type Value = Inputs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a base64 string, a data: URL, or a list of them")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Inputs, E> {
+                self.visit_string(text.to_owned())
+            }
+
+            fn visit_string<E: serde::de::Error>(self, text: String) -> Result<Inputs, E> {
+                Ok(Inputs { items: vec![text], count: 1, is_list: false })
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Inputs, A::Error> {
+                let mut inputs = Inputs { items: Vec::new(), count: 0, is_list: true };
+                while inputs.items.len() < Inputs::KEEP {
+                    let Some(item) = list.next_element()? else { return Ok(inputs) };
+                    inputs.items.push(item);
+                    inputs.count += 1;
+                }
+                while list.next_element::<IgnoredAny>()?.is_some() {
+                    inputs.count += 1;
+                }
+                Ok(inputs)
+            }
+        }
+
+        deserializer.deserialize_any(InputsVisitor)
+    }
+}
+
+fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError> {
+    let request: JsonRequest = serde_json::from_slice(body)
+        .map_err(|error| ApiError::invalid(format!("the request's JSON is not understood: {error}")))?;
+    if request.inputs.count > max_images.min(Inputs::KEEP) {
+        return Err(too_many(max_images));
+    }
+    Ok(ClassifyInput {
+        images: request.inputs.items.iter().map(|text| decode_base64(text)).collect(),
+        is_batch: request.inputs.is_list,
+        set: request.model,
+        top_k: request.parameters.unwrap_or_default().top_k,
+    })
+}
+
+/// Base64, plain or as a `data:` URL, standard or URL-safe alphabet, line breaks allowed.
+pub fn decode_base64(text: &str) -> Result<Bytes, ApiError> {
+    let text = text.trim();
+    let encoded = match text.get(..5).filter(|scheme| scheme.eq_ignore_ascii_case("data:")) {
+        None => text,
+        Some(_) => match text.split_once(',') {
+            Some((media, data)) if media.to_ascii_lowercase().ends_with(";base64") => data,
+            _ => return Err(ApiError::invalid("a data: URL must be `data:<type>;base64,<data>`")),
+        },
+    };
+    let without_breaks: Vec<u8> = encoded.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    let engine = if without_breaks.iter().any(|byte| b"-_".contains(byte)) { &URL_SAFE } else { &STANDARD };
+    let bytes =
+        engine.decode(without_breaks).map_err(|error| ApiError::invalid(format!("the base64 is broken: {error}")))?;
+    if bytes.is_empty() {
+        return Err(ApiError::new(ErrorCode::EmptyBody, "the image is empty"));
+    }
+    Ok(bytes.into())
+}
+
+async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) -> Result<ClassifyInput, ApiError> {
+    let broken = |error: &dyn fmt::Display| ApiError::invalid(format!("the multipart body is not understood: {error}"));
+    let mut request = Request::new(Body::from(body));
+    request.headers_mut().extend(headers.get(header::CONTENT_TYPE).map(|v| (header::CONTENT_TYPE, v.clone())));
+    // The body's size was limited when it was received.
+    DefaultBodyLimit::disable().apply(&mut request);
+    let mut parts = Multipart::from_request(request, &()).await.map_err(|error| broken(&error))?;
+    let mut input = ClassifyInput::default();
+    while let Some(part) = parts.next_field().await.map_err(|error| broken(&error.body_text()))? {
+        let name = part.name().unwrap_or_default().to_owned();
+        let is_parameter = part.file_name().is_none() && ["set", "model", "top_k"].contains(&name.as_str());
+        let bytes = part.bytes().await.map_err(|error| broken(&error.body_text()))?;
+        if is_parameter {
+            let text = std::str::from_utf8(&bytes).map_err(|error| broken(&error))?.trim();
+            if name == "top_k" {
+                input.top_k = Some(parse_top_k(text)?);
+            } else {
+                input.set = Some(text.to_owned());
+            }
+        } else if input.images.len() == max_images {
+            return Err(too_many(max_images));
+        } else if bytes.is_empty() {
+            input.images.push(Err(ApiError::new(ErrorCode::EmptyBody, "the image is empty")));
+        } else {
+            input.images.push(Ok(bytes));
+        }
+    }
+    input.is_batch = input.images.len() > 1;
+    Ok(input)
+}
+
+/// `top_k` as text.
+///
+/// # Errors
+/// 400 unless it is a positive number.
+pub fn parse_top_k(text: &str) -> Result<usize, ApiError> {
+    text.parse().ok().filter(|&k| k > 0).ok_or_else(|| ApiError::invalid("top_k must be a positive whole number"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::HeaderValue;
+
+    fn headers(content_type: Option<&'static str>) -> HeaderMap {
+        content_type.map(|value| (header::CONTENT_TYPE, HeaderValue::from_static(value))).into_iter().collect()
+    }
+
+    async fn parse_as(content_type: Option<&'static str>, body: &[u8]) -> Result<ClassifyInput, ApiError> {
+        parse(&headers(content_type), Bytes::copy_from_slice(body), 3).await
+    }
+
+    #[tokio::test]
+    async fn raw_bodies_come_with_many_content_types() {
+        for content_type in [
+            None,
+            Some(""),
+            Some("image/jpeg"),
+            Some("image/whatever; q=1"),
+            Some("application/octet-stream"),
+            Some("application/x-www-form-urlencoded"),
+        ] {
+            let input = parse_as(content_type, b"bytes").await.unwrap();
+            assert_eq!(input.images, [Ok(Bytes::from_static(b"bytes"))], "{content_type:?}");
+            assert!(!input.is_batch);
+        }
+        for content_type in ["text/plain", "nonsense", "application/xml"] {
+            let error = parse_as(Some(content_type), b"bytes").await.unwrap_err();
+            assert_eq!(error.code(), ErrorCode::UnsupportedMediaType, "{content_type}");
+        }
+        assert_eq!(parse_as(None, b"").await.unwrap_err().code(), ErrorCode::EmptyBody);
+    }
+
+    #[tokio::test]
+    async fn json_comes_single_and_as_a_list() {
+        let json = Some("application/json; charset=utf-8");
+        let single = parse_as(json, br#"{"inputs":"aGk=","parameters":{"top_k":2},"model":"s"}"#).await.unwrap();
+        assert_eq!(single.images, [Ok(Bytes::from_static(b"hi"))]);
+        assert_eq!((single.top_k, single.set.as_deref(), single.is_batch), (Some(2), Some("s"), false));
+
+        let list = br#"{"inputs":["data:image/png;base64,aGk","aG\nk=","%"],"parameters":null,"extra":[1,{}]}"#;
+        let list = parse_as(json, list).await.unwrap();
+        assert!(list.is_batch);
+        assert_eq!(list.images[..2], [Ok(Bytes::from_static(b"hi")), Ok(Bytes::from_static(b"hi"))]);
+        assert_eq!(list.images[2].as_ref().unwrap_err().code(), ErrorCode::InvalidRequest);
+    }
+
+    #[tokio::test]
+    async fn wrong_json_is_refused_with_a_reason() {
+        let many = format!(r#"{{"inputs":[{}"a"]}}"#, r#""","#.repeat(9000));
+        let cases: [(&[u8], ErrorCode); 8] = [
+            (b"{", ErrorCode::InvalidRequest),
+            (b"[]", ErrorCode::InvalidRequest),
+            (b"{}", ErrorCode::InvalidRequest),
+            (br#"{"inputs":3}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":[1]}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":[]}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":["a","a","a","a"]}"#, ErrorCode::BatchTooLarge),
+            (many.as_bytes(), ErrorCode::BatchTooLarge),
+        ];
+        for (body, code) in cases {
+            let error = parse_as(Some("application/json"), body).await.unwrap_err();
+            assert_eq!(error.code(), code, "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn multipart_takes_files_of_any_name() {
+        let part = |disposition: &str, data: &str| {
+            format!("--b\r\nContent-Disposition: form-data; {disposition}\r\n\r\n{data}\r\n")
+        };
+        let body = part("name=\"file\"; filename=\"a.png\"", "one")
+            + &part("name=\"top_k\"", "3")
+            + &part("name=\"set\"", "flowers")
+            + &part("name=\"whatever\"", "two")
+            + "--b--\r\n";
+        let input = parse_as(Some("multipart/form-data; boundary=b"), body.as_bytes()).await.unwrap();
+        assert_eq!(input.images, [Ok(Bytes::from_static(b"one")), Ok(Bytes::from_static(b"two"))]);
+        assert_eq!((input.top_k, input.set.as_deref(), input.is_batch), (Some(3), Some("flowers"), true));
+
+        let too_many = part("name=\"f\"; filename=\"x\"", "x").repeat(4) + "--b--\r\n";
+        let error = parse_as(Some("multipart/form-data; boundary=b"), too_many.as_bytes()).await.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::BatchTooLarge);
+        for body in ["--b\r\nContent-Dis", "", "junk"] {
+            let parsed = parse_as(Some("multipart/form-data; boundary=b"), body.as_bytes()).await;
+            assert!(parsed.is_err(), "{body}");
+        }
+        assert!(parse_as(Some("multipart/form-data"), b"x").await.is_err(), "no boundary");
+    }
+}

@@ -1,0 +1,61 @@
+//! The HTTP surface: one file per resource, each with its own `router()`, and what all of them share.
+
+pub mod auth;
+pub mod body;
+pub mod classify;
+pub mod extract;
+pub mod health;
+pub mod input;
+pub mod observe;
+pub mod sets;
+
+use axum::Router;
+use axum::http::{HeaderValue, Uri, header};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::set_header::SetResponseHeaderLayer;
+
+pub use auth::Keys;
+pub use classify::{Prediction, predictions};
+pub use extract::RequestContext;
+pub use observe::PeerAddress;
+
+use crate::error::{ApiError, ErrorCode};
+use crate::state::AppState;
+
+/// Every route, as it appears in metrics.
+pub const ROUTES: [&str; 8] =
+    ["/classify", "/classify/{set}", "/health", "/v2/health/live", "/v2/health/ready", "/metrics", "/sets", "/sets/{name}"];
+
+/// Every route with what surrounds it.
+pub fn build_router(app: AppState) -> Router {
+    Router::new()
+        .merge(classify::router())
+        .merge(health::router())
+        .merge(sets::router())
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(SetResponseHeaderLayer::if_not_present(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        ))
+        .layer(middleware::from_fn_with_state(app.clone(), observe::observe))
+        .with_state(app)
+}
+
+async fn unknown_route(uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(200).collect();
+    ApiError::new(ErrorCode::RouteNotFound, format!("there is nothing at {path}"))
+}
+
+async fn wrong_method() -> ApiError {
+    ApiError::new(ErrorCode::MethodNotAllowed, "this path does not take this method; the Allow header has those it takes")
+}
+
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    ApiError::internal(text.unwrap_or_else(|| "a handler panicked".to_owned())).into_response()
+}

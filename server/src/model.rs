@@ -1,0 +1,316 @@
+//! The seam between server and `model-core`: files become models here, and nowhere else does the server see a tensor.
+
+use std::borrow::Cow;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use model_core::artifact::{Contents, Header};
+use model_core::config::BackboneConfig;
+use model_core::footprint::Footprint;
+use model_core::image::{Preprocess, RgbImage};
+use serde::Serialize;
+
+use model_core::model::{self, Backbone, ExpertSet, Session};
+use crate::metrics::Metrics;
+use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
+
+/// The registry as the server uses it.
+pub type SetRegistry = Registry<ArtifactSource>;
+/// A snapshot of a resident expert set.
+pub type SetLease = Lease<ArtifactSource>;
+
+/// Makes models from artifact files.
+#[derive(Debug, Clone, Copy)]
+pub struct ArtifactSource {
+    /// Compute threads, each of which gets its own scratch for every backbone.
+    pub compute_threads: usize,
+    /// Most images in one forward pass.
+    pub max_batch: usize,
+}
+
+/// A backbone with the scratch of every compute thread: loaded, accounted and dropped together.
+pub struct LoadedBackbone {
+    backbone: Arc<Backbone>,
+    /// One per compute thread; each thread only ever locks its own.
+    sessions: Vec<Mutex<Session>>,
+}
+
+/// An expert set ready to run.
+#[derive(Debug)]
+pub struct LoadedSet {
+    set: ExpertSet,
+    /// Tokens along one side of the patch grid.
+    grid_side: usize,
+    /// Transformer blocks.
+    num_layers: usize,
+}
+
+/// One image of a batch.
+pub struct Row<'a> {
+    /// The expert set it runs on.
+    pub set: &'a LoadedSet,
+    /// The model's input `[side, side, 3]`.
+    pub pixels: &'a [f32],
+    /// Whether the routing map is wanted.
+    pub routing: bool,
+}
+
+/// What the model made of an image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowOutput {
+    /// One per label.
+    pub logits: Vec<f32>,
+    /// Where its patches went, when asked for.
+    pub routing: Option<RoutingMap>,
+}
+
+/// Which experts each patch of an image went to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RoutingMap {
+    /// Patches down and across.
+    pub grid: [usize; 2],
+    /// Experts to choose from, in every layer.
+    pub num_experts: usize,
+    /// For each transformer block, for each patch row by row: the chosen experts, heaviest first.
+    pub layers: Vec<Vec<Vec<u16>>>,
+}
+
+impl LoadedSet {
+    /// One per logit.
+    pub fn labels(&self) -> &[String] {
+        self.set.labels()
+    }
+
+    fn tokens(&self) -> usize {
+        self.grid_side * self.grid_side
+    }
+
+    fn routing_len(&self) -> usize {
+        self.num_layers * self.tokens() * self.set.config().top_k
+    }
+
+    fn routing_map(&self, chosen: &[u16]) -> RoutingMap {
+        let top_k = self.set.config().top_k;
+        let layers = chosen.chunks(self.tokens() * top_k);
+        RoutingMap {
+            grid: [self.grid_side; 2],
+            num_experts: self.set.config().num_experts,
+            layers: layers.map(|layer| layer.chunks(top_k).map(<[u16]>::to_vec).collect()).collect(),
+        }
+    }
+}
+
+impl LoadedBackbone {
+    /// Runs a batch on the scratch of compute thread `thread`; rows may be of different sets of this backbone.
+    ///
+    /// # Errors
+    /// A sentence for the log.
+    pub fn forward(&self, thread: usize, rows: &[Row<'_>], metrics: Option<&Metrics>) -> Result<Vec<RowOutput>, String> {
+        let session = self.sessions.get(thread).ok_or_else(|| format!("there is no scratch for thread {thread}"))?;
+        let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
+        let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
+        let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
+            .map(|(row, (logits, routing))| model::Row {
+                set: &row.set.set,
+                pixels: row.pixels,
+                logits,
+                routing: Some(routing),
+            })
+            .collect();
+        let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+        session.forward(&mut engine_rows).map_err(|error| error.to_string())?;
+        drop(session);
+        if let Some(metrics) = metrics {
+            count_expert_tokens(rows, &routing, metrics);
+        }
+        let outputs = std::iter::zip(rows, std::iter::zip(logits, routing)).map(|(row, (logits, routing))| RowOutput {
+            logits,
+            routing: row.routing.then(|| row.set.routing_map(&routing)),
+        });
+        Ok(outputs.collect())
+    }
+
+    /// Shapes.
+    pub fn config(&self) -> &BackboneConfig {
+        self.backbone.config()
+    }
+
+    /// How an image becomes pixels.
+    pub fn preprocess(&self) -> &Preprocess {
+        self.backbone.preprocess()
+    }
+
+    /// Bytes of one image's pixels.
+    pub fn input_bytes(&self) -> usize {
+        self.backbone.pixels_len() * size_of::<f32>()
+    }
+
+    /// The instruction set it was packed for.
+    pub fn isa(&self) -> String {
+        self.backbone.isa().to_string()
+    }
+}
+
+/// Counts routed tokens and how evenly the last batch spread them.
+fn count_expert_tokens(rows: &[Row<'_>], routing: &[Vec<u16>], metrics: &Metrics) {
+    let layers = rows.iter().map(|row| row.set.num_layers).max().unwrap_or(0);
+    for layer in 0..layers {
+        let mut total = 0;
+        let mut worst: f64 = 0.0;
+        for (row, chosen) in std::iter::zip(rows, routing) {
+            let per_layer = row.set.tokens() * row.set.set.config().top_k;
+            let Some(chosen) = chosen.get(layer * per_layer..(layer + 1) * per_layer) else { continue };
+            let mut counts = vec![0u32; row.set.set.config().num_experts];
+            for &expert in chosen {
+                if let Some(count) = counts.get_mut(usize::from(expert)) {
+                    *count += 1;
+                }
+            }
+            let busiest = counts.iter().copied().max().unwrap_or(0);
+            worst = worst.max(f64::from(busiest) * counts.len() as f64 / per_layer.max(1) as f64);
+            total += chosen.len() as u64;
+        }
+        let label = layer.to_string();
+        metrics.expert_tokens.with_label_values(&[label.as_str()]).inc_by(total);
+        metrics.expert_load_imbalance.with_label_values(&[label.as_str()]).set(worst);
+    }
+}
+
+impl Source for ArtifactSource {
+    type Backbone = LoadedBackbone;
+    type Set = LoadedSet;
+
+    fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
+        describe_set(name, version, location)
+    }
+
+    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<LoadedBackbone>, String> {
+        let at = |error: &dyn std::fmt::Display| format!("{}: {error}", descriptor.location);
+        let bytes = read(&descriptor.location)?;
+        let backbone = Arc::new(Backbone::from_bytes(&bytes).map_err(|error| at(&error))?);
+        if backbone.digest() != descriptor.digest {
+            return Err(at(&"the file was replaced by another backbone; restart to use it"));
+        }
+        let sessions: Vec<_> =
+            (0..self.compute_threads).map(|_| Mutex::new(Session::new(&backbone, self.max_batch, 1))).collect();
+        let scratch = sessions.iter().map(|session| session.lock().map_or(0, |session| session.resident_bytes())).sum();
+        Ok(Loaded { bytes: backbone.resident_bytes(), scratch, value: LoadedBackbone { backbone, sessions } })
+    }
+
+    fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<LoadedBackbone>) -> Result<Loaded<LoadedSet>, String> {
+        self.load_set_on(descriptor, backbone)
+    }
+}
+
+impl ArtifactSource {
+    fn load_set_on(&self, descriptor: &SetDescriptor, backbone: &LoadedBackbone) -> Result<Loaded<LoadedSet>, String> {
+        let at = |error: &dyn std::fmt::Display| format!("{}: {error}", descriptor.location);
+        let bytes = read(&descriptor.location)?;
+        let set = ExpertSet::from_bytes(&bytes, &backbone.backbone).map_err(|error| at(&error))?;
+        if set.digest() != descriptor.digest {
+            return Err(at(&"the file changed while it was being loaded"));
+        }
+        let config = backbone.config();
+        let (grid_side, num_layers) = (config.grid_side(), config.num_layers);
+        Ok(Loaded { bytes: set.resident_bytes(), scratch: 0, value: LoadedSet { set, grid_side, num_layers } })
+    }
+}
+
+fn read(location: &Location) -> Result<Cow<'static, [u8]>, String> {
+    match location {
+        Location::File(path) => std::fs::read(path).map(Cow::Owned).map_err(|error| format!("{location}: {error}")),
+        Location::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
+    }
+}
+
+fn header(location: &Location) -> Result<Header, String> {
+    let header = match location {
+        Location::File(path) => Header::read(path),
+        Location::Embedded(bytes) => Header::from_bytes(bytes),
+    };
+    header.map_err(|error| format!("{location}: {error}"))
+}
+
+/// Describes an expert set from its header, under the name and version of its place in the store.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
+    // Before the header is read: a file replaced in between is then seen as changed, not as known.
+    let stamp = location.stamp().map_err(|error| format!("{location}: {error}"))?;
+    let header = header(location)?;
+    let resident_bytes = resident_bytes(&header);
+    let Contents::ExpertSet { backbone_digest, labels, .. } = header.contents else {
+        return Err(format!("{location}: expected an expert set, found {}", header.contents.kind()));
+    };
+    Ok(SetDescriptor {
+        name: name.to_owned(),
+        version,
+        digest: header.digest,
+        backbone: backbone_digest,
+        resident_bytes,
+        file_bytes: header.file_bytes,
+        num_classes: labels.len(),
+        location: location.clone(),
+        stamp,
+    })
+}
+
+/// Describes a backbone from its header.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn describe_backbone(name: &str, location: &Location) -> Result<BackboneDescriptor, String> {
+    let header = header(location)?;
+    let resident_bytes = resident_bytes(&header);
+    let Contents::Backbone { config, .. } = header.contents else {
+        return Err(format!("{location}: expected a backbone, found {}", header.contents.kind()));
+    };
+    Ok(BackboneDescriptor {
+        name: name.to_owned(),
+        digest: header.digest,
+        resident_bytes,
+        image_size: config.image_size,
+        location: location.clone(),
+    })
+}
+
+fn resident_bytes(header: &Header) -> usize {
+    let (_, resident) = Footprint::of_artifact(&header.contents, header.file_bytes).totals();
+    usize::try_from(resident).unwrap_or(usize::MAX)
+}
+
+/// A model for one caller, without registry or queue.
+pub struct OfflineModel {
+    set: LoadedSet,
+    backbone: LoadedBackbone,
+}
+
+impl OfflineModel {
+    /// Loads a set with its backbone; `float` chooses the f32 path instead of the integer path that serves.
+    ///
+    /// # Errors
+    /// A sentence that names file and reason.
+    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor, float: bool) -> Result<Self, String> {
+        let source = ArtifactSource { compute_threads: 1, max_batch: 1 };
+        let backbone = source.load_backbone(backbone)?.value;
+        let _ = float;
+        let set = source.load_set_on(set, &backbone)?.value;
+        Ok(Self { set, backbone })
+    }
+
+    /// One per logit.
+    pub fn labels(&self) -> &[String] {
+        self.set.labels()
+    }
+
+    /// The logits of an image of any size.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn logits(&mut self, image: &RgbImage) -> Result<Vec<f32>, String> {
+        let pixels = self.backbone.preprocess().pixels(image, self.backbone.config().image_size);
+        let row = [Row { set: &self.set, pixels: &pixels, routing: false }];
+        let mut outputs = self.backbone.forward(0, &row, None)?;
+        outputs.pop().map(|output| output.logits).ok_or_else(|| "the model gave no output".to_owned())
+    }
+}

@@ -1,0 +1,185 @@
+//! From pixels to logits: a bounded queue, and compute threads that own the forward pass.
+//!
+//! Tokio's threads only move bytes; decoding has its own bounded threads ([`decode`]) and compute has these.
+
+pub mod decode;
+pub mod queue;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use crate::error::{ApiError, ErrorCode};
+use crate::metrics::Metrics;
+use crate::model::{self, RowOutput, SetLease};
+use queue::{Entry, Queue, QueueSettings, Rejected};
+
+/// One image on its way through a compute thread.
+pub struct Job {
+    /// The expert set it runs on: a snapshot, whatever happens to the registry meanwhile.
+    pub lease: SetLease,
+    /// The model's input `[side, side, 3]`.
+    pub pixels: Vec<f32>,
+    /// Whether the routing map is wanted.
+    pub routing: bool,
+    /// When the answer is no longer wanted.
+    pub deadline: Instant,
+}
+
+/// What a compute thread made of an image.
+#[derive(Debug)]
+pub struct Answer {
+    /// Logits and, if wanted, routing.
+    pub output: RowOutput,
+    /// Time spent waiting for a compute thread.
+    pub queued: Duration,
+    /// Time of the forward pass it was part of.
+    pub inference: Duration,
+}
+
+/// The compute thread failed; its log has the cause.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardFailed;
+
+type Reply = oneshot::Sender<Result<Answer, ForwardFailed>>;
+
+struct QueuedJob {
+    job: Job,
+    enqueued: Instant,
+    reply: Reply,
+}
+
+impl Entry for QueuedJob {
+    type Group = usize;
+
+    fn group(&self) -> usize {
+        // Same backbone in memory, same address; the lease keeps it from being reused.
+        Arc::as_ptr(&self.job.lease.backbone) as usize
+    }
+
+    fn set(&self) -> &str {
+        &self.job.lease.descriptor.name
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.job.pixels.as_slice())
+    }
+
+    fn enqueued(&self) -> Instant {
+        self.enqueued
+    }
+
+    fn is_dead(&self, now: Instant) -> bool {
+        self.reply.is_closed() || self.job.deadline <= now
+    }
+}
+
+/// The queue and its compute threads.
+pub struct Pipeline {
+    queue: Queue<QueuedJob>,
+    workers: std::sync::Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Pipeline {
+    /// Starts the compute threads.
+    ///
+    /// # Errors
+    /// When the operating system gives no thread.
+    pub fn start(settings: QueueSettings, threads: usize, metrics: &Arc<Metrics>) -> std::io::Result<Self> {
+        metrics.queue_capacity.set(crate::metrics::saturating(settings.images));
+        let queue = Queue::new(settings);
+        let workers = (0..threads)
+            .map(|index| {
+                let (queue, metrics) = (queue.clone(), Arc::clone(metrics));
+                let thread = std::thread::Builder::new().name(format!("bvit-compute-{index}"));
+                thread.spawn(move || run_worker(index, &queue, &metrics))
+            })
+            .collect::<std::io::Result<_>>()?;
+        Ok(Self { queue, workers: std::sync::Mutex::new(workers) })
+    }
+
+    /// Queues images of one request, all or none, and returns what will receive their answers.
+    ///
+    /// # Errors
+    /// 429 when they do not fit, 503 when the server is shutting down.
+    pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<oneshot::Receiver<Result<Answer, ForwardFailed>>>, ApiError> {
+        let enqueued = Instant::now();
+        let (entries, receivers): (Vec<_>, Vec<_>) = jobs
+            .into_iter()
+            .map(|job| {
+                let (reply, receiver) = oneshot::channel();
+                (QueuedJob { job, enqueued, reply }, receiver)
+            })
+            .unzip();
+        self.queue.push_all(entries).map_err(|rejected| {
+            let code = match rejected {
+                Rejected::Full | Rejected::SetFull => ErrorCode::QueueFull,
+                Rejected::Closed => ErrorCode::Draining,
+            };
+            ApiError::new(code, format!("{rejected}; try again later"))
+        })?;
+        Ok(receivers)
+    }
+
+    /// Images and bytes waiting.
+    pub fn depth(&self) -> (usize, usize) {
+        self.queue.depth()
+    }
+
+    /// Refuses new images, finishes those that wait, and ends the compute threads. Blocking.
+    pub fn drain(&self) {
+        self.queue.close();
+        let workers = std::mem::take(&mut *self.workers.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        for worker in workers {
+            // A panic outside the guarded forward pass was already logged by the panic hook.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn run_worker(index: usize, queue: &Queue<QueuedJob>, metrics: &Metrics) {
+    while let Some(batch) = queue.next_batch() {
+        // A panic in a forward pass fails its batch, not the thread.
+        let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| run_batch(index, &batch, metrics)));
+        let outputs = batch_result.unwrap_or_else(|_| Err("the forward pass panicked".to_owned()));
+        match outputs {
+            Ok((outputs, started, inference)) => {
+                for (entry, output) in batch.into_iter().zip(outputs) {
+                    entry.job.lease.mark_served();
+                    let queued = started.saturating_duration_since(entry.enqueued);
+                    metrics.queue_duration.observe(queued.as_secs_f64());
+                    // A client that has gone meanwhile is no error.
+                    let _ = entry.reply.send(Ok(Answer { output, queued, inference }));
+                }
+            }
+            Err(cause) => {
+                tracing::error!(cause, batch_size = batch.len(), "a batch failed");
+                for entry in batch {
+                    let _ = entry.reply.send(Err(ForwardFailed));
+                }
+            }
+        }
+    }
+}
+
+type BatchOutputs = (Vec<RowOutput>, Instant, Duration);
+
+fn run_batch(index: usize, batch: &[QueuedJob], metrics: &Metrics) -> Result<BatchOutputs, String> {
+    let Some(first) = batch.first() else { return Err("an empty batch was closed".to_owned()) };
+    let started = Instant::now();
+    let rows: Vec<model::Row<'_>> = batch
+        .iter()
+        .map(|entry| model::Row { set: &entry.job.lease.value, pixels: &entry.job.pixels, routing: entry.job.routing })
+        .collect();
+    let outputs = first.job.lease.backbone.value.forward(index, &rows, Some(metrics))?;
+    let inference = started.elapsed();
+    let sets: std::collections::HashSet<&str> = batch.iter().map(Entry::set).collect();
+    metrics.batches.inc();
+    metrics.batch_size.observe(batch.len() as f64);
+    metrics.batch_distinct_sets.observe(sets.len() as f64);
+    metrics.inference_duration.observe(inference.as_secs_f64());
+    Ok((outputs, started, inference))
+}

@@ -1,0 +1,211 @@
+//! The memory budget: pure arithmetic in [`Budget`], shared reservations around it in [`Ledger`].
+//!
+//! Bytes are reserved before they are allocated and given back when the owner of the memory is dropped, so what is
+//! accounted is never less than what is held.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+/// What accounted bytes are used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Backbones.
+    Backbone,
+    /// Expert sets.
+    Sets,
+    /// Working memory of the compute threads.
+    Scratch,
+    /// Preprocessed images that may wait for a compute thread.
+    Queue,
+}
+
+impl Kind {
+    /// Every kind, in the order of [`Budget`]'s columns.
+    pub const ALL: [Self; 4] = [Self::Backbone, Self::Sets, Self::Scratch, Self::Queue];
+
+    /// As a metric label.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Backbone => "backbone",
+            Self::Sets => "sets",
+            Self::Scratch => "scratch",
+            Self::Queue => "queue",
+        }
+    }
+}
+
+/// Bytes used out of a limit. Invariant: the sum over kinds never exceeds the limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Budget {
+    limit: usize,
+    used: [usize; Kind::ALL.len()],
+}
+
+impl Budget {
+    /// An empty budget.
+    pub const fn new(limit: usize) -> Self {
+        Self { limit, used: [0; Kind::ALL.len()] }
+    }
+
+    /// The limit.
+    pub const fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Bytes used for one kind.
+    pub const fn used(&self, kind: Kind) -> usize {
+        self.used[kind as usize]
+    }
+
+    /// Bytes used for everything.
+    pub fn total(&self) -> usize {
+        // Cannot overflow: the invariant keeps the sum at or below `limit`.
+        self.used.iter().sum()
+    }
+
+    /// Bytes left.
+    pub fn free(&self) -> usize {
+        self.limit - self.total()
+    }
+
+    /// Takes `bytes` if they fit.
+    #[must_use]
+    pub fn try_reserve(&mut self, kind: Kind, bytes: usize) -> bool {
+        let fits = bytes <= self.free();
+        if fits {
+            self.used[kind as usize] += bytes;
+        }
+        fits
+    }
+
+    /// Gives `bytes` back.
+    ///
+    /// # Panics
+    /// When more is given back than was taken: an accounting bug.
+    pub fn release(&mut self, kind: Kind, bytes: usize) {
+        let used = &mut self.used[kind as usize];
+        *used = used.checked_sub(bytes).expect("only reserved bytes are released");
+    }
+}
+
+/// A [`Budget`] that many threads reserve from.
+#[derive(Debug)]
+pub struct Ledger {
+    budget: Mutex<Budget>,
+    /// Told whenever bytes come back.
+    released: Notify,
+}
+
+impl Ledger {
+    /// An empty ledger.
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { budget: Mutex::new(Budget::new(limit)), released: Notify::new() })
+    }
+
+    /// Takes `bytes` if they fit; dropping the reservation gives them back.
+    pub fn try_reserve(self: &Arc<Self>, kind: Kind, bytes: usize) -> Option<Reservation> {
+        let fits = self.lock().try_reserve(kind, bytes);
+        fits.then(|| Reservation { ledger: Arc::clone(self), kind, bytes })
+    }
+
+    /// The budget as it stands.
+    pub fn snapshot(&self) -> Budget {
+        self.lock().clone()
+    }
+
+    /// Completes when bytes may have come back since it was created.
+    pub fn released(&self) -> tokio::sync::futures::Notified<'_> {
+        self.released.notified()
+    }
+
+    /// Wakes those who wait for room; for events other than released bytes that make room obtainable.
+    pub fn wake(&self) {
+        self.released.notify_waiters();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Budget> {
+        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes taken from a [`Ledger`]; dropping it gives them back.
+#[derive(Debug)]
+pub struct Reservation {
+    ledger: Arc<Ledger>,
+    kind: Kind,
+    bytes: usize,
+}
+
+impl Reservation {
+    /// How many bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Changes the size to what the memory turned out to be; `false`, and no change, when the growth does not fit.
+    #[must_use]
+    pub fn resize(&mut self, bytes: usize) -> bool {
+        let fits = match bytes.checked_sub(self.bytes) {
+            Some(more) => self.ledger.lock().try_reserve(self.kind, more),
+            None => {
+                self.ledger.lock().release(self.kind, self.bytes - bytes);
+                self.ledger.wake();
+                true
+            }
+        };
+        if fits {
+            self.bytes = bytes;
+        }
+        fits
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.ledger.lock().release(self.kind, self.bytes);
+        self.ledger.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Guarantee 1: no sequence of reservations, resizes and drops exceeds the limit or loses a byte.
+        #[test]
+        fn reservations_never_exceed_the_limit(
+            limit in 0usize..1000,
+            steps in prop::collection::vec((0u8..3, 0usize..4, 0usize..600, any::<prop::sample::Index>()), 0..200),
+        ) {
+            let ledger = Ledger::new(limit);
+            let mut held: Vec<Reservation> = Vec::new();
+            for (action, kind, bytes, which) in steps {
+                match action {
+                    0 => held.extend(ledger.try_reserve(Kind::ALL[kind], bytes)),
+                    1 if !held.is_empty() => { let i = which.index(held.len()); let _ = held[i].resize(bytes); }
+                    _ if !held.is_empty() => { held.swap_remove(which.index(held.len())); }
+                    _ => {}
+                }
+                let budget = ledger.snapshot();
+                prop_assert!(budget.total() <= limit);
+                prop_assert_eq!(budget.total(), held.iter().map(Reservation::bytes).sum::<usize>());
+            }
+            held.clear();
+            prop_assert_eq!(ledger.snapshot(), Budget::new(limit));
+        }
+    }
+
+    #[test]
+    fn a_refused_reservation_takes_nothing() {
+        let ledger = Ledger::new(10);
+        let first = ledger.try_reserve(Kind::Sets, 7);
+        assert!(ledger.try_reserve(Kind::Backbone, 4).is_none());
+        assert!(ledger.try_reserve(Kind::Backbone, usize::MAX).is_none());
+        assert_eq!(ledger.snapshot().total(), 7);
+        drop(first);
+        assert!(ledger.try_reserve(Kind::Backbone, 10).is_some());
+    }
+}

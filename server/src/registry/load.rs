@@ -1,0 +1,345 @@
+//! From a file to a resident set: describe, find the backbone, reserve, read, commit. One task per load, however many
+//! requests wait for it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use model_core::artifact::Digest;
+use tokio::sync::watch;
+
+use super::lru::{self, Usage};
+use super::{
+    Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetDescriptor, SetError, Slot,
+    Source, State, unknown,
+};
+
+/// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
+const ROOM_POLL: Duration = Duration::from_millis(20);
+
+/// What making room came to.
+enum Room<S: Source> {
+    /// These left the registry; dropping them frees enough, unless someone else takes it first.
+    Evicted(Vec<Arc<Resident<S>>>, Vec<Arc<ResidentBackbone<S>>>),
+    /// Too much is in use right now.
+    Busy,
+    /// It can never fit; this is the most there can be.
+    Never(usize),
+}
+
+impl<S: Source> Inner<S> {
+    /// A lease on a resident slot, counted as a use.
+    pub(super) fn use_slot(&self, slot: &mut Slot<S>, tick: u64) -> Lease<S> {
+        slot.usage.touch(tick);
+        slot.hits += 1;
+        slot.last_used = Some(SystemTime::now());
+        self.metrics.hits.inc();
+        let resident = slot.resident.as_ref().expect("callers checked that the slot is resident");
+        self.lease(resident)
+    }
+
+    /// Joins the load of `key`, or starts it. Must run inside a tokio runtime.
+    pub(super) fn start_load(
+        self: &Arc<Self>,
+        state: &mut State<S>,
+        key: &Key,
+    ) -> Result<LoadWatch<S>, SetError> {
+        state.load_ids += 1;
+        let load_id = state.load_ids;
+        let slot = state.slot_mut(key).ok_or_else(|| unknown(&key.name, Some(key.version)))?;
+        if let Some(watch) = &slot.loading {
+            return Ok(watch.clone());
+        }
+        let (sender, receiver) = watch::channel(None);
+        slot.loading = Some(receiver.clone());
+        slot.load_id = load_id;
+        let guard = LoadGuard { inner: Arc::clone(self), key: key.clone(), load_id };
+        tokio::spawn(async move {
+            let started = Instant::now();
+            let outcome = guard.inner.load_set(&guard.key, load_id).await;
+            let metrics = &guard.inner.metrics;
+            metrics.loads.with_label_values(&[if outcome.is_ok() { "ok" } else { "error" }]).inc();
+            metrics.load_duration.observe(started.elapsed().as_secs_f64());
+            let outcome = guard.inner.finish_load(&guard.key, load_id, outcome);
+            // Without receivers everyone who waited has gone; the outcome is in the registry all the same.
+            let _ = sender.send(Some(outcome));
+        });
+        Ok(receiver)
+    }
+
+    async fn load_set(self: &Arc<Self>, key: &Key, load_id: u64) -> Result<Resident<S>, SetError> {
+        let descriptor = self.current_descriptor(key, load_id).await?;
+        let deadline = Instant::now() + self.settings.room_wait;
+        let backbone = self.acquire_backbone(key, &descriptor.backbone, deadline).await?;
+        let mut memory = self.reserve(Kind::Sets, descriptor.resident_bytes, key, &descriptor.backbone, deadline).await?;
+        let (inner, source_descriptor, source_backbone) =
+            (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
+        let loaded = self.loader.run(move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
+        let Loaded { value, bytes, .. } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
+        self.settle(&mut memory, bytes, key)?;
+        Ok(Resident { value, descriptor, backbone, served: false.into(), memory })
+    }
+
+    /// The descriptor, read again when the file changed since.
+    async fn current_descriptor(self: &Arc<Self>, key: &Key, load_id: u64) -> Result<Arc<SetDescriptor>, SetError> {
+        let known = {
+            let mut state = self.lock();
+            let slot = state.slot_mut(key).ok_or_else(|| unknown(&key.name, Some(key.version)))?;
+            Arc::clone(&slot.descriptor)
+        };
+        let location = known.location.clone();
+        let stamp = self.loader.run(move || location.stamp().map_err(|error| format!("{location}: {error}"))).await;
+        let stamp = flatten(stamp);
+        if let Some(slot) = self.lock().slot_mut(key).filter(|slot| slot.load_id == load_id) {
+            slot.tried = stamp.as_ref().ok().copied();
+        }
+        if stamp.map_err(|reason| self.failed(key, reason))? == known.stamp {
+            return Ok(known);
+        }
+        let inner = Arc::clone(self);
+        let describe = move || inner.source.describe_set(&known.name, known.version, &known.location);
+        let fresh = flatten(self.loader.run(describe).await).map_err(|reason| self.failed(key, reason))?;
+        let fresh = Arc::new(fresh);
+        let mut state = self.lock();
+        if !state.backbones.contains_key(&fresh.backbone) {
+            return Err(SetError::NoBackbone { name: key.name.clone(), backbone: fresh.backbone });
+        }
+        if let Some(slot) = state.slot_mut(key).filter(|slot| slot.load_id == load_id) {
+            slot.descriptor = Arc::clone(&fresh);
+        }
+        Ok(fresh)
+    }
+
+    /// The backbone, loaded by whoever comes first.
+    async fn acquire_backbone(
+        self: &Arc<Self>,
+        key: &Key,
+        digest: &Digest,
+        deadline: Instant,
+    ) -> Result<Arc<ResidentBackbone<S>>, SetError> {
+        let missing = || SetError::NoBackbone { name: key.name.clone(), backbone: *digest };
+        let single_flight = {
+            let state = self.lock();
+            let slot = state.backbones.get(digest).ok_or_else(missing)?;
+            if let Some(resident) = slot.resident.upgrade() {
+                return Ok(resident);
+            }
+            Arc::clone(&slot.load)
+        };
+        let _turn = single_flight.lock().await;
+        let descriptor = {
+            let state = self.lock();
+            let slot = state.backbones.get(digest).ok_or_else(missing)?;
+            if let Some(resident) = slot.resident.upgrade() {
+                return Ok(resident);
+            }
+            Arc::clone(&slot.descriptor)
+        };
+        let mut memory = self.reserve(Kind::Backbone, descriptor.resident_bytes, key, digest, deadline).await?;
+        let (inner, source_descriptor) = (Arc::clone(self), Arc::clone(&descriptor));
+        let loaded = self.loader.run(move || inner.source.load_backbone(&source_descriptor)).await;
+        let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
+        self.settle(&mut memory, bytes, key)?;
+        let scratch = self.reserve(Kind::Scratch, scratch, key, digest, deadline).await?;
+        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), descriptor, memory, scratch });
+        if let Some(slot) = self.lock().backbones.get_mut(digest) {
+            slot.resident = Arc::downgrade(&resident);
+            slot.keep = (!self.settings.drop_idle_backbones).then(|| Arc::clone(&resident));
+        }
+        Ok(resident)
+    }
+
+    /// Sets a reservation to what the memory turned out to be. The header's promise is close, so growth is small.
+    fn settle(&self, reservation: &mut Reservation, bytes: usize, key: &Key) -> Result<(), SetError> {
+        if reservation.resize(bytes) { Ok(()) } else { Err(SetError::NoRoom { name: key.name.clone() }) }
+    }
+
+    /// Takes bytes, evicting what may be evicted, waiting while too much is in use.
+    async fn reserve(
+        &self,
+        kind: Kind,
+        bytes: usize,
+        key: &Key,
+        backbone: &Digest,
+        deadline: Instant,
+    ) -> Result<Reservation, SetError> {
+        loop {
+            // Registered before looking, so that bytes released in between are not missed.
+            let mut released = std::pin::pin!(self.ledger.released());
+            released.as_mut().enable();
+            if let Some(reservation) = self.ledger.try_reserve(kind, bytes) {
+                return Ok(reservation);
+            }
+            match self.make_room(bytes, key, backbone) {
+                Room::Evicted(sets, backbones) => {
+                    self.count_evictions("budget", &sets);
+                    // Sets before the backbones they refer to.
+                    drop((sets, backbones));
+                    continue;
+                }
+                Room::Never(available) => {
+                    return Err(SetError::TooLarge { name: key.name.clone(), needed: bytes, available });
+                }
+                Room::Busy => {}
+            }
+            if Instant::now() >= deadline {
+                return Err(SetError::NoRoom { name: key.name.clone() });
+            }
+            let _ = tokio::time::timeout(ROOM_POLL, released).await;
+        }
+    }
+
+    /// Chooses and removes victims. Never: pinned, in use, loading, protected, and what `key` is about to replace.
+    fn make_room(&self, bytes: usize, key: &Key, own_backbone: &Digest) -> Room<S> {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let budget = self.ledger.snapshot();
+        let mut fixed = budget.used(Kind::Queue);
+        let mut fixed_backbones = std::collections::HashSet::from([*own_backbone]);
+        let mut backbone_users: std::collections::HashMap<Digest, usize> = std::collections::HashMap::new();
+        let mut candidates = Vec::new();
+        for (name_key, name, slot) in state.slots() {
+            let Some(resident) = &slot.resident else { continue };
+            let replaced = *name_key == key.name && slot.descriptor.version <= key.version;
+            if name.pinned || replaced {
+                fixed += resident.memory.bytes();
+                fixed_backbones.insert(resident.descriptor.backbone);
+            } else if slot.is_idle(now) {
+                *backbone_users.entry(resident.descriptor.backbone).or_default() += 1;
+                let victim = Victim::Set(Key { name: name_key.clone(), version: slot.descriptor.version });
+                candidates.push((victim, (0u8, slot.usage.order()), resident.memory.bytes()));
+            }
+        }
+        for (digest, slot) in &state.backbones {
+            let Some(resident) = slot.resident.upgrade() else { continue };
+            let size = resident.memory.bytes() + resident.scratch.bytes();
+            if fixed_backbones.contains(digest) {
+                fixed += size;
+                continue;
+            }
+            // One reference is the registry's, one is `resident` above, the rest are sets that would go first.
+            let users = backbone_users.get(digest).copied().unwrap_or(0);
+            if slot.keep.is_some() && Arc::strong_count(&resident) == 2 + users {
+                candidates.push((Victim::Backbone(*digest), (1, (false, 0)), size));
+            }
+        }
+        let available = budget.limit().saturating_sub(fixed);
+        if bytes > available {
+            return Room::Never(available);
+        }
+        let needed = bytes.saturating_sub(budget.free());
+        let Some(victims) = lru::plan_eviction(needed, candidates) else { return Room::Busy };
+        let (mut sets, mut backbones) = (Vec::new(), Vec::new());
+        for victim in victims {
+            match victim {
+                Victim::Set(key) => sets.extend(state.slot_mut(&key).and_then(|slot| slot.resident.take())),
+                Victim::Backbone(digest) => {
+                    backbones.extend(state.backbones.get_mut(&digest).and_then(|slot| slot.keep.take()));
+                }
+            }
+        }
+        Room::Evicted(sets, backbones)
+    }
+
+    /// Puts the outcome into the registry and turns it into what those who wait get.
+    fn finish_load(
+        &self,
+        key: &Key,
+        load_id: u64,
+        outcome: Result<Resident<S>, SetError>,
+    ) -> Result<Lease<S>, SetError> {
+        let outcome = outcome.map(Arc::new);
+        let mut replaced = Vec::new();
+        {
+            let mut state = self.lock();
+            state.tick += 1;
+            let tick = state.tick;
+            let Some(name) = state.names.get_mut(&key.name) else {
+                return outcome.and(Err(unknown(&key.name, Some(key.version))));
+            };
+            let Some(slot) = name.versions.get_mut(&key.version) else {
+                return outcome.and(Err(unknown(&key.name, Some(key.version))));
+            };
+            if slot.load_id != load_id {
+                // Registered anew meanwhile: those who waited asked before that, and get what they asked for.
+                return outcome.map(|resident| self.lease(&resident));
+            }
+            slot.loading = None;
+            match &outcome {
+                Ok(resident) => {
+                    slot.failure = None;
+                    slot.usage = Usage::first(tick);
+                    slot.protected_until = Instant::now() + self.settings.protect_unused;
+                    replaced.extend(slot.resident.replace(Arc::clone(resident)));
+                    let old = name.serving.filter(|&old| old < key.version);
+                    replaced.extend(old.and_then(|old| name.versions.get_mut(&old)?.resident.take()));
+                    if name.serving.is_none_or(|old| old < key.version) {
+                        name.serving = Some(key.version);
+                    }
+                    let slots = state.names.values_mut().flat_map(|name| name.versions.values_mut());
+                    lru::demote_excess(slots.filter_map(|slot| {
+                        let bytes = slot.resident.as_ref()?.memory.bytes();
+                        Some((&mut slot.usage, bytes))
+                    }));
+                }
+                Err(error) => slot.failure = self.remember(slot, error),
+            }
+        }
+        self.count_evictions("replaced", &replaced);
+        match outcome {
+            Ok(resident) => {
+                tracing::debug!(set.generation = resident.descriptor.generation(), "expert set resident");
+                Ok(self.lease(&resident))
+            }
+            Err(error) => {
+                tracing::warn!(set.name = key.name, set.version = key.version, reason = %error, "load failed");
+                Err(error)
+            }
+        }
+    }
+
+    /// The failure to remember, with its growing delay. A full memory is nobody's fault and is tried again at once.
+    fn remember(&self, slot: &Slot<S>, error: &SetError) -> Option<Failure> {
+        let reason = match error {
+            SetError::Failed { reason, .. } => reason.clone(),
+            SetError::TooLarge { .. } | SetError::NoBackbone { .. } => error.to_string(),
+            _ => return slot.failure.clone(),
+        };
+        let count = slot.failure.as_ref().map_or(1, |failure| failure.count.saturating_add(1));
+        let delay = self.settings.backoff.saturating_mul(1 << (count - 1).min(16)).min(self.settings.max_backoff);
+        Some(Failure { reason, count, retry_at: Instant::now() + delay, stamp: slot.tried })
+    }
+
+    pub(super) fn failed(&self, key: &Key, reason: String) -> SetError {
+        SetError::Failed { name: key.name.clone(), reason, retry_after: self.settings.backoff }
+    }
+
+    pub(super) fn count_evictions(&self, reason: &str, dropped: &[Arc<Resident<S>>]) {
+        if !dropped.is_empty() {
+            self.metrics.evictions.with_label_values(&[reason]).inc_by(dropped.len() as u64);
+        }
+    }
+}
+
+enum Victim {
+    Set(Key),
+    Backbone(Digest),
+}
+
+/// Ends a load in the registry's eyes also when its task panics, so that the next request starts another.
+struct LoadGuard<S: Source> {
+    inner: Arc<Inner<S>>,
+    key: Key,
+    load_id: u64,
+}
+
+impl<S: Source> Drop for LoadGuard<S> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.inner.lock().slot_mut(&self.key).filter(|slot| slot.load_id == self.load_id) {
+            slot.loading = None;
+        }
+    }
+}
+
+fn flatten<T>(result: Result<Result<T, String>, crate::blocking::Panicked>) -> Result<T, String> {
+    result.unwrap_or_else(|panicked| Err(panicked.to_string()))
+}

@@ -1,0 +1,320 @@
+//! From flags to a running server and back: put the application together, listen, drain, end.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use model_core::image::DecodeLimits;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt;
+
+use crate::admission::Admission;
+use crate::blocking::BlockingPool;
+use crate::config::{ServeArgs, threads_or_cores};
+use crate::http::{Keys, PeerAddress, build_router};
+use crate::lifecycle::Lifecycle;
+use crate::metrics::{Metrics, ProcessMemory};
+use crate::model::{ArtifactSource, Row, SetLease, SetRegistry};
+use crate::pipeline::Pipeline;
+use crate::pipeline::decode::Decoder;
+use crate::pipeline::queue::QueueSettings;
+use crate::registry::{self, Registry};
+use crate::state::{App, AppState, Limits};
+use crate::store::{self, Contents};
+use crate::units::ByteSize;
+use crate::{http, logging};
+
+/// How long accepting rests after an error such as "too many open files".
+const ACCEPT_REST: Duration = Duration::from_millis(50);
+/// Longest wait for a set at start, where nobody is waiting for an answer.
+const START_WAIT: Duration = Duration::from_secs(60);
+
+/// Runs the server until SIGTERM or SIGINT.
+///
+/// # Errors
+/// A sentence that names what keeps it from starting.
+pub fn run(args: &ServeArgs) -> Result<(), String> {
+    logging::init(&args.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
+        let shutdown = shutdown_signal()?;
+        let app = start(args).await?;
+        serve(listener, app, args.limits.max_connections, args.limits.header_timeout, args.limits.drain_timeout, shutdown)
+            .await;
+        Ok(())
+    })
+}
+
+/// Puts the application together and makes it ready: the default set and the pinned ones are resident, and every
+/// compute thread has run once.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
+    let contents = match &args.models.model_store {
+        Some(root) => store::scan(root)?,
+        None => store::embedded()?,
+    };
+    if let Some(broken) = contents.broken.first().filter(|_| args.registry.strict) {
+        return Err(broken.reason.clone());
+    }
+    let metrics = Arc::new(Metrics::new(args.per_set_metrics).map_err(|error| error.to_string())?);
+    let compute_threads = threads_or_cores(args.pipeline.compute_threads);
+    let registry = new_registry(args, compute_threads, &metrics)?;
+    let broken = register(&registry, contents, args.registry.strict)?;
+    let default = default_set(args, &registry, &broken).await?;
+    let pipeline = start_pipeline(args, compute_threads, &metrics).map_err(|error| format!("threads: {error}"))?;
+
+    let app = AppState::new(App {
+        limits: Limits {
+            max_body_bytes: args.limits.max_body.0,
+            max_images: args.limits.max_images,
+            request_timeout: args.limits.request_timeout,
+            body_timeout: args.limits.body_timeout,
+            load_wait: args.registry.load_wait,
+        },
+        default_set: default.descriptor.name.as_str().into(),
+        registry,
+        decoder: Decoder::new(
+            threads_or_cores(args.pipeline.decode_threads),
+            args.pipeline.decode_memory.0,
+            DecodeLimits { max_pixels: args.limits.max_pixels },
+            Arc::clone(&metrics),
+        ),
+        decompression: BlockingPool::new(1),
+        pipeline,
+        admission: Admission::new(
+            args.limits.max_requests,
+            args.pipeline.queue_images,
+            args.pipeline.queue_bytes.0,
+            args.limits.body_memory.0,
+        ),
+        lifecycle: Lifecycle::default(),
+        metrics,
+        user_keys: Keys::load(args.auth.user_key_file.as_deref(), "BVIT_USER_KEYS")?,
+        admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
+        broken,
+        started: Instant::now(),
+    });
+    for name in &args.registry.pin {
+        app.registry.pin(name, START_WAIT).await.map_err(|error| format!("--pin {name}: {error}"))?;
+    }
+    warm_up(default, compute_threads).await?;
+    http::ROUTES.iter().for_each(|route| app.metrics.declare_route(route));
+    app.refresh_metrics();
+    log_start(args, &app);
+    app.lifecycle.set_ready();
+    Ok(app)
+}
+
+fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> Result<SetRegistry, String> {
+    let settings = registry::Settings {
+        budget_bytes: args.registry.memory_budget.0,
+        queue_bytes: args.pipeline.queue_bytes.0,
+        load_threads: args.registry.load_threads,
+        room_wait: args.registry.load_wait,
+        drop_idle_backbones: args.registry.drop_idle_backbones,
+        ..registry::Settings::default()
+    };
+    let source = ArtifactSource { compute_threads, max_batch: args.pipeline.max_batch };
+    Registry::new(source, settings, metrics.sets.clone()).map_err(|_| {
+        let (budget, queue) = (args.registry.memory_budget, args.pipeline.queue_bytes);
+        format!("--memory-budget {budget} does not even hold --queue-bytes {queue}")
+    })
+}
+
+/// Registers what the store holds; returns what is broken, sets for unknown backbones included.
+fn register(registry: &SetRegistry, contents: Contents, strict: bool) -> Result<Vec<store::Broken>, String> {
+    let mut broken = contents.broken;
+    contents.backbones.into_iter().for_each(|backbone| registry.register_backbone(backbone));
+    for set in contents.sets {
+        let location = set.location.clone();
+        if let Err(error) = registry.register(set) {
+            let reason = format!("{location}: {error}");
+            if strict {
+                return Err(reason);
+            }
+            broken.push(store::Broken { path: location.to_string().into(), reason });
+        }
+    }
+    for file in &broken {
+        tracing::warn!(reason = file.reason, "a file of the model store is left out");
+    }
+    Ok(broken)
+}
+
+/// The default set, resident: the one asked for, or the first by name that loads.
+async fn default_set(args: &ServeArgs, registry: &SetRegistry, broken: &[store::Broken]) -> Result<SetLease, String> {
+    if let Some(name) = &args.models.default_set {
+        return registry.load(name, None, START_WAIT).await.map_err(|error| format!("--default-set {name}: {error}"));
+    }
+    let mut names: Vec<String> = registry.names().into_iter().collect();
+    names.sort_unstable();
+    let mut first_reason = broken.first().map(|broken| broken.reason.clone());
+    for name in names {
+        match registry.load(&name, None, START_WAIT).await {
+            Ok(lease) => return Ok(lease),
+            Err(error) => first_reason = first_reason.or_else(|| Some(error.to_string())),
+        }
+    }
+    let store = args.models.model_store.as_ref().map_or("(embedded)".into(), |root| root.display().to_string());
+    Err(match first_reason {
+        Some(reason) => format!("no expert set can be loaded: {reason}"),
+        None => format!("{store}: no expert set in expert-sets/SET/VERSION.safetensors"),
+    })
+}
+
+fn start_pipeline(args: &ServeArgs, threads: usize, metrics: &Arc<Metrics>) -> std::io::Result<Pipeline> {
+    let images = args.pipeline.queue_images;
+    let settings = QueueSettings {
+        images,
+        bytes: args.pipeline.queue_bytes.0,
+        images_per_set: args.pipeline.set_queue_images.unwrap_or((images * 3).div_ceil(4)),
+        max_batch: args.pipeline.max_batch,
+        max_wait: args.pipeline.max_wait,
+    };
+    Pipeline::start(settings, threads, metrics)
+}
+
+/// One forward pass on every thread's scratch, so that the first request finds memory touched and code paged in.
+async fn warm_up(lease: SetLease, compute_threads: usize) -> Result<(), String> {
+    let run = move || {
+        let backbone = &lease.backbone.value;
+        let pixels = vec![0.0; backbone.input_bytes() / size_of::<f32>()];
+        let row = [Row { set: &lease.value, pixels: &pixels, routing: false }];
+        (0..compute_threads).try_for_each(|thread| backbone.forward(thread, &row, None).map(drop))
+    };
+    let result = BlockingPool::new(1).run(run).await.map_err(|error| error.to_string()).flatten();
+    result.map_err(|error| format!("the model does not run: {error}"))
+}
+
+fn log_start(args: &ServeArgs, app: &AppState) {
+    let (totals, memory) = (app.registry.totals(), ProcessMemory::read());
+    let budget = args.registry.memory_budget;
+    match memory.cgroup_limit {
+        Some(limit) if budget.0 + args.pipeline.decode_memory.0 > limit => {
+            let (limit, decode) = (ByteSize(limit), args.pipeline.decode_memory);
+            tracing::warn!(%limit, %budget, %decode, "the cgroup's memory limit is below what the flags allow");
+        }
+        Some(limit) => tracing::info!(limit = %ByteSize(limit), "a cgroup memory limit is in force"),
+        None => tracing::info!("no cgroup memory limit is in force; the memory budget is enforced here"),
+    }
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        default_set = app.default_set.as_ref(),
+        sets = totals.registered,
+        budget = %budget,
+        "ready"
+    );
+}
+
+/// Cancelled by the first SIGTERM or SIGINT.
+fn shutdown_signal() -> Result<CancellationToken, String> {
+    let token = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
+    let cancel = token.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        cancel.cancel();
+    });
+    Ok(token)
+}
+
+/// Accepts connections until `shutdown`, then finishes what was accepted, for at most `drain_timeout`.
+pub async fn serve(
+    listener: TcpListener,
+    app: AppState,
+    max_connections: usize,
+    header_timeout: Duration,
+    drain_timeout: Duration,
+    shutdown: CancellationToken,
+) {
+    let router = build_router(app.clone());
+    let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(max_connections)));
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(%address, "listening");
+    }
+    loop {
+        let accept = async {
+            let slot = Arc::clone(&slots).acquire_owned().await;
+            (slot, listener.accept().await)
+        };
+        let (slot, accepted) = tokio::select! {
+            accepted = accept => accepted,
+            () = shutdown.cancelled() => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let connection = serve_connection(stream, peer, router.clone(), header_timeout, shutdown.clone());
+                connections.spawn(async move {
+                    connection.await;
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept connections");
+                tokio::time::sleep(ACCEPT_REST).await;
+            }
+        }
+    }
+    app.lifecycle.set_draining();
+    drop(listener);
+    connections.close();
+    tracing::info!(connections = connections.len(), "draining");
+    if tokio::time::timeout(drain_timeout, connections.wait()).await.is_err() {
+        tracing::warn!(connections = connections.len(), "the drain timeout passed; connections are cut");
+    }
+    let drained = tokio::task::spawn_blocking(move || app.pipeline.drain());
+    if tokio::time::timeout(drain_timeout, drained).await.is_err() {
+        tracing::warn!("the drain timeout passed; queued images are dropped");
+    }
+    tracing::info!("stopped");
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    router: Router,
+    header_timeout: Duration,
+    shutdown: CancellationToken,
+) {
+    // Answers are small and complete; waiting to fill a segment only delays them.
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(PeerAddress(peer));
+        let router = router.clone();
+        async move { router.oneshot(request).await.map_err(|never: Infallible| never) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = shutdown.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, %peer, "connection ended");
+    }
+}

@@ -1,0 +1,139 @@
+//! What every handler can reach.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::admission::Admission;
+use crate::blocking::BlockingPool;
+use crate::error::{ApiError, ErrorCode};
+use crate::http::Keys;
+use crate::lifecycle::Lifecycle;
+use crate::metrics::{Metrics, saturating};
+use crate::model::SetRegistry;
+use crate::pipeline::Pipeline;
+use crate::pipeline::decode::Decoder;
+use crate::registry::{Kind, SetError};
+use crate::store::Broken;
+
+/// Limits that handlers look at.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Largest body after decompression.
+    pub max_body_bytes: usize,
+    /// Most images in one request.
+    pub max_images: usize,
+    /// From a request's headers to its answer.
+    pub request_timeout: Duration,
+    /// For a body to arrive.
+    pub body_timeout: Duration,
+    /// For an expert set to be loaded.
+    pub load_wait: Duration,
+}
+
+/// The application; clones share it.
+#[derive(Clone)]
+pub struct AppState(Arc<App>);
+
+/// What [`AppState`] shares.
+pub struct App {
+    /// Limits that handlers look at.
+    pub limits: Limits,
+    /// Expert set of requests that name none.
+    pub default_set: Arc<str>,
+    /// Expert sets.
+    pub registry: SetRegistry,
+    /// Images to pixels.
+    pub decoder: Decoder,
+    /// Bodies to larger bodies.
+    pub decompression: BlockingPool,
+    /// Pixels to logits.
+    pub pipeline: Pipeline,
+    /// Who is let in.
+    pub admission: Admission,
+    /// Starting, ready, draining.
+    pub lifecycle: Lifecycle,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// Keys that may classify.
+    pub user_keys: Keys,
+    /// Keys that may do everything.
+    pub admin_keys: Keys,
+    /// Files of the store that could not be registered.
+    pub broken: Vec<Broken>,
+    /// When the server started.
+    pub started: Instant,
+}
+
+impl AppState {
+    /// Shares `app`.
+    pub fn new(app: App) -> Self {
+        Self(Arc::new(app))
+    }
+}
+
+impl std::ops::Deref for AppState {
+    type Target = App;
+
+    fn deref(&self) -> &App {
+        &self.0
+    }
+}
+
+impl App {
+    /// Lets a request in that costs real work.
+    ///
+    /// # Errors
+    /// 503 when starting or draining, 429 when too many are being worked on.
+    pub fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        self.lifecycle.check()?;
+        self.admission.request()
+    }
+
+    /// The set a request gets that names `name`.
+    pub fn set_name<'a>(&'a self, name: Option<&'a str>) -> &'a str {
+        name.unwrap_or(&self.default_set)
+    }
+
+    /// Reads the gauges of what *is* from their owners.
+    pub fn refresh_metrics(&self) {
+        let (metrics, totals, budget) = (&self.metrics, self.registry.totals(), self.registry.budget());
+        let (images, bytes) = self.pipeline.depth();
+        metrics.queue_depth.set(saturating(images));
+        metrics.sets_registered.set(saturating(totals.registered));
+        metrics.sets_resident.set(saturating(totals.resident));
+        metrics.sets_pinned.set(saturating(totals.pinned));
+        metrics.sets_failed.set(saturating(totals.failed + self.broken.len()));
+        metrics.memory_budget.set(saturating(budget.limit()));
+        for kind in Kind::ALL {
+            // The budget sets the whole queue aside; what it holds now is more telling.
+            let held = if kind == Kind::Queue { bytes } else { budget.used(kind) };
+            metrics.memory.with_label_values(&[kind.as_str()]).set(saturating(held));
+        }
+        metrics.set_known_sets(self.registry.names());
+        metrics.set_resident.reset();
+        if metrics.per_set() {
+            for status in self.registry.list().iter().filter(|status| status.resident_bytes > 0) {
+                let pinned = if status.pinned { "true" } else { "false" };
+                metrics.set_resident.with_label_values(&[status.descriptor.name.as_str(), pinned]).set(1);
+            }
+        }
+    }
+}
+
+impl From<SetError> for ApiError {
+    fn from(error: SetError) -> Self {
+        let code = match &error {
+            SetError::Unknown { .. } => ErrorCode::SetNotFound,
+            SetError::TooLarge { .. } => ErrorCode::SetTooLarge,
+            SetError::NoRoom { .. } | SetError::StillLoading { .. } => ErrorCode::SetLoading,
+            SetError::Failed { retry_after, .. } => {
+                return Self::new(ErrorCode::SetFailed, error.to_string()).retry_after(*retry_after);
+            }
+            SetError::NoBackbone { .. } => ErrorCode::BackboneMismatch,
+            SetError::Conflict(_) => ErrorCode::Conflict,
+        };
+        Self::new(code, error.to_string())
+    }
+}

@@ -1,0 +1,195 @@
+//! The model store: a folder of artifacts, or the model embedded in this program.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::model::{describe_backbone, describe_set};
+use crate::registry::{BackboneDescriptor, Location, SetDescriptor};
+
+/// Longest name of an expert set or backbone.
+pub const MAX_NAME: usize = 200;
+/// Version of the embedded expert set.
+const EMBEDDED_VERSION: u64 = 1;
+/// Name of the embedded expert set.
+const EMBEDDED_SET: &str = "cifar100";
+/// Name of the embedded backbone.
+const EMBEDDED_BACKBONE: &str = "default";
+
+static BACKBONE_BYTES: &[u8] = include_bytes!("../../models/default-backbone.safetensors");
+static SET_BYTES: &[u8] = include_bytes!("../../models/cifar100.safetensors");
+
+/// A file that could not be registered.
+#[derive(Debug, Clone)]
+pub struct Broken {
+    /// The file.
+    pub path: PathBuf,
+    /// Why, naming the file.
+    pub reason: String,
+}
+
+impl Broken {
+    /// The file's place within its folder, without telling clients where the store is.
+    pub fn file_name(&self) -> String {
+        let parts: Vec<_> = self.path.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect();
+        parts.into_iter().rev().collect::<Vec<_>>().join("/")
+    }
+}
+
+/// What a store holds, by the headers of its files.
+#[derive(Debug, Default)]
+pub struct Contents {
+    /// Backbones.
+    pub backbones: Vec<BackboneDescriptor>,
+    /// Expert sets, whatever backbone they name.
+    pub sets: Vec<SetDescriptor>,
+    /// Files that are neither.
+    pub broken: Vec<Broken>,
+}
+
+/// Whether a name may appear in paths, headers and metric labels: letters, digits, `-`, `_` and `.`, not starting with
+/// a dot, at most [`MAX_NAME`] characters.
+pub fn is_valid_name(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+}
+
+/// The embedded model.
+///
+/// # Errors
+/// When it is broken, which only a broken build can be.
+pub fn embedded() -> Result<Contents, String> {
+    let backbone = describe_backbone(EMBEDDED_BACKBONE, &Location::Embedded(BACKBONE_BYTES))?;
+    let set = describe_set(EMBEDDED_SET, EMBEDDED_VERSION, &Location::Embedded(SET_BYTES))?;
+    Ok(Contents { backbones: vec![backbone], sets: vec![set], broken: Vec::new() })
+}
+
+/// The embedded artifacts with their names: backbone, then expert set.
+pub fn embedded_bytes() -> [(&'static str, &'static [u8]); 2] {
+    [(EMBEDDED_BACKBONE, BACKBONE_BYTES), (EMBEDDED_SET, SET_BYTES)]
+}
+
+/// Looks at every file of the store in `root`, headers only.
+///
+/// # Errors
+/// When the folder itself cannot be read. A broken file is not an error; it is listed.
+pub fn scan(root: &Path) -> Result<Contents, String> {
+    let mut contents = Contents::default();
+    fs::read_dir(root).map_err(|error| format!("{}: {error}", root.display()))?;
+    for path in artifacts(&root.join("backbones"))? {
+        let described = name_of(&path).and_then(|name| describe_backbone(&name, &Location::File(path.clone())));
+        match described {
+            Ok(backbone) => contents.backbones.push(backbone),
+            Err(reason) => contents.broken.push(Broken { path, reason }),
+        }
+    }
+    for folder in entries(&root.join("expert-sets"))?.into_iter().filter(|path| path.is_dir()) {
+        match folder.file_name().and_then(|name| name.to_str()).filter(|name| is_valid_name(name)) {
+            Some(name) => scan_set(root, name, &mut contents)?,
+            None => {
+                let reason = format!("{}: {}", folder.display(), NAME_RULE);
+                contents.broken.push(Broken { path: folder, reason });
+            }
+        }
+    }
+    Ok(contents)
+}
+
+/// Looks at every version of one set.
+///
+/// # Errors
+/// When its folder cannot be read.
+pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> Result<(), String> {
+    for path in artifacts(&root.join("expert-sets").join(name))? {
+        let described = version_of(&path).and_then(|version| describe_set(name, version, &Location::File(path.clone())));
+        match described {
+            Ok(set) => contents.sets.push(set),
+            Err(reason) => contents.broken.push(Broken { path, reason }),
+        }
+    }
+    Ok(())
+}
+
+/// Where a version of a set belongs.
+pub fn set_path(root: &Path, name: &str, version: u64) -> PathBuf {
+    root.join("expert-sets").join(name).join(format!("{version}.safetensors"))
+}
+
+/// What a name must look like, as a sentence.
+pub const NAME_RULE: &str =
+    "a name has 1 to 200 letters, digits, `-`, `_` or `.`, and does not start with a dot";
+
+fn name_of(path: &Path) -> Result<String, String> {
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|name| is_valid_name(name));
+    stem.map(str::to_owned).ok_or_else(|| format!("{}: {NAME_RULE}", path.display()))
+}
+
+fn version_of(path: &Path) -> Result<u64, String> {
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    // `01` and `1` would be two files for one version.
+    let canonical = stem.parse::<u64>().ok().filter(|version| version.to_string() == stem);
+    canonical.ok_or_else(|| format!("{}: the file name must be a whole version number", path.display()))
+}
+
+/// The `.safetensors` files of a folder by name; none when it does not exist.
+fn artifacts(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let mut paths = entries(folder)?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    Ok(paths)
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let read = match fs::read_dir(folder) {
+        Ok(read) => read,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(format!("{}: {error}", folder.display())),
+    };
+    let mut paths: Vec<PathBuf> = read.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect();
+    paths.sort();
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_lead_elsewhere_are_refused() {
+        for name in ["cifar100", "a", "Site-7_v2.1", &"x".repeat(MAX_NAME)] {
+            assert!(is_valid_name(name), "{name}");
+        }
+        for name in ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "a b", "blåbær", "a:b", &"x".repeat(MAX_NAME + 1)] {
+            assert!(!is_valid_name(name), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn guarantee_13_junk_in_the_store_is_listed_not_fatal() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(scan(&root.path().join("missing")).is_err());
+        assert!(scan(root.path()).unwrap().broken.is_empty(), "an empty store is a store");
+        for (path, bytes) in [
+            ("backbones/b.safetensors", "junk"),
+            ("backbones/notes.txt", "not looked at"),
+            ("expert-sets/s/1.safetensors", ""),
+            ("expert-sets/s/01.safetensors", "junk"),
+            ("expert-sets/s/latest.safetensors", "junk"),
+            ("expert-sets/bad name/1.safetensors", "junk"),
+        ] {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+        let contents = scan(root.path()).unwrap();
+        let mut broken: Vec<_> = contents.broken.iter().map(Broken::file_name).collect();
+        broken.sort();
+        let expected = [
+            "backbones/b.safetensors",
+            "expert-sets/bad name",
+            "s/01.safetensors",
+            "s/1.safetensors",
+            "s/latest.safetensors",
+        ];
+        assert_eq!(broken, expected);
+    }
+}
