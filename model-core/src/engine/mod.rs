@@ -8,7 +8,7 @@
 //! logits = head(mean over tokens of norm(x))
 //! ```
 //! All images of a batch go through every step together; rows of one expert set are made neighbours first. Buffers are
-//! sized when a [`Session`] is made, and loops over tiles of rows are shared by its threads.
+//! sized when a [`Session`](model::Session) is made, and loops over tiles of rows are shared by its threads.
 
 mod attention;
 mod linear;

@@ -14,7 +14,7 @@ pub fn gelu_scalar(x: &mut [f32]) {
 }
 
 /// Absolute error of [`gelu`] beyond the rounding of its last subtraction, `2^-24 |x|`: 5.2e-7 of the polynomial,
-/// 4e-7 past [`GELU_END`] where it is held, and the roundings of Horner's rule, whose last steps see values below 0.5.
+/// 4e-7 past `GELU_END` where it is held, and the roundings of Horner's rule, whose last steps see values below 0.5.
 pub const GELU_ERROR: f32 = 1e-6;
 
 /// Where the polynomial ends; `gelu(x) - max(x, 0)` is below 4e-7 from here on.

@@ -4,7 +4,7 @@
 //! multiply-adds over k in ascending order, whatever m, n and the blocking: a row's result does not depend on the rows
 //! beside it, which is what makes batched answers bit-identical to single ones.
 //!
-//! Panels of [`PANEL`] columns lie as `[k, PANEL]`, so that the micro-kernel streams them; it keeps [`MR`] rows times
+//! Panels of [`PANEL`] columns lie as `[k, PANEL]`, so that the micro-kernel streams them; it keeps `MR` rows times
 //! two vectors in registers.
 
 use super::error::{KernelError, expect_finite, expect_len};

@@ -38,7 +38,7 @@ impl AngleGrid {
 pub fn rotate_rows(x: &Tensor, angles: &Tensor, experts: Arc<Vec<u16>>, grid: AngleGrid) -> Result<Tensor> {
     let (num_experts, stages, half) = angles.dims3()?;
     let (rows, n) = x.dims2()?;
-    if n != 2 * half || n % (1 << stages) != 0 || experts.len() % rows.max(1) != 0 {
+    if n != 2 * half || n % (1 << stages) != 0 || !experts.len().is_multiple_of(rows.max(1)) {
         candle_core::bail!("rotation: {rows} rows of {n} for {} experts, angles {:?}", experts.len(), angles.shape());
     }
     if experts.iter().any(|&e| usize::from(e) >= num_experts) {
@@ -82,10 +82,10 @@ const BLOCK: usize = 16;
 /// `x[i] <- c[i] x[i] + sign s[i] x[i ^ stride]`, `sign` 1 for the rotation and -1 for its transpose.
 fn stage(x: &mut [f32], cos: &[f32], sin: &[f32], stride: usize, sign: f32) {
     match stride {
-        1 if x.len() % BLOCK == 0 => short_stage::<1>(x, cos, sin, sign),
-        2 if x.len() % BLOCK == 0 => short_stage::<2>(x, cos, sin, sign),
-        4 if x.len() % BLOCK == 0 => short_stage::<4>(x, cos, sin, sign),
-        8 if x.len() % BLOCK == 0 => short_stage::<8>(x, cos, sin, sign),
+        1 if x.len().is_multiple_of(BLOCK) => short_stage::<1>(x, cos, sin, sign),
+        2 if x.len().is_multiple_of(BLOCK) => short_stage::<2>(x, cos, sin, sign),
+        4 if x.len().is_multiple_of(BLOCK) => short_stage::<4>(x, cos, sin, sign),
+        8 if x.len().is_multiple_of(BLOCK) => short_stage::<8>(x, cos, sin, sign),
         _ => {
             let blocks =
                 x.chunks_exact_mut(2 * stride).zip(cos.chunks_exact(2 * stride)).zip(sin.chunks_exact(2 * stride));
@@ -130,10 +130,10 @@ fn short_stage<const STRIDE: usize>(x: &mut [f32], cos: &[f32], sin: &[f32], sig
 /// `sums[i] += grad[i] y[i ^ stride]`: what the angle's gradient is the pairwise difference of.
 fn accumulate(sums: &mut [f32], grad: &[f32], y: &[f32], stride: usize) {
     match stride {
-        1 if y.len() % BLOCK == 0 => short_accumulate::<1>(sums, grad, y),
-        2 if y.len() % BLOCK == 0 => short_accumulate::<2>(sums, grad, y),
-        4 if y.len() % BLOCK == 0 => short_accumulate::<4>(sums, grad, y),
-        8 if y.len() % BLOCK == 0 => short_accumulate::<8>(sums, grad, y),
+        1 if y.len().is_multiple_of(BLOCK) => short_accumulate::<1>(sums, grad, y),
+        2 if y.len().is_multiple_of(BLOCK) => short_accumulate::<2>(sums, grad, y),
+        4 if y.len().is_multiple_of(BLOCK) => short_accumulate::<4>(sums, grad, y),
+        8 if y.len().is_multiple_of(BLOCK) => short_accumulate::<8>(sums, grad, y),
         _ => {
             for i in 0..y.len() {
                 sums[i] += grad[i] * y[i ^ stride];

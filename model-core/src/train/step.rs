@@ -52,7 +52,8 @@ pub fn gradients(
 ) -> Result<(Gradients, StepStats)> {
     let shards = batch.len.div_ceil(shard_size);
     let next = AtomicUsize::new(0);
-    let results: Mutex<Vec<Option<Result<(Gradients, StepStats)>>>> = Mutex::new((0..shards).map(|_| None).collect());
+    type ShardResult = Option<Result<(Gradients, StepStats)>>;
+    let results: Mutex<Vec<ShardResult>> = Mutex::new((0..shards).map(|_| None).collect());
     std::thread::scope(|scope| {
         for _ in 0..threads.clamp(1, shards.max(1)) {
             scope.spawn(|| {

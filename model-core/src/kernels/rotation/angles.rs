@@ -109,6 +109,11 @@ impl Coefficients {
 pub const SINCOS_ERROR: f32 = 2e-7;
 
 /// `sin(pi/2 * v) = v * P(v^2)` on [-1, 1]: minimax in absolute error, 3.4e-9.
+#[expect(
+    clippy::approx_constant,
+    clippy::excessive_precision,
+    reason = "a minimax coefficient is near pi/2, not equal to it"
+)]
 const SIN: [f32; 5] = [1.570_796_3, -0.645_963_37, 0.079_688_48, -0.004_672_228, 0.000_150_820_55];
 
 /// A quarter turn in units of a 16-bit code.
