@@ -438,6 +438,6 @@ mod tests {
         assert!(text.contains("bvit_images_total{result=\"failed\",set=\"other\"} 1000"));
         assert!(!text.contains("made-up"));
         metrics.set_known_sets(HashSet::new());
-        assert!(!String::from_utf8(metrics.encode().unwrap()).unwrap().contains("known"));
+        assert!(!String::from_utf8(metrics.encode().unwrap()).unwrap().contains("set=\"known\""));
     }
 }

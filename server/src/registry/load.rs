@@ -137,7 +137,7 @@ impl<S: Source> Inner<S> {
         let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, bytes, key)?;
         let scratch = self.reserve(Kind::Scratch, scratch, key, digest, deadline).await?;
-        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), descriptor, memory, scratch });
+        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), memory, scratch });
         if let Some(slot) = self.lock().backbones.get_mut(digest) {
             slot.resident = Arc::downgrade(&resident);
             slot.keep = (!self.settings.drop_idle_backbones).then(|| Arc::clone(&resident));
@@ -273,10 +273,13 @@ impl<S: Source> Inner<S> {
                         name.serving = Some(key.version);
                     }
                     let slots = state.names.values_mut().flat_map(|name| name.versions.values_mut());
-                    lru::demote_excess(slots.filter_map(|slot| {
+                    let budget = self.ledger.snapshot();
+                    let capacity = budget.used(Kind::Sets) + budget.free();
+                    let members = slots.filter_map(|slot| {
                         let bytes = slot.resident.as_ref()?.memory.bytes();
                         Some((&mut slot.usage, bytes))
-                    }));
+                    });
+                    lru::demote_excess(members, capacity);
                 }
                 Err(error) => slot.failure = self.remember(slot, error),
             }

@@ -1,15 +1,15 @@
 //! Who is evicted next: a segmented LRU. A set enters on probation; a second use while resident makes it hot; victims
 //! come from probation first. One sweep over hundreds of sets therefore churns probation and leaves the hot ones be.
 //!
-//! The hot segment is kept below [`HOT_SHARE`] of the resident bytes by demoting its oldest members, so that it cannot
+//! The hot segment is kept below [`HOT_SHARE`] of the bytes there are for sets by demoting its oldest members, so that it cannot
 //! freeze out newcomers for ever.
 
-/// Largest share of the resident bytes that may be hot, in percent.
+/// Largest share of the bytes for sets that may be hot, in percent.
 const HOT_SHARE: usize = 80;
 
 /// Use of one resident set; all the order there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Usage {
+pub(super) struct Usage {
     /// Tick of the last use; larger is later.
     pub last: u64,
     /// Used at least twice while resident, and not demoted since.
@@ -18,28 +18,26 @@ pub struct Usage {
 
 impl Usage {
     /// A set that has just become resident.
-    pub const fn first(tick: u64) -> Self {
+    pub(super) const fn first(tick: u64) -> Self {
         Self { last: tick, hot: false }
     }
 
     /// Another use.
-    pub const fn touch(&mut self, tick: u64) {
+    pub(super) const fn touch(&mut self, tick: u64) {
         *self = Self { last: tick, hot: true };
     }
 
     /// Ascending = evicted earlier.
-    pub const fn order(&self) -> (bool, u64) {
+    pub(super) const fn order(&self) -> (bool, u64) {
         (self.hot, self.last)
     }
 }
 
-/// Demotes the oldest hot members until the hot ones fit their share of `members`' bytes.
-pub fn demote_excess<'a>(members: impl Iterator<Item = (&'a mut Usage, usize)>) {
-    let mut total = 0;
+/// Demotes the oldest hot members until the hot ones fit their share of `capacity` bytes.
+pub(super) fn demote_excess<'a>(members: impl Iterator<Item = (&'a mut Usage, usize)>, capacity: usize) {
     let mut hot_bytes = 0;
     let mut hot: Vec<(&mut Usage, usize)> = Vec::new();
     for (usage, bytes) in members {
-        total += bytes;
         if usage.hot {
             hot_bytes += bytes;
             hot.push((usage, bytes));
@@ -49,7 +47,7 @@ pub fn demote_excess<'a>(members: impl Iterator<Item = (&'a mut Usage, usize)>) 
     // The newest stays hot even when it alone is over the share.
     let demotable = hot.len().saturating_sub(1);
     for (usage, bytes) in hot.into_iter().take(demotable) {
-        if hot_bytes * 100 <= total * HOT_SHARE {
+        if hot_bytes <= capacity / 100 * HOT_SHARE {
             break;
         }
         usage.hot = false;
@@ -59,7 +57,7 @@ pub fn demote_excess<'a>(members: impl Iterator<Item = (&'a mut Usage, usize)>) 
 
 /// The first of `candidates`, in eviction order, that together free at least `needed` bytes; `None` when all of them
 /// do not: evicting some would then cost reloads and gain nothing.
-pub fn plan_eviction<K, O: Ord>(needed: usize, mut candidates: Vec<(K, O, usize)>) -> Option<Vec<K>> {
+pub(super) fn plan_eviction<K, O: Ord>(needed: usize, mut candidates: Vec<(K, O, usize)>) -> Option<Vec<K>> {
     candidates.sort_by(|(_, a, _), (_, b, _)| a.cmp(b));
     let mut freed = 0usize;
     let mut victims = Vec::new();
@@ -91,7 +89,7 @@ mod tests {
     #[test]
     fn the_hot_segment_leaves_room_for_newcomers() {
         let mut usages: Vec<Usage> = (0..10).map(|tick| Usage { last: tick, hot: true }).collect();
-        demote_excess(usages.iter_mut().map(|usage| (usage, 10)));
+        demote_excess(usages.iter_mut().map(|usage| (usage, 10)), 100);
         let hot: Vec<u64> = usages.iter().filter(|usage| usage.hot).map(|usage| usage.last).collect();
         assert_eq!(hot, (2..10).collect::<Vec<_>>());
     }

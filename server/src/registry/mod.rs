@@ -135,7 +135,6 @@ fn unknown_message(name: &str, version: Option<u64>) -> String {
 pub struct ResidentBackbone<S: Source> {
     /// The model.
     pub value: Arc<S::Backbone>,
-    descriptor: Arc<BackboneDescriptor>,
     // Fields drop in order: the reservations after the memory they stand for.
     memory: Reservation,
     scratch: Reservation,
@@ -537,7 +536,6 @@ impl<S: Source> Registry<S> {
             return Err(SetError::Conflict(format!("expert set `{name}` is pinned; unpin it first")));
         }
         entry.unloaded = true;
-        entry.serving = None;
         let dropped: Vec<_> = entry.versions.values_mut().filter_map(|slot| slot.resident.take()).collect();
         drop(state);
         self.inner.count_evictions("unload", &dropped);
