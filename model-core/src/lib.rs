@@ -18,6 +18,7 @@
 #![warn(missing_docs)]
 
 pub mod artifact;
+pub mod bench;
 pub mod config;
 pub mod engine;
 pub mod footprint;

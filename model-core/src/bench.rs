@@ -1,0 +1,361 @@
+//! Timing the engine against the dense experts that it replaces, in one process, on random weights.
+//!
+//! The baseline is honest: f32 experts with weights packed ahead for the same panel kernel, and only the chosen experts
+//! computed, each once for all of its tokens. Routing is the engine's own for both, and so is the input.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::artifact::Digest;
+use crate::config::{BackboneConfig, ViTConfig};
+use crate::engine::{ExpertLayer, Moe, MoeScratch, Pool, Span, Substrates};
+use crate::image::Preprocess;
+use crate::kernels::activation::gelu;
+use crate::kernels::{Isa, PackedF32};
+use crate::model::{Backbone, ExpertSet, ModelError, Row, Session};
+use crate::weights::{
+    AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
+};
+
+/// What to time.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Shapes; `experts` is replaced by each of `num_experts` in turn.
+    pub config: ViTConfig,
+    /// Experts per layer to try.
+    pub num_experts: Vec<usize>,
+    /// Threads of the engine; the baseline always has one.
+    pub threads: usize,
+    /// Images of a whole-model batch.
+    pub batch: usize,
+    /// How long to repeat each measurement.
+    pub duration: Duration,
+    /// Whether to time dense experts too; they take `8 d_model d_ff` bytes each.
+    pub dense: bool,
+    /// Instruction set.
+    pub isa: Isa,
+}
+
+/// Durations of repeated runs, milliseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Timing {
+    /// Half the runs were faster.
+    pub median_ms: f64,
+    /// One run in twenty was slower.
+    pub p95_ms: f64,
+    /// Number of runs.
+    pub runs: usize,
+}
+
+/// One implementation of the mixture-of-experts layer, for the tokens of one image.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct LayerReport {
+    /// Router included for the engine, excluded for the baseline.
+    pub time: Timing,
+    /// Multiply-accumulates of the matrix products per second.
+    pub gmac_per_second: f64,
+    /// Weights, scales, codes and routers read for one image.
+    pub bytes_read: usize,
+    /// Weights, scales, codes and routers in memory.
+    pub resident_bytes: usize,
+}
+
+/// Figures for one number of experts.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Experts per layer.
+    pub num_experts: usize,
+    /// Our layer.
+    pub layer: LayerReport,
+    /// The same layer with dense f32 experts.
+    pub dense_layer: Option<LayerReport>,
+    /// A whole batch through the whole model.
+    pub model: Timing,
+    /// Images of that batch per second, at the median.
+    pub images_per_second: f64,
+    /// Backbone in memory.
+    pub backbone_bytes: usize,
+    /// Expert set in memory.
+    pub expert_set_bytes: usize,
+    /// Scratch of the session.
+    pub session_bytes: usize,
+}
+
+/// Runs every measurement of `options`.
+///
+/// # Errors
+/// [`ModelError`] when the configuration is not valid.
+pub fn run(options: &Options) -> Result<Vec<Report>, ModelError> {
+    let reports = options.num_experts.iter().map(|&num_experts| {
+        let mut config = options.config.clone();
+        config.experts.num_experts = num_experts;
+        config.experts.top_k = config.experts.top_k.min(num_experts);
+        config.validate()?;
+        report(&config, options)
+    });
+    reports.collect()
+}
+
+fn report(config: &ViTConfig, options: &Options) -> Result<Report, ModelError> {
+    let mut random = Random(2603);
+    let weights = backbone_weights(&config.backbone, &mut random);
+    let set = expert_set_weights(config, &mut random);
+    let digest = Digest::of("bench", &[]);
+    let backbone = Backbone::from_weights("bench".into(), &weights, Preprocess::default(), digest, options.isa)?;
+    let backbone = Arc::new(backbone);
+    let expert_set = ExpertSet::from_weights("bench".into(), set.clone(), digest, &backbone)?;
+    let mut session = Session::new(&backbone, options.batch, options.threads);
+    let pixels = random.normals(backbone.pixels_len(), 1.0);
+    let mut logits = vec![vec![0.0; config.num_classes]; options.batch];
+    let mut rows: Vec<_> =
+        logits.iter_mut().map(|logits| Row { set: &expert_set, pixels: &pixels, logits, routing: None }).collect();
+    session.forward(&mut rows)?;
+    let model = time(options.duration, || {
+        session.forward(&mut rows).expect("the first forward succeeded with the same rows");
+    });
+    let (layer, dense_layer) = layers(config, options, &weights.blocks[0], &set.layers[0], &mut random)?;
+    Ok(Report {
+        num_experts: config.experts.num_experts,
+        layer,
+        dense_layer,
+        model,
+        images_per_second: options.batch as f64 * 1e3 / model.median_ms,
+        backbone_bytes: backbone.resident_bytes(),
+        expert_set_bytes: expert_set.resident_bytes(),
+        session_bytes: session.resident_bytes(),
+    })
+}
+
+/// Times our layer and, where asked for, the dense one, on the tokens of one image.
+fn layers(
+    config: &ViTConfig,
+    options: &Options,
+    block: &BlockWeights,
+    experts: &ExpertLayerWeights,
+    random: &mut Random,
+) -> Result<(LayerReport, Option<LayerReport>), ModelError> {
+    let BackboneConfig { d_model, d_ff, .. } = config.backbone;
+    let (tokens, top_k) = (config.backbone.num_tokens(), config.experts.top_k);
+    let substrates = Substrates::pack(options.isa, &block.up, &block.down, d_model, d_ff)?;
+    let layer = ExpertLayer::pack(experts, &config.experts, d_model, d_ff)?;
+    let x = random.normals(tokens * d_model, 1.0);
+    let ordered = substrates.input_order().permute_columns(&x);
+    let mut residual = vec![0.0; x.len()];
+    let mut pool = Pool::new(options.threads);
+    let mut scratch = MoeScratch::new(d_model, d_ff, tokens, pool.threads());
+    let spans = [Span { set: 0, first: 0, tokens, first_slot: 0 }];
+    let moe = Moe { substrates: &substrates, experts: |_| &layer, spans: &spans };
+    moe.plan(pool.threads(), &mut scratch);
+    let timing = time(options.duration, || {
+        moe.route(&ordered, &mut pool, &mut scratch);
+        moe.forward(&ordered, &mut residual, &mut pool, &mut scratch);
+    });
+
+    let ids = &scratch.ids()[..tokens * top_k];
+    let mut by_expert = vec![Vec::new(); config.experts.num_experts];
+    for (slot, &id) in ids.iter().enumerate() {
+        by_expert[usize::from(id)].push(slot / top_k);
+    }
+    let chosen = by_expert.iter().filter(|tokens| !tokens.is_empty()).count();
+    // `down` runs on one row per token unless an out rotation forbids it.
+    let down_rows = if config.experts.stages_out == 0 { tokens } else { tokens * top_k };
+    let macs = ((tokens * top_k + down_rows) * d_model * d_ff + tokens * d_model * config.experts.num_experts) as f64;
+    let angle_bytes = config.experts.angles_per_expert(&config.backbone) * config.experts.angle_bits as usize / 8;
+    let idle = (config.experts.num_experts - chosen) * angle_bytes;
+    let resident_bytes = substrates.resident_bytes() + layer.resident_bytes();
+    let ours = LayerReport {
+        time: timing,
+        gmac_per_second: macs / timing.median_ms / 1e6,
+        bytes_read: resident_bytes - idle,
+        resident_bytes,
+    };
+    if !options.dense {
+        return Ok((ours, None));
+    }
+    Ok((ours, Some(dense_layer(config, options, &x, &by_expert, random)?)))
+}
+
+/// One f32 network per expert.
+fn dense_layer(
+    config: &ViTConfig,
+    options: &Options,
+    x: &[f32],
+    by_expert: &[Vec<usize>],
+    random: &mut Random,
+) -> Result<LayerReport, ModelError> {
+    let BackboneConfig { d_model, d_ff, .. } = config.backbone;
+    let mut pack = |rows: usize, cols: usize| {
+        let Linear { weight, bias } = random.linear(rows, cols);
+        PackedF32::pack(options.isa, &weight, &bias, rows, cols)
+    };
+    let experts: Vec<_> = by_expert
+        .iter()
+        .map(|_| Ok((pack(d_ff, d_model)?, pack(d_model, d_ff)?)))
+        .collect::<Result<_, ModelError>>()?;
+    let most = by_expert.iter().map(Vec::len).max().unwrap_or(0);
+    let (mut rows, mut hidden) = (vec![0.0; most * d_model], vec![0.0; most * d_ff]);
+    let mut y = vec![0.0; x.len()];
+    let weight = 1.0 / config.experts.top_k as f32;
+    let timing = time(options.duration, || {
+        y.fill(0.0);
+        for (tokens, (up, down)) in by_expert.iter().zip(&experts) {
+            let rows = &mut rows[..tokens.len() * d_model];
+            let hidden = &mut hidden[..tokens.len() * d_ff];
+            for (row, &token) in rows.chunks_exact_mut(d_model).zip(tokens) {
+                row.copy_from_slice(&x[token * d_model..][..d_model]);
+            }
+            up.matmul(rows, hidden).expect("buffers fit the experts' shapes");
+            gelu(options.isa, hidden);
+            down.matmul(hidden, rows).expect("buffers fit the experts' shapes");
+            for (row, &token) in rows.chunks_exact(d_model).zip(tokens) {
+                for (y, v) in y[token * d_model..].iter_mut().zip(row) {
+                    *y += weight * v;
+                }
+            }
+        }
+    });
+    let expert_bytes = experts.first().map_or(0, |(up, down)| up.resident_bytes() + down.resident_bytes());
+    let router_bytes = by_expert.len() * d_model * size_of::<f32>();
+    let slots: usize = by_expert.iter().map(Vec::len).sum();
+    let chosen = by_expert.iter().filter(|tokens| !tokens.is_empty()).count();
+    Ok(LayerReport {
+        time: timing,
+        gmac_per_second: (slots * 2 * d_model * d_ff) as f64 / timing.median_ms / 1e6,
+        bytes_read: chosen * expert_bytes + router_bytes,
+        resident_bytes: experts.len() * expert_bytes + router_bytes,
+    })
+}
+
+/// Repeats `work` for about `duration`, after one run to warm up; at least five times.
+fn time(duration: Duration, mut work: impl FnMut()) -> Timing {
+    const FEWEST: usize = 5;
+    work();
+    let begin = Instant::now();
+    let mut runs = Vec::new();
+    while runs.len() < FEWEST || begin.elapsed() < duration {
+        let start = Instant::now();
+        work();
+        runs.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    runs.sort_by(f64::total_cmp);
+    Timing { median_ms: runs[runs.len() / 2], p95_ms: runs[runs.len() * 95 / 100], runs: runs.len() }
+}
+
+/// Numbers that look random enough for timing: SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// About normal: the sum of four uniform numbers.
+    fn normals(&mut self, count: usize, std: f32) -> Vec<f32> {
+        let scale = std * 3f32.sqrt() / f32::from(u16::MAX);
+        let mut normal = || {
+            let bits = self.next();
+            (0..4).map(|i| f32::from((bits >> (16 * i)) as u16) - f32::from(u16::MAX) / 2.0).sum::<f32>() * scale
+        };
+        (0..count).map(|_| normal()).collect()
+    }
+
+    fn linear(&mut self, rows: usize, cols: usize) -> Linear {
+        Linear { weight: self.normals(rows * cols, (cols as f32).powf(-0.5)), bias: vec![0.0; rows] }
+    }
+
+    fn ternary(&mut self, rows: usize, cols: usize) -> Ternary {
+        let codes = (0..rows * cols).map(|_| (self.next() % 3) as i8 - 1).collect();
+        Ternary { codes, scale: vec![(cols as f32).powf(-0.5); rows] }
+    }
+
+    fn codes(&mut self, count: usize, bits: u32) -> Vec<u16> {
+        (0..count).map(|_| (self.next() >> (64 - bits)) as u16).collect()
+    }
+}
+
+fn norm(features: usize) -> Norm {
+    Norm { gamma: vec![1.0; features], beta: vec![0.0; features] }
+}
+
+/// A backbone of random weights.
+fn backbone_weights(config: &BackboneConfig, random: &mut Random) -> BackboneWeights {
+    let BackboneConfig { d_model, d_ff, .. } = *config;
+    let stem = config.stem_inputs().map(|(layer, _, channels)| StemWeights {
+        conv: random.linear(layer.channels, layer.kernel.pow(2) * channels),
+        norm: layer.norm_gelu.then(|| norm(layer.channels)),
+    });
+    let stem = stem.collect();
+    let block = |random: &mut Random| BlockWeights {
+        norm1: norm(d_model),
+        qkv: random.linear(3 * d_model, d_model),
+        proj: random.linear(d_model, d_model),
+        norm2: norm(d_model),
+        up: random.ternary(d_ff, d_model),
+        down: random.ternary(d_model, d_ff),
+    };
+    BackboneWeights {
+        config: config.clone(),
+        stem,
+        pos_embed: random.normals(config.num_tokens() * d_model, 0.02),
+        blocks: (0..config.num_layers).map(|_| block(random)).collect(),
+        norm: norm(d_model),
+    }
+}
+
+/// An expert set of random weights.
+fn expert_set_weights(config: &ViTConfig, random: &mut Random) -> ExpertSetWeights {
+    let (backbone, e) = (&config.backbone, &config.experts);
+    let mut angles = |stages: usize, features: usize| AngleCodes {
+        codes: random.codes(e.num_experts * stages * features / 2, e.angle_bits),
+    };
+    let angles: Vec<_> = (0..backbone.num_layers)
+        .map(|_| {
+            let hidden = angles(e.stages_hidden, backbone.d_ff);
+            [angles(e.stages_in, backbone.d_model), hidden, angles(e.stages_out, backbone.d_model)]
+        })
+        .collect();
+    let layers = angles.into_iter().map(|[rotation_in, rotation_hidden, rotation_out]| ExpertLayerWeights {
+        router: (0..e.num_experts * backbone.d_model).map(|_| (random.next() % 255) as i16 - 127).collect(),
+        router_scale: vec![1e-3; e.num_experts],
+        rotation_in,
+        rotation_hidden,
+        rotation_out,
+    });
+    let layers = layers.collect();
+    ExpertSetWeights {
+        config: e.clone(),
+        layers,
+        head: random.linear(config.num_classes, backbone.d_model),
+        labels: (0..config.num_classes).map(|i| format!("class {i}")).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tiny_bench_reports_every_number_of_experts() {
+        let options = Options {
+            config: ViTConfig::preset("tiny").unwrap(),
+            num_experts: vec![1, 4],
+            threads: 1,
+            batch: 2,
+            duration: Duration::ZERO,
+            dense: true,
+            isa: Isa::best(),
+        };
+        let reports = run(&options).unwrap();
+        assert_eq!(reports.iter().map(|r| r.num_experts).collect::<Vec<_>>(), [1, 4]);
+        for report in reports {
+            let dense = report.dense_layer.unwrap();
+            assert!(report.layer.bytes_read <= report.layer.resident_bytes && dense.bytes_read <= dense.resident_bytes);
+            assert!(report.images_per_second > 0.0);
+        }
+    }
+}
