@@ -1,7 +1,7 @@
 //! Elementwise activations.
 
 use super::isa::Isa;
-use super::simd::{Simd, Work, dispatch};
+use super::simd::{Map, Simd, Work, dispatch};
 
 /// Exact-erf GELU, `0.5 x (1 + erf(x / sqrt 2))`, in place: the definition.
 pub fn gelu_scalar(x: &mut [f32]) {
@@ -52,19 +52,23 @@ impl Work for Gelu<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        simd.map_in_place(self.0, |x| gelu_vector(simd, x));
+        simd.map_in_place(self.0, GeluVector);
     }
 }
 
-#[inline(always)]
-fn gelu_vector<S: Simd>(simd: S, x: S::V) -> S::V {
-    let a = simd.min(simd.abs(x), simd.splat(GELU_END));
-    let t = simd.mul_add(a, simd.splat(2.0 / GELU_END), simd.splat(-1.0));
-    let mut tail = simd.splat(GELU_TAIL[14]);
-    for &coefficient in GELU_TAIL[..14].iter().rev() {
-        tail = simd.mul_add(tail, t, simd.splat(coefficient));
+struct GeluVector;
+
+impl<S: Simd> Map<S> for GeluVector {
+    #[inline(always)]
+    fn map(&self, simd: S, x: S::V) -> S::V {
+        let a = simd.min(simd.abs(x), simd.splat(GELU_END));
+        let t = simd.mul_add(a, simd.splat(2.0 / GELU_END), simd.splat(-1.0));
+        let mut tail = simd.splat(GELU_TAIL[14]);
+        for &coefficient in GELU_TAIL[..14].iter().rev() {
+            tail = simd.mul_add(tail, t, simd.splat(coefficient));
+        }
+        simd.sub(simd.max(x, simd.splat(0.0)), tail)
     }
-    simd.sub(simd.max(x, simd.splat(0.0)), tail)
 }
 
 #[cfg(test)]

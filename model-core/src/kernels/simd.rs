@@ -88,17 +88,17 @@ pub(super) trait Simd: Copy {
 
     /// `x <- f(x)` elementwise; a tail shorter than a vector is padded with zeros.
     #[inline(always)]
-    fn map_in_place(self, x: &mut [f32], f: impl Fn(Self::V) -> Self::V) {
+    fn map_in_place(self, x: &mut [f32], f: impl Map<Self>) {
         let mut chunks = x.chunks_exact_mut(Self::LANES);
         for chunk in &mut chunks {
-            let v = f(self.load(chunk));
+            let v = f.map(self, self.load(chunk));
             self.store(chunk, v);
         }
         let tail = chunks.into_remainder();
         if !tail.is_empty() {
             let mut lanes = [0.0; MAX_LANES];
             lanes[..tail.len()].copy_from_slice(tail);
-            let v = f(self.load(&lanes));
+            let v = f.map(self, self.load(&lanes));
             self.store(&mut lanes, v);
             tail.copy_from_slice(&lanes[..tail.len()]);
         }
@@ -107,6 +107,13 @@ pub(super) trait Simd: Copy {
 
 /// Most floats in any [`Simd::V`].
 pub(super) const MAX_LANES: usize = 16;
+
+/// An elementwise function of vectors. A trait and not a closure, because `map` must be `#[inline(always)]`, which a
+/// closure cannot be told to be: left out of line, it is compiled without the instructions.
+pub(super) trait Map<S: Simd> {
+    /// Of one vector.
+    fn map(&self, simd: S, v: S::V) -> S::V;
+}
 
 /// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`.
 pub(super) trait Work {

@@ -1,7 +1,7 @@
 //! Softmax over rows, for attention.
 
 use super::isa::Isa;
-use super::simd::{Simd, Work, dispatch};
+use super::simd::{Map, Simd, Work, dispatch};
 
 /// `row <- exp(scale * row - max) / sum` for every row of `x` `[rows, cols]`, rows `stride` apart: the definition.
 pub fn softmax_scalar(x: &mut [f32], cols: usize, stride: usize, scale: f32) {
@@ -61,17 +61,39 @@ fn softmax_row<S: Simd>(simd: S, row: &mut [f32], scale: f32) {
     let (scale, shift) = (simd.splat(scale), simd.splat(-max * scale));
     let mut sum = simd.splat(0.0);
     for chunk in body.chunks_exact_mut(S::LANES) {
-        let e = exp_vector(simd, simd.mul_add(simd.load(chunk), scale, shift));
+        let e = ShiftedExp::<S> { scale, shift }.map(simd, simd.load(chunk));
         sum = simd.add(sum, e);
         simd.store(chunk, e);
     }
     let mut total = simd.sum(sum);
     if !tail.is_empty() {
-        simd.map_in_place(tail, |v| exp_vector(simd, simd.mul_add(v, scale, shift)));
+        simd.map_in_place(tail, ShiftedExp::<S> { scale, shift });
         total += tail.iter().sum::<f32>();
     }
-    let inverse = simd.splat(1.0 / total);
-    simd.map_in_place(row, |v| simd.mul(v, inverse));
+    simd.map_in_place(row, Times::<S>(simd.splat(1.0 / total)));
+}
+
+/// `exp(scale * v + shift)`.
+struct ShiftedExp<S: Simd> {
+    scale: S::V,
+    shift: S::V,
+}
+
+impl<S: Simd> Map<S> for ShiftedExp<S> {
+    #[inline(always)]
+    fn map(&self, simd: S, v: S::V) -> S::V {
+        exp_vector(simd, simd.mul_add(v, self.scale, self.shift))
+    }
+}
+
+/// `self.0 * v`.
+struct Times<S: Simd>(S::V);
+
+impl<S: Simd> Map<S> for Times<S> {
+    #[inline(always)]
+    fn map(&self, simd: S, v: S::V) -> S::V {
+        simd.mul(v, self.0)
+    }
 }
 
 /// Taylor coefficients of `exp` from the sixth power down, enough on `|f| <= ln(2) / 2`: the next term is below 1.2e-7.

@@ -192,19 +192,22 @@ fn sin_cos<S: Simd>(simd: S, turns: &[i16], cos: &mut [f32], sin: &mut [f32]) {
 /// Cosine and sine of `code` in -32768..32768, 65536 to the turn. All but the polynomial is exact.
 #[inline(always)]
 fn sin_cos_vector<S: Simd>(simd: S, code: S::V) -> (S::V, S::V) {
-    let quarter_sin = |w: S::V| {
-        let v = simd.mul(w, simd.splat(1.0 / QUARTER));
-        let u = simd.mul(v, v);
-        let mut p = simd.splat(SIN[4]);
-        for &coefficient in SIN[..4].iter().rev() {
-            p = simd.mul_add(p, u, simd.splat(coefficient));
-        }
-        simd.mul(p, v)
-    };
     // cos(c) = sin(quarter - |c|), which is within a quarter turn of zero.
-    let cos = quarter_sin(simd.sub(simd.splat(QUARTER), simd.abs(code)));
+    let cos = quarter_sin(simd, simd.sub(simd.splat(QUARTER), simd.abs(code)));
     // Folds what lies beyond a quarter turn back: sin(c) = sin(half - c) = sin(-half - c).
     let folded = simd.min(code, simd.sub(simd.splat(2.0 * QUARTER), code));
     let folded = simd.max(folded, simd.sub(simd.splat(-2.0 * QUARTER), code));
-    (cos, quarter_sin(folded))
+    (cos, quarter_sin(simd, folded))
+}
+
+/// Sine of `w` in -[`QUARTER`]..=[`QUARTER`].
+#[inline(always)]
+fn quarter_sin<S: Simd>(simd: S, w: S::V) -> S::V {
+    let v = simd.mul(w, simd.splat(1.0 / QUARTER));
+    let u = simd.mul(v, v);
+    let mut p = simd.splat(SIN[4]);
+    for &coefficient in SIN[..4].iter().rev() {
+        p = simd.mul_add(p, u, simd.splat(coefficient));
+    }
+    simd.mul(p, v)
 }
