@@ -12,8 +12,8 @@ use crate::recipe::Recipe;
 
 /// Trains, specialises and evaluates ButterflyViT models on a CPU.
 ///
-/// --data takes a folder in one of these forms: the binary version of CIFAR-10 or CIFAR-100; the IDX files of MNIST and its
-/// relatives (plain or .gz); or one subfolder of images per class, optionally below `train` and `test`.
+/// --data takes a folder in one of these forms: the binary version of CIFAR-10 or CIFAR-100; the IDX files of MNIST
+/// and its relatives (plain or .gz); or one subfolder of images per class, optionally below `train` and `test`.
 ///
 /// Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted (a checkpoint was saved).
 #[derive(Debug, Parser)]
