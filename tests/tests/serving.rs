@@ -27,16 +27,18 @@ struct Server {
 
 impl Server {
     fn start() -> Self {
-        let mut child = Command::new(binary())
+        let child = Command::new(binary())
             .args(["--listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("the server starts");
+        let mut server = Self { child, address: String::new() };
         let (sender, lines) = std::sync::mpsc::channel();
-        for output in
-            [Box::new(child.stdout.take().unwrap()) as Box<dyn Read + Send>, Box::new(child.stderr.take().unwrap())]
-        {
+        for output in [
+            Box::new(server.child.stdout.take().unwrap()) as Box<dyn Read + Send>,
+            Box::new(server.child.stderr.take().unwrap()),
+        ] {
             let sender = sender.clone();
             // Read to the end, so that the server never blocks on a full pipe.
             std::thread::spawn(move || {
@@ -48,7 +50,8 @@ impl Server {
         loop {
             let line = lines.recv_timeout(Duration::from_secs(60)).expect("the server says where it listens");
             if let Some((_, address)) = line.split_once("listening address=") {
-                return Self { child, address: address.trim().to_owned() };
+                server.address = address.trim().to_owned();
+                return server;
             }
         }
     }
