@@ -295,14 +295,13 @@ pub struct OfflineModel {
 }
 
 impl OfflineModel {
-    /// Loads a set with its backbone; `float` chooses the f32 path instead of the integer path that serves.
+    /// Loads a set with its backbone.
     ///
     /// # Errors
     /// A sentence that names file and reason.
-    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor, float: bool) -> Result<Self, String> {
+    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor) -> Result<Self, String> {
         let source = ArtifactSource { compute_threads: 1, max_batch: 1 };
         let backbone = source.load_backbone(backbone)?.value;
-        let _ = float;
         let set = source.load_set_on(set, &backbone)?.value;
         Ok(Self { set, backbone })
     }

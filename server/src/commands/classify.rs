@@ -19,7 +19,7 @@ use crate::store;
 /// A sentence that names what is wrong with the model.
 pub fn run(args: &ClassifyArgs) -> Result<ExitCode, String> {
     let (backbone, set) = find(&args.models, args.set.as_deref())?;
-    let mut model = OfflineModel::load(&backbone, &set, args.float)?;
+    let mut model = OfflineModel::load(&backbone, &set)?;
     let limits = DecodeLimits { max_pixels: args.max_pixels };
     let mut out = std::io::stdout().lock();
     let mut exit = ExitCode::SUCCESS;
