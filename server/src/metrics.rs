@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::sync::Mutex;
 
+use model_core::kernels::Isa;
 use prometheus::core::Collector;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -299,6 +300,10 @@ impl Metrics {
 
     /// Labelled metrics exist only once a label is used; a dashboard should not have to wait for the first request.
     fn start_at_zero(&self) {
+        let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+        let revision = option_env!("BVIT_REVISION").unwrap_or("unknown");
+        let isa = Isa::from_env().unwrap_or_else(|_| Isa::best()).name();
+        self.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), revision, target.as_str(), isa]).set(1.0);
         for code in ErrorCode::ALL {
             self.request_failures.with_label_values(&[code.as_str()]);
         }
