@@ -115,6 +115,12 @@ pub struct LimitArgs {
     /// Longest time a client may take to send its body.
     #[arg(long, env = "BVIT_BODY_TIMEOUT", default_value = "8s", value_parser = parse_duration, value_name = "TIME")]
     pub body_timeout: Duration,
+    /// Largest expert set that may be uploaded.
+    #[arg(long, env = "BVIT_MAX_UPLOAD", default_value = "64MiB", value_name = "SIZE")]
+    pub max_upload: ByteSize,
+    /// Longest time an upload of an expert set may take.
+    #[arg(long, env = "BVIT_UPLOAD_TIMEOUT", default_value = "5m", value_parser = parse_duration, value_name = "TIME")]
+    pub upload_timeout: Duration,
     /// Longest time to finish accepted work after SIGTERM.
     #[arg(long, env = "BVIT_DRAIN_TIMEOUT", default_value = "25s", value_parser = parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,
@@ -169,6 +175,10 @@ pub struct RegistryArgs {
     /// Drop a backbone from memory together with its last resident expert set.
     #[arg(long, env = "BVIT_DROP_IDLE_BACKBONES", default_value_t = false)]
     pub drop_idle_backbones: bool,
+    /// Look for files changed by hand in the model store this often; 0 for never. Uploads and loads asked for over HTTP
+    /// need no watching.
+    #[arg(long, env = "BVIT_WATCH_STORE", default_value = "0s", value_parser = parse_duration, value_name = "TIME")]
+    pub watch_store: Duration,
     /// Refuse to start when any file of the model store is broken.
     #[arg(long, env = "BVIT_STRICT", default_value_t = false)]
     pub strict: bool,

@@ -60,11 +60,13 @@ pub enum ErrorCode {
     DeadlineExceeded,
     /// The expert set can never fit the memory budget.
     SetTooLarge,
+    /// The disk of the model store is full.
+    DiskFull,
 }
 
 impl ErrorCode {
     /// Every code, for documentation, metrics and tests.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::InvalidRequest,
         Self::EmptyBody,
         Self::Unauthorized,
@@ -88,6 +90,7 @@ impl ErrorCode {
         Self::SetFailed,
         Self::DeadlineExceeded,
         Self::SetTooLarge,
+        Self::DiskFull,
     ];
 
     /// The status table: the only place where a code becomes a status.
@@ -106,7 +109,7 @@ impl ErrorCode {
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Draining | Self::NotReady | Self::SetLoading | Self::SetFailed => StatusCode::SERVICE_UNAVAILABLE,
             Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-            Self::SetTooLarge => StatusCode::INSUFFICIENT_STORAGE,
+            Self::SetTooLarge | Self::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
         }
     }
 
@@ -136,6 +139,7 @@ impl ErrorCode {
             Self::SetFailed => "set_failed",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::SetTooLarge => "set_too_large",
+            Self::DiskFull => "disk_full",
         }
     }
 

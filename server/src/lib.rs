@@ -8,7 +8,7 @@
 //! | accept | [`serve`]: listener, connection limits, graceful shutdown |
 //! | observe, route, authorise | [`http`] |
 //! | admit | [`admission`]: requests, images and bytes, each bounded |
-//! | find the expert set | [`registry`]: budget, loading, eviction; [`store`]: the files |
+//! | find the expert set | [`registry`]: budget, loading, eviction; [`store`]: the files; [`catalog`]: both in step |
 //! | decode, preprocess | [`pipeline::decode`] |
 //! | queue, batch | [`pipeline::queue`] |
 //! | forward | [`pipeline`]: compute threads; [`model`]: the seam to `model-core` |
@@ -20,6 +20,7 @@
 
 pub mod admission;
 pub mod blocking;
+pub mod catalog;
 pub mod commands;
 pub mod config;
 pub mod error;

@@ -4,7 +4,7 @@
 //! from their owners when scraped, so they cannot drift from the truth.
 
 use std::collections::HashSet;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use model_core::kernels::Isa;
 use prometheus::core::Collector;
@@ -51,8 +51,8 @@ impl ImageResult {
 pub struct Metrics {
     registry: Registry,
     per_set: bool,
-    /// Names that may become `set` labels; kept in step by the registry of expert sets.
-    known_sets: Mutex<HashSet<String>>,
+    /// Names that are `set` labels of `images`.
+    labelled_sets: Mutex<HashSet<String>>,
     /// Requests answered, by matched route and status.
     pub http_requests: IntCounterVec,
     /// Time from a request's headers to its response.
@@ -173,7 +173,7 @@ impl Metrics {
         let metrics = Self {
             registry: Registry::new(),
             per_set,
-            known_sets: Mutex::default(),
+            labelled_sets: Mutex::default(),
             http_requests: counter_vec(
                 "bvit_http_requests_total",
                 "Requests answered, by matched route and status.",
@@ -310,9 +310,8 @@ impl Metrics {
         for kind in Kind::ALL {
             self.memory.with_label_values(&[kind.as_str()]);
         }
-        self.count_images(OTHER_SET, ImageResult::Failed, 0);
-        if !self.per_set {
-            self.count_images(ALL_SETS, ImageResult::Ok, 0);
+        for result in [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed] {
+            self.count_images(None, result, 0);
         }
     }
 
@@ -322,28 +321,37 @@ impl Metrics {
         self.request_duration.with_label_values(&[route]);
     }
 
-    /// Sets which names may become `set` labels, and forgets the series of those that are gone.
-    pub fn set_known_sets(&self, names: HashSet<String>) {
+    /// Forgets the series of sets that are not registered any more.
+    pub fn forget_other_sets(&self, registered: &HashSet<String>) {
         let results = [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed];
-        let mut known = self.known_sets.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for gone in known.difference(&names).filter(|_| self.per_set) {
-            for result in results {
+        self.labelled_sets().retain(|set| {
+            let stays = registered.contains(set);
+            for result in results.iter().filter(|_| !stays) {
                 // Fails only when the series does not exist, which is what is wanted.
-                let _ = self.images.remove_label_values(&[gone, result.as_str()]);
+                let _ = self.images.remove_label_values(&[set, result.as_str()]);
             }
-        }
-        *known = names;
-        drop(known);
+            stays
+        });
     }
 
-    /// Counts images of a set; a name that is not registered counts as `other`.
-    pub fn count_images(&self, set: &str, result: ImageResult, count: usize) {
-        let label = match self.per_set {
-            false => ALL_SETS,
-            true if self.known_sets.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(set) => set,
-            true => OTHER_SET,
+    /// Counts images of a registered set; `None` stands for names that clients made up.
+    pub fn count_images(&self, set: Option<&str>, result: ImageResult, count: usize) {
+        let label = match set {
+            _ if !self.per_set => ALL_SETS,
+            None => OTHER_SET,
+            Some(set) => {
+                let mut labelled = self.labelled_sets();
+                if !labelled.contains(set) {
+                    labelled.insert(set.to_owned());
+                }
+                set
+            }
         };
         self.images.with_label_values(&[label, result.as_str()]).inc_by(count as u64);
+    }
+
+    fn labelled_sets(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.labelled_sets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether resident sets are listed one by one.
@@ -431,18 +439,14 @@ mod tests {
     }
 
     #[test]
-    fn names_made_up_by_clients_do_not_become_series() {
+    fn series_of_sets_that_are_gone_go_too() {
         let metrics = Metrics::new(true).unwrap();
-        metrics.set_known_sets(HashSet::from(["known".to_owned()]));
-        metrics.count_images("known", ImageResult::Ok, 2);
-        for i in 0..1000 {
-            metrics.count_images(&format!("made-up-{i}"), ImageResult::Failed, 1);
-        }
+        metrics.count_images(Some("known"), ImageResult::Ok, 2);
+        metrics.count_images(None, ImageResult::Failed, 1000);
         let text = String::from_utf8(metrics.encode().unwrap()).unwrap();
         assert!(text.contains("bvit_images_total{result=\"ok\",set=\"known\"} 2"));
         assert!(text.contains("bvit_images_total{result=\"failed\",set=\"other\"} 1000"));
-        assert!(!text.contains("made-up"));
-        metrics.set_known_sets(HashSet::new());
+        metrics.forget_other_sets(&HashSet::new());
         assert!(!String::from_utf8(metrics.encode().unwrap()).unwrap().contains("set=\"known\""));
     }
 }

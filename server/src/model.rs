@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use model_core::artifact::{Contents, Header};
+use model_core::artifact::{Contents, Header, read_expert_set};
 use model_core::config::BackboneConfig;
 use model_core::footprint::Footprint;
 use model_core::image::{Preprocess, RgbImage};
@@ -262,6 +262,18 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<Set
         location: location.clone(),
         stamp,
     })
+}
+
+/// Checks an expert set's file from its first byte to its last, without keeping it.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> Result<(), String> {
+    let set = read_expert_set(&read(location)?).map_err(|error| format!("{location}: {error}"))?;
+    let Contents::Backbone { config, .. } = header(&backbone.location)?.contents else {
+        return Err(format!("{}: the backbone is one no more", backbone.name));
+    };
+    set.check_backbone(&config, backbone.digest).map_err(|error| format!("{location}: {error}"))
 }
 
 /// Describes a backbone from its header.

@@ -21,6 +21,7 @@ use tower::ServiceExt;
 
 use crate::admission::Admission;
 use crate::blocking::BlockingPool;
+use crate::catalog::{self, Catalog};
 use crate::config::{ServeArgs, threads_or_cores};
 use crate::http::{Keys, PeerAddress, build_router};
 use crate::lifecycle::Lifecycle;
@@ -31,7 +32,7 @@ use crate::pipeline::decode::Decoder;
 use crate::pipeline::queue::QueueSettings;
 use crate::registry::{self, Registry};
 use crate::state::{App, AppState, Limits};
-use crate::store::{self, Contents};
+use crate::store;
 use crate::units::ByteSize;
 use crate::{http, logging};
 
@@ -52,6 +53,9 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
         let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
         let shutdown = shutdown_signal()?;
         let app = start(args).await?;
+        if !args.registry.watch_store.is_zero() {
+            tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
+        }
         serve(
             listener,
             app,
@@ -71,17 +75,14 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
 /// # Errors
 /// A sentence that names file and reason.
 pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
-    let contents = match &args.models.model_store {
-        Some(root) => store::scan(root)?,
-        None => store::embedded()?,
-    };
-    if let Some(broken) = contents.broken.first().filter(|_| args.registry.strict) {
-        return Err(broken.reason.clone());
-    }
     let metrics = Arc::new(Metrics::new(args.per_set_metrics).map_err(|error| error.to_string())?);
     let compute_threads = threads_or_cores(args.pipeline.compute_threads);
     let registry = new_registry(args, compute_threads, &metrics)?;
-    let broken = register(&registry, contents, args.registry.strict)?;
+    let catalog = Catalog::open(args.models.model_store.clone(), registry.clone())?;
+    let broken = catalog.broken();
+    if let Some(first) = broken.first().filter(|_| args.registry.strict) {
+        return Err(first.reason.clone());
+    }
     let default = default_set(args, &registry, &broken).await?;
     let pipeline = start_pipeline(args, compute_threads, &metrics).map_err(|error| format!("threads: {error}"))?;
 
@@ -92,6 +93,8 @@ pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
             request_timeout: args.limits.request_timeout,
             body_timeout: args.limits.body_timeout,
             load_wait: args.registry.load_wait,
+            max_upload_bytes: args.limits.max_upload.0,
+            upload_timeout: args.limits.upload_timeout,
         },
         default_set: default.descriptor.name.as_str().into(),
         registry,
@@ -113,7 +116,7 @@ pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
         metrics,
         user_keys: Keys::load(args.auth.user_key_file.as_deref(), "BVIT_USER_KEYS")?,
         admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
-        broken,
+        catalog,
         started: Instant::now(),
     });
     for name in &args.registry.pin {
@@ -141,26 +144,6 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
         let (budget, queue) = (args.registry.memory_budget, args.pipeline.queue_bytes);
         format!("--memory-budget {budget} does not even hold --queue-bytes {queue}")
     })
-}
-
-/// Registers what the store holds; returns what is broken, sets for unknown backbones included.
-fn register(registry: &SetRegistry, contents: Contents, strict: bool) -> Result<Vec<store::Broken>, String> {
-    let mut broken = contents.broken;
-    contents.backbones.into_iter().for_each(|backbone| registry.register_backbone(backbone));
-    for set in contents.sets {
-        let location = set.location.clone();
-        if let Err(error) = registry.register(set) {
-            let reason = format!("{location}: {error}");
-            if strict {
-                return Err(reason);
-            }
-            broken.push(store::Broken { path: location.to_string().into(), reason });
-        }
-    }
-    for file in &broken {
-        tracing::warn!(reason = file.reason, "a file of the model store is left out");
-    }
-    Ok(broken)
 }
 
 /// The default set, resident: the one asked for, or the first by name that loads.

@@ -7,6 +7,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::admission::Admission;
 use crate::blocking::BlockingPool;
+use crate::catalog::Catalog;
 use crate::error::{ApiError, ErrorCode};
 use crate::http::Keys;
 use crate::lifecycle::Lifecycle;
@@ -15,7 +16,6 @@ use crate::model::SetRegistry;
 use crate::pipeline::Pipeline;
 use crate::pipeline::decode::Decoder;
 use crate::registry::{Kind, SetError};
-use crate::store::Broken;
 
 /// Limits that handlers look at.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +30,10 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// For an expert set to be loaded.
     pub load_wait: Duration,
+    /// Largest expert set that may be uploaded.
+    pub max_upload_bytes: usize,
+    /// For an upload to arrive.
+    pub upload_timeout: Duration,
 }
 
 /// The application; clones share it.
@@ -60,8 +64,8 @@ pub struct App {
     pub user_keys: Keys,
     /// Keys that may do everything.
     pub admin_keys: Keys,
-    /// Files of the store that could not be registered.
-    pub broken: Vec<Broken>,
+    /// The model store.
+    pub catalog: Catalog,
     /// When the server started.
     pub started: Instant,
 }
@@ -104,14 +108,14 @@ impl App {
         metrics.sets_registered.set(saturating(totals.registered));
         metrics.sets_resident.set(saturating(totals.resident));
         metrics.sets_pinned.set(saturating(totals.pinned));
-        metrics.sets_failed.set(saturating(totals.failed + self.broken.len()));
+        metrics.sets_failed.set(saturating(totals.failed + self.catalog.broken_count()));
         metrics.memory_budget.set(saturating(budget.limit()));
         for kind in Kind::ALL {
             // The budget sets the whole queue aside; what it holds now is more telling.
             let held = if kind == Kind::Queue { bytes } else { budget.used(kind) };
             metrics.memory.with_label_values(&[kind.as_str()]).set(saturating(held));
         }
-        metrics.set_known_sets(self.registry.names());
+        metrics.forget_other_sets(&self.registry.names());
         metrics.set_resident.reset();
         if metrics.per_set() {
             for status in self.registry.list().iter().filter(|status| status.resident_bytes > 0) {

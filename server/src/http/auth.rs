@@ -102,21 +102,29 @@ pub fn require_user(app: &AppState, headers: &HeaderMap) -> Result<(), ApiError>
     if known { Ok(()) } else { Err(missing_or_wrong(headers)) }
 }
 
-/// Lets management through: with admin keys one of them, without any only the loopback.
+/// Lets management through: with admin keys one of them, without any only the loopback. Returns who it is, for the
+/// log.
 ///
 /// # Errors
 /// 401 without a known key, 403 for a user's key, or from afar when no admin key is configured.
-pub fn require_admin(app: &AppState, context: &RequestContext, headers: &HeaderMap) -> Result<(), ApiError> {
+pub fn require_admin<'a>(
+    app: &'a AppState,
+    context: &RequestContext,
+    headers: &HeaderMap,
+) -> Result<&'a str, ApiError> {
     if app.admin_keys.is_empty() {
         return if context.from_loopback {
-            Ok(())
+            Ok("loopback")
         } else {
             let message = "no admin key is configured, so management is possible from this machine only";
             Err(ApiError::new(ErrorCode::Forbidden, message))
         };
     }
-    match presented(headers) {
-        Some(key) if app.admin_keys.name_of(key).is_some() => Ok(()),
+    let key = presented(headers);
+    if let Some(name) = key.and_then(|key| app.admin_keys.name_of(key)) {
+        return Ok(name);
+    }
+    match key {
         Some(key) if app.user_keys.name_of(key).is_some() => {
             Err(ApiError::new(ErrorCode::Forbidden, "this key may classify, not manage"))
         }

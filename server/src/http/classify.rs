@@ -212,7 +212,11 @@ pub async fn answer_images(app: &AppState, request: ImageRequest) -> Result<Imag
     let result = result.unwrap_or_else(|_| Err(deadline_exceeded()));
     match &result {
         Ok(answers) => count_images(app, name, &answers.images),
-        Err(_) => app.metrics.count_images(name, ImageResult::Failed, count),
+        Err(_) => {
+            // Labels made by clients would grow memory without end.
+            let registered = app.registry.lookup(name, None).is_ok().then_some(name);
+            app.metrics.count_images(registered, ImageResult::Failed, count);
+        }
     }
     result
 }
@@ -299,7 +303,7 @@ fn deadline_exceeded() -> ApiError {
 fn count_images(app: &AppState, set: &str, images: &[Result<ImageAnswer, ApiError>]) {
     let count = |wanted: ImageResult| {
         let count = images.iter().filter(|image| image_result(image) == wanted).count();
-        app.metrics.count_images(set, wanted, count);
+        app.metrics.count_images(Some(set), wanted, count);
     };
     [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed].into_iter().for_each(count);
 }

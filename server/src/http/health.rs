@@ -41,7 +41,7 @@ async fn health(State(app): State<AppState>) -> Result<Response, ApiError> {
             "registered": totals.registered,
             "resident": totals.resident,
             "pinned": totals.pinned,
-            "failed": totals.failed + app.broken.len(),
+            "failed": totals.failed + app.catalog.broken_count(),
         },
         "memory": { "budget_bytes": budget.limit(), "accounted_bytes": budget.total() },
         "queue": { "images": images, "bytes": bytes },

@@ -25,7 +25,7 @@ use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
 
 /// Every route, as it appears in metrics.
-pub const ROUTES: [&str; 8] = [
+pub const ROUTES: [&str; 13] = [
     "/classify",
     "/classify/{set}",
     "/health",
@@ -34,6 +34,11 @@ pub const ROUTES: [&str; 8] = [
     "/metrics",
     "/sets",
     "/sets/{name}",
+    "/sets/{name}/{version}",
+    "/sets/{name}/load",
+    "/sets/{name}/unload",
+    "/sets/{name}/pin",
+    "/sets/{name}/unpin",
 ];
 
 /// Every route with what surrounds it.

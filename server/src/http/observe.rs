@@ -1,9 +1,10 @@
 //! What happens to every request: an id, a deadline, counters and one log line.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use tokio::time::Instant;
@@ -45,7 +46,7 @@ pub async fn observe(State(app): State<AppState>, mut request: Request, next: Ne
     let context = RequestContext {
         started,
         deadline: started + app.limits.request_timeout,
-        from_loopback: peer.is_some_and(|PeerAddress(address)| address.ip().to_canonical().is_loopback()),
+        from_loopback: peer.is_some_and(|peer| is_local(peer, request.headers())),
     };
     request.extensions_mut().insert(context);
     let id = request_id(&request);
@@ -60,6 +61,25 @@ pub async fn observe(State(app): State<AppState>, mut request: Request, next: Ne
     record(&app, &method, route, &id, &response, started);
     response.headers_mut().insert(REQUEST_ID, id);
     response
+}
+
+/// Whether a request was sent by someone on this machine. A proxy here speaks for others, and so may a browser here:
+/// pages of other sites can make it send requests, under a name of their own that leads to this machine.
+fn is_local(PeerAddress(address): PeerAddress, headers: &HeaderMap) -> bool {
+    let is_proxied = ["forwarded", "x-forwarded-for"].iter().any(|&name| headers.contains_key(name));
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    let is_this_machine = |host: &Authority| {
+        let name = host.host().trim_matches(['[', ']']);
+        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+    };
+    let is_same_origin = |origin: &HeaderValue| {
+        let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
+        origin.is_some_and(|(_, origin)| host.as_ref().is_some_and(|host| host.as_str() == origin))
+    };
+    address.ip().to_canonical().is_loopback()
+        && !is_proxied
+        && host.as_ref().is_none_or(is_this_machine)
+        && headers.get(header::ORIGIN).is_none_or(is_same_origin)
 }
 
 /// The client's id when it is one we can repeat, or a new one.
@@ -87,6 +107,34 @@ fn record(app: &AppState, method: &Method, route: &str, id: &HeaderValue, respon
             } else {
                 tracing::info!(request.id = id, %method, route, status, duration_ms, code, error, "request refused");
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_this_machine_sends_for_itself_is_local() {
+        let here = PeerAddress(([127, 0, 0, 1], 1234).into());
+        let there = PeerAddress(([192, 168, 0, 7], 1234).into());
+        type Case = (PeerAddress, &'static [(&'static str, &'static str)], bool);
+        let cases: [Case; 9] = [
+            (here, &[], true),
+            (here, &[("host", "127.0.0.1:8000")], true),
+            (here, &[("host", "[::1]:8000")], true),
+            (here, &[("host", "localhost:8000"), ("origin", "http://localhost:8000")], true),
+            (there, &[("host", "127.0.0.1:8000")], false),
+            (here, &[("host", "localhost"), ("x-forwarded-for", "192.168.0.7")], false),
+            (here, &[("host", "localhost:8000"), ("origin", "http://evil.example")], false),
+            (here, &[("host", "rebound.example:8000"), ("origin", "http://rebound.example:8000")], false),
+            (here, &[("host", "localhost:8000"), ("origin", "null")], false),
+        ];
+        for (peer, headers, expected) in cases {
+            let map =
+                headers.iter().map(|&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
+            assert_eq!(is_local(peer, &map.collect()), expected, "{peer:?} {headers:?}");
         }
     }
 }

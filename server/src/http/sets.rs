@@ -1,20 +1,35 @@
-//! `GET /sets`: which expert sets there are and what they are doing.
+//! `/sets`: which expert sets there are, what they are doing, and what an administrator may do with them.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::body::Body;
 use axum::extract::State;
-use axum::routing::get;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
+use http_body_util::BodyExt;
 use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
 
-use super::extract::ApiPath;
-use crate::error::ApiError;
+use super::extract::{ApiPath, RequestContext};
+use super::{auth, body};
+use crate::catalog;
+use crate::error::{ApiError, ErrorCode};
 use crate::registry::{SetState, SetStatus};
 use crate::state::AppState;
+use crate::store::{self, upload::Upload};
 
 /// The routes of this resource.
 pub fn router() -> Router<AppState> {
-    Router::new().route("/sets", get(list)).route("/sets/{name}", get(show))
+    Router::new()
+        .route("/sets", get(list))
+        .route("/sets/{name}", get(show).delete(delete_set))
+        .route("/sets/{name}/{version}", put(upload).delete(delete_version))
+        .route("/sets/{name}/load", post(load))
+        .route("/sets/{name}/unload", post(unload))
+        .route("/sets/{name}/pin", post(pin))
+        .route("/sets/{name}/unpin", post(unpin))
 }
 
 /// One version of an expert set.
@@ -89,7 +104,8 @@ struct MemoryView {
 
 async fn list(State(app): State<AppState>) -> Json<Listing> {
     let budget = app.registry.budget();
-    let broken = app.broken.iter().map(|broken| BrokenView { file: broken.file_name(), reason: broken.reason.clone() });
+    let broken = app.catalog.broken();
+    let broken = broken.iter().map(|broken| BrokenView { file: broken.file_name(), reason: broken.reason.clone() });
     Json(Listing {
         default: app.default_set.to_string(),
         sets: app.registry.list().into_iter().map(SetView::from).collect(),
@@ -99,5 +115,202 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
 }
 
 async fn show(State(app): State<AppState>, name: ApiPath<String>) -> Result<Json<Vec<SetView>>, ApiError> {
-    Ok(Json(app.registry.status(&name.0)?.into_iter().map(SetView::from).collect()))
+    views(&app, &name.0)
+}
+
+/// Every version of one set.
+fn views(app: &AppState, name: &str) -> Result<Json<Vec<SetView>>, ApiError> {
+    Ok(Json(app.registry.status(name)?.into_iter().map(SetView::from).collect()))
+}
+
+/// Takes an expert set as `curl -T` sends it. When it replaces what is in memory it is loaded before the answer, so
+/// that every request after the answer gets the new one; should that fail, the answer says why and the old one stays.
+async fn upload(
+    State(app): State<AppState>,
+    context: RequestContext,
+    path: ApiPath<(String, String)>,
+    headers: HeaderMap,
+    mut body: Body,
+) -> Result<Response, ApiError> {
+    let (name, version) = path.0;
+    let checked = async {
+        let by = auth::require_admin(&app, &context, &headers)?;
+        let _admitted = app.admit()?;
+        let version = checked_version(&name, &version)?;
+        let upload = receive(&app, &headers, &mut body).await?;
+        let is_new = app.catalog.publish(upload, &name, version).await?;
+        tracing::info!(by, set.name = name, set.version = version, "expert set uploaded");
+        Ok((version, is_new))
+    };
+    let (version, is_new) = match checked.await {
+        Ok(published) => published,
+        Err(error) => {
+            body::linger(body).await;
+            return Err(error);
+        }
+    };
+    if catalog::replaces_resident(&app.registry, &name, version) {
+        // The outcome is in the registry, and so in the answer.
+        let _ = app.registry.load(&name, Some(version), app.limits.load_wait).await;
+    }
+    let status = app.registry.status(&name)?.into_iter().find(|status| status.descriptor.version == version);
+    let view = SetView::from(status.ok_or_else(|| set_vanished(&name))?);
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, Json(view)).into_response())
+}
+
+fn set_vanished(name: &str) -> ApiError {
+    ApiError::new(ErrorCode::Conflict, format!("expert set `{name}` was deleted meanwhile"))
+}
+
+fn checked_version(name: &str, version: &str) -> Result<u64, ApiError> {
+    if !store::is_valid_name(name) {
+        return Err(ApiError::invalid(store::NAME_RULE));
+    }
+    store::parse_version(version).ok_or_else(|| ApiError::invalid("a version is a whole number without leading zeros"))
+}
+
+/// Streams a body to a temporary file of the store.
+async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result<Upload, ApiError> {
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        let message = "expert sets are uploaded as they are, without content encoding";
+        return Err(ApiError::new(ErrorCode::UnsupportedMediaType, message));
+    }
+    let limit = app.limits.max_upload_bytes;
+    let too_large = || {
+        let message = format!("the expert set is larger than the {limit} bytes that may be uploaded");
+        Err(ApiError::new(ErrorCode::BodyTooLarge, message))
+    };
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|announced| announced > limit as u64) {
+        return too_large();
+    }
+    let deadline = Instant::now() + app.limits.upload_timeout;
+    let mut upload = app.catalog.begin_upload().await?;
+    let mut received = 0;
+    loop {
+        let frame = timeout_at(deadline, body.frame())
+            .await
+            .map_err(|_| ApiError::new(ErrorCode::DeadlineExceeded, "the upload did not arrive in time"))?;
+        let Some(frame) = frame else { break };
+        let frame = frame.map_err(|error| ApiError::invalid(format!("the upload broke off: {error}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        received += data.len();
+        if received > limit {
+            return too_large();
+        }
+        upload.write(&data).await.map_err(catalog::store_error)?;
+    }
+    if received == 0 {
+        return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an expert set"));
+    }
+    Ok(upload)
+}
+
+/// Names what a deletion removed.
+#[derive(Debug, Serialize)]
+struct Deleted {
+    /// Generations: name, version and content digest.
+    deleted: Vec<String>,
+}
+
+async fn delete_set(
+    State(app): State<AppState>,
+    context: RequestContext,
+    name: ApiPath<String>,
+    headers: HeaderMap,
+) -> Result<Json<Deleted>, ApiError> {
+    let by = auth::require_admin(&app, &context, &headers)?;
+    delete(&app, by, &name.0, None).await
+}
+
+async fn delete_version(
+    State(app): State<AppState>,
+    context: RequestContext,
+    path: ApiPath<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Json<Deleted>, ApiError> {
+    let by = auth::require_admin(&app, &context, &headers)?;
+    let (name, version) = path.0;
+    let version = checked_version(&name, &version)?;
+    delete(&app, by, &name, Some(version)).await
+}
+
+async fn delete(app: &AppState, by: &str, name: &str, version: Option<u64>) -> Result<Json<Deleted>, ApiError> {
+    let known = app.registry.status(name)?;
+    let is_last = known.iter().all(|status| version.is_none_or(|version| status.descriptor.version == version));
+    if is_last && name == app.default_set.as_ref() {
+        let message = format!("expert set `{name}` answers requests that name none, so its last version stays");
+        return Err(ApiError::new(ErrorCode::Conflict, message));
+    }
+    let gone = app.catalog.delete(name, version).await?;
+    tracing::info!(by, set.name = name, versions = gone.len(), "expert set deleted");
+    Ok(Json(Deleted { deleted: gone.iter().map(|descriptor| descriptor.generation()).collect() }))
+}
+
+async fn load(
+    State(app): State<AppState>,
+    context: RequestContext,
+    name: ApiPath<String>,
+    headers: HeaderMap,
+) -> Result<Json<Vec<SetView>>, ApiError> {
+    let by = auth::require_admin(&app, &context, &headers)?;
+    load_set(&app, by, &name.0).await?;
+    views(&app, &name.0)
+}
+
+async fn unload(
+    State(app): State<AppState>,
+    context: RequestContext,
+    name: ApiPath<String>,
+    headers: HeaderMap,
+) -> Result<Json<Vec<SetView>>, ApiError> {
+    let by = auth::require_admin(&app, &context, &headers)?;
+    unload_set(&app, by, &name.0)?;
+    views(&app, &name.0)
+}
+
+async fn pin(
+    State(app): State<AppState>,
+    context: RequestContext,
+    name: ApiPath<String>,
+    headers: HeaderMap,
+) -> Result<Json<Vec<SetView>>, ApiError> {
+    let by = auth::require_admin(&app, &context, &headers)?;
+    app.registry.pin(&name.0, app.limits.load_wait).await?;
+    tracing::info!(by, set.name = name.0, "expert set pinned");
+    views(&app, &name.0)
+}
+
+async fn unpin(
+    State(app): State<AppState>,
+    context: RequestContext,
+    name: ApiPath<String>,
+    headers: HeaderMap,
+) -> Result<Json<Vec<SetView>>, ApiError> {
+    let by = auth::require_admin(&app, &context, &headers)?;
+    app.registry.unpin(&name.0)?;
+    tracing::info!(by, set.name = name.0, "expert set unpinned");
+    views(&app, &name.0)
+}
+
+/// Loads the newest version there is on the disk.
+///
+/// # Errors
+/// Those of the registry; what was resident stays.
+pub async fn load_set(app: &AppState, by: &str, name: &str) -> Result<(), ApiError> {
+    app.catalog.refresh(name).await?;
+    let lease = app.registry.load(name, None, app.limits.load_wait).await?;
+    tracing::info!(by, set.generation = lease.descriptor.generation(), "expert set loaded");
+    Ok(())
+}
+
+/// Drops every version of a set from memory.
+///
+/// # Errors
+/// 404; 409 when it is pinned.
+pub fn unload_set(app: &AppState, by: &str, name: &str) -> Result<(), ApiError> {
+    app.registry.unload(name)?;
+    tracing::info!(by, set.name = name, "expert set unloaded");
+    Ok(())
 }

@@ -443,6 +443,26 @@ impl<S: Source> Registry<S> {
         Ok(())
     }
 
+    /// Whether a set could ever be resident, with nothing beside it but its backbone and the queue.
+    ///
+    /// # Errors
+    /// [`SetError::TooLarge`]; [`SetError::NoBackbone`].
+    pub fn check_fits(&self, descriptor: &SetDescriptor) -> Result<(), SetError> {
+        let name = || descriptor.name.clone();
+        let state = self.inner.lock();
+        let slot = state.backbones.get(&descriptor.backbone);
+        let slot = slot.ok_or_else(|| SetError::NoBackbone { name: name(), backbone: descriptor.backbone })?;
+        // The size of its scratch shows only once it is resident.
+        let resident = slot.resident.upgrade().map(|resident| resident.memory.bytes() + resident.scratch.bytes());
+        let budget = self.inner.ledger.snapshot();
+        let fixed = budget.used(Kind::Queue) + resident.unwrap_or(slot.descriptor.resident_bytes);
+        let available = budget.limit().saturating_sub(fixed);
+        if descriptor.resident_bytes > available {
+            return Err(SetError::TooLarge { name: name(), needed: descriptor.resident_bytes, available });
+        }
+        Ok(())
+    }
+
     /// Which set and version a request for `name` would get; touches neither memory nor order.
     ///
     /// # Errors

@@ -1,11 +1,17 @@
 //! The model store: a folder of artifacts, or the model embedded in this program.
 
+pub mod upload;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::model::{describe_backbone, describe_set};
 use crate::registry::{BackboneDescriptor, Location, SetDescriptor};
 
+/// Folder of the backbones.
+const BACKBONES: &str = "backbones";
+/// Folder of the expert sets.
+const SETS: &str = "expert-sets";
 /// Longest name of an expert set or backbone.
 pub const MAX_NAME: usize = 200;
 /// Version of the embedded expert set.
@@ -15,8 +21,8 @@ const EMBEDDED_SET: &str = "cifar100";
 /// Name of the embedded backbone.
 const EMBEDDED_BACKBONE: &str = "default";
 
-static BACKBONE_BYTES: &[u8] = include_bytes!("../../models/default-backbone.safetensors");
-static SET_BYTES: &[u8] = include_bytes!("../../models/cifar100.safetensors");
+static BACKBONE_BYTES: &[u8] = include_bytes!("../../../models/default-backbone.safetensors");
+static SET_BYTES: &[u8] = include_bytes!("../../../models/cifar100.safetensors");
 
 /// A file that could not be registered.
 #[derive(Debug, Clone)]
@@ -77,14 +83,8 @@ pub fn embedded_bytes() -> [(&'static str, &'static [u8]); 2] {
 pub fn scan(root: &Path) -> Result<Contents, String> {
     let mut contents = Contents::default();
     fs::read_dir(root).map_err(|error| format!("{}: {error}", root.display()))?;
-    for path in artifacts(&root.join("backbones"))? {
-        let described = name_of(&path).and_then(|name| describe_backbone(&name, &Location::File(path.clone())));
-        match described {
-            Ok(backbone) => contents.backbones.push(backbone),
-            Err(reason) => contents.broken.push(Broken { path, reason }),
-        }
-    }
-    for folder in entries(&root.join("expert-sets"))?.into_iter().filter(|path| path.is_dir()) {
+    scan_backbones(root, &mut contents)?;
+    for folder in entries(&sets_folder(root))?.into_iter().filter(|path| path.is_dir()) {
         match folder.file_name().and_then(|name| name.to_str()).filter(|name| is_valid_name(name)) {
             Some(name) => scan_set(root, name, &mut contents)?,
             None => {
@@ -96,12 +96,27 @@ pub fn scan(root: &Path) -> Result<Contents, String> {
     Ok(contents)
 }
 
+/// Looks at every backbone.
+///
+/// # Errors
+/// When their folder cannot be read.
+pub fn scan_backbones(root: &Path, contents: &mut Contents) -> Result<(), String> {
+    for path in artifacts(&root.join(BACKBONES))? {
+        let described = name_of(&path).and_then(|name| describe_backbone(&name, &Location::File(path.clone())));
+        match described {
+            Ok(backbone) => contents.backbones.push(backbone),
+            Err(reason) => contents.broken.push(Broken { path, reason }),
+        }
+    }
+    Ok(())
+}
+
 /// Looks at every version of one set.
 ///
 /// # Errors
 /// When its folder cannot be read.
 pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> Result<(), String> {
-    for path in artifacts(&root.join("expert-sets").join(name))? {
+    for path in artifacts(&set_folder(root, name))? {
         let described =
             version_of(&path).and_then(|version| describe_set(name, version, &Location::File(path.clone())));
         match described {
@@ -112,9 +127,25 @@ pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> Result<(), 
     Ok(())
 }
 
+/// Where the expert sets are.
+pub fn sets_folder(root: &Path) -> PathBuf {
+    root.join(SETS)
+}
+
+/// Where the versions of a set belong.
+pub fn set_folder(root: &Path, name: &str) -> PathBuf {
+    sets_folder(root).join(name)
+}
+
 /// Where a version of a set belongs.
 pub fn set_path(root: &Path, name: &str, version: u64) -> PathBuf {
-    root.join("expert-sets").join(name).join(format!("{version}.safetensors"))
+    set_folder(root, name).join(format!("{version}.safetensors"))
+}
+
+/// A version as it stands in paths and file names. Only one spelling is accepted: `01` and `1` would be two files for
+/// one version.
+pub fn parse_version(text: &str) -> Option<u64> {
+    text.parse::<u64>().ok().filter(|version| version.to_string() == text)
 }
 
 /// What a name must look like, as a sentence.
@@ -127,9 +158,7 @@ fn name_of(path: &Path) -> Result<String, String> {
 
 fn version_of(path: &Path) -> Result<u64, String> {
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-    // `01` and `1` would be two files for one version.
-    let canonical = stem.parse::<u64>().ok().filter(|version| version.to_string() == stem);
-    canonical.ok_or_else(|| format!("{}: the file name must be a whole version number", path.display()))
+    parse_version(stem).ok_or_else(|| format!("{}: the file name must be a whole version number", path.display()))
 }
 
 /// The `.safetensors` files of a folder by name; none when it does not exist.

@@ -1,0 +1,255 @@
+//! Keeps the model store and the registry in step: what is uploaded, deleted or changed by hand on the disk becomes
+//! known here, and nowhere else is the store written to.
+//!
+//! Every change is one closure on a pool of one thread: changes of files and index happen together, one at a time,
+//! and also when the client that asked for them has gone.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::blocking::BlockingPool;
+use crate::error::{ApiError, ErrorCode};
+use crate::model::{SetRegistry, check_set, describe_set};
+use crate::registry::{Location, SetDescriptor, SetError, SetState};
+use crate::store::upload::{self, Upload};
+use crate::store::{self, Broken, Contents};
+
+/// The model store beside the registry; clones share it.
+#[derive(Clone)]
+pub struct Catalog {
+    shared: Arc<Shared>,
+    files: BlockingPool,
+}
+
+struct Shared {
+    /// `None` for the embedded model, which cannot change.
+    root: Option<PathBuf>,
+    registry: SetRegistry,
+    broken: Mutex<Vec<Broken>>,
+}
+
+impl Catalog {
+    /// Registers what the store holds. Blocking.
+    ///
+    /// # Errors
+    /// When the store's folder cannot be read; a broken file is only listed.
+    pub fn open(root: Option<PathBuf>, registry: SetRegistry) -> Result<Self, String> {
+        let contents = match &root {
+            Some(root) => {
+                upload::remove_leftovers(root);
+                store::scan(root)?
+            }
+            None => store::embedded()?,
+        };
+        let broken = register(&registry, contents);
+        for file in &broken {
+            tracing::warn!(reason = file.reason, "a file of the model store is left out");
+        }
+        let shared = Shared { root, registry, broken: Mutex::new(broken) };
+        Ok(Self { shared: Arc::new(shared), files: BlockingPool::new(1) })
+    }
+
+    /// Files of the store that are not registered, with the reason.
+    pub fn broken(&self) -> Vec<Broken> {
+        self.shared.broken().clone()
+    }
+
+    /// How many files of the store are not registered.
+    pub fn broken_count(&self) -> usize {
+        self.shared.broken().len()
+    }
+
+    /// An empty upload to write to.
+    ///
+    /// # Errors
+    /// 409 without a store, or when it is read-only.
+    pub async fn begin_upload(&self) -> Result<Upload, ApiError> {
+        self.change(|shared| Upload::create(shared.root()?).map_err(store_error)).await
+    }
+
+    /// Checks an upload from its first byte to its last, gives it its place and registers it. Returns whether that
+    /// version is new.
+    ///
+    /// # Errors
+    /// 422 when it is not a sound expert set for a backbone that is here; 507 when it can never fit the budget or the
+    /// disk. The store is then as before.
+    pub async fn publish(&self, mut upload: Upload, name: &str, version: u64) -> Result<bool, ApiError> {
+        upload.sync().await.map_err(store_error)?;
+        let name = name.to_owned();
+        self.change(move |shared| shared.publish(upload, &name, version)).await
+    }
+
+    /// Forgets a version of a set, or all of them, and deletes the files. Returns what is gone.
+    ///
+    /// # Errors
+    /// 404; 409 when it is pinned or the store is read-only.
+    pub async fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, ApiError> {
+        let name = name.to_owned();
+        self.change(move |shared| shared.delete(&name, version)).await
+    }
+
+    /// Looks again at the backbones and at one set's folder: what was changed by hand becomes known.
+    ///
+    /// # Errors
+    /// 500 when a folder cannot be read.
+    pub async fn refresh(&self, name: &str) -> Result<(), ApiError> {
+        let name = name.to_owned();
+        self.change(move |shared| shared.refresh(&name)).await
+    }
+
+    /// Looks again at the whole store.
+    ///
+    /// # Errors
+    /// 500 when a folder cannot be read.
+    pub async fn refresh_all(&self) -> Result<(), ApiError> {
+        self.change(Shared::refresh_all).await
+    }
+
+    async fn change<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Shared) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let shared = Arc::clone(&self.shared);
+        self.files.run(move || change(&shared)).await.map_err(ApiError::internal)?
+    }
+}
+
+impl Shared {
+    fn publish(&self, upload: Upload, name: &str, version: u64) -> Result<bool, ApiError> {
+        let descriptor = check_upload(&self.registry, &upload, name, version)?;
+        let path = upload.publish(self.root()?, name, version).map_err(store_error)?;
+        let known = self.registry.status(name).unwrap_or_default();
+        let is_new = known.iter().all(|status| status.descriptor.version != version);
+        self.broken().retain(|broken| broken.path != path);
+        self.registry.register(SetDescriptor { location: Location::File(path), ..descriptor })?;
+        Ok(is_new)
+    }
+
+    fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, ApiError> {
+        let gone = self.registry.remove(name, version)?;
+        for (i, descriptor) in gone.iter().enumerate() {
+            let Location::File(path) = &descriptor.location else { continue };
+            if let Err(error) = upload::delete(path) {
+                for kept in &gone[i..] {
+                    self.registry.register(SetDescriptor::clone(kept))?;
+                }
+                return Err(store_error(error));
+            }
+        }
+        Ok(gone)
+    }
+
+    fn refresh(&self, name: &str) -> Result<(), ApiError> {
+        let Some(root) = self.root.as_ref().filter(|_| store::is_valid_name(name)) else { return Ok(()) };
+        let mut contents = Contents::default();
+        store::scan_backbones(root, &mut contents).map_err(ApiError::internal)?;
+        store::scan_set(root, name, &mut contents).map_err(ApiError::internal)?;
+        let (sets, folder) = (store::sets_folder(root), store::set_folder(root, name));
+        self.apply(contents, [name.to_owned()], |path| path.starts_with(&sets) && !path.starts_with(&folder));
+        Ok(())
+    }
+
+    fn refresh_all(&self) -> Result<(), ApiError> {
+        let Some(root) = &self.root else { return Ok(()) };
+        let contents = store::scan(root).map_err(ApiError::internal)?;
+        self.apply(contents, self.registry.names(), |_| false);
+        Ok(())
+    }
+
+    /// Registers what a scan found, and forgets the versions of `names` whose files are gone. `unseen` says which
+    /// files the scan did not look at.
+    fn apply(&self, contents: Contents, names: impl IntoIterator<Item = String>, unseen: impl Fn(&Path) -> bool) {
+        // A file that is there but broken stays registered: what is resident goes on serving.
+        let mut present: HashSet<PathBuf> = contents.broken.iter().map(|broken| broken.path.clone()).collect();
+        present.extend(contents.sets.iter().filter_map(|set| match &set.location {
+            Location::File(path) => Some(path.clone()),
+            Location::Embedded(_) => None,
+        }));
+        let broken = register(&self.registry, contents);
+        for status in names.into_iter().flat_map(|name| self.registry.status(&name).unwrap_or_default()) {
+            let descriptor = &status.descriptor;
+            if matches!(&descriptor.location, Location::File(path) if !present.contains(path)) {
+                // Refused for pinned sets, which go on serving from memory.
+                let _ = self.registry.remove(&descriptor.name, Some(descriptor.version));
+            }
+        }
+        let mut known = self.broken();
+        known.retain(|file| unseen(&file.path));
+        known.extend(broken);
+    }
+
+    fn root(&self) -> Result<&Path, ApiError> {
+        let message = "this server runs its embedded model; start it with --model-store to change expert sets";
+        self.root.as_deref().ok_or_else(|| ApiError::new(ErrorCode::Conflict, message))
+    }
+
+    fn broken(&self) -> MutexGuard<'_, Vec<Broken>> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Looks at the store every `interval` until `shutdown`.
+pub async fn watch(catalog: Catalog, interval: Duration, shutdown: CancellationToken) {
+    while tokio::time::timeout(interval, shutdown.cancelled()).await.is_err() {
+        if let Err(error) = catalog.refresh_all().await {
+            tracing::warn!(%error, "cannot look at the model store");
+        }
+    }
+}
+
+/// Whether a new file for `version` replaces what is in memory: it should then be loaded at once, or requests would go
+/// on getting the old one.
+pub fn replaces_resident(registry: &SetRegistry, name: &str, version: u64) -> bool {
+    let statuses = registry.status(name).unwrap_or_default();
+    statuses.iter().filter(|status| status.state == SetState::Resident).any(|status| {
+        let resident = status.descriptor.version;
+        resident == version || (status.current && resident < version)
+    })
+}
+
+/// Registers backbones and sets; returns what is broken, sets for unknown backbones included.
+fn register(registry: &SetRegistry, contents: Contents) -> Vec<Broken> {
+    let mut broken = contents.broken;
+    contents.backbones.into_iter().for_each(|backbone| registry.register_backbone(backbone));
+    for set in contents.sets {
+        let location = set.location.clone();
+        if let Err(error) = registry.register(set) {
+            broken.push(Broken { path: location.to_string().into(), reason: format!("{location}: {error}") });
+        }
+    }
+    broken
+}
+
+fn check_upload(registry: &SetRegistry, upload: &Upload, name: &str, version: u64) -> Result<SetDescriptor, ApiError> {
+    let location = Location::File(upload.path().to_owned());
+    let invalid = |reason: String| {
+        // Where the store is on the disk is none of the client's business.
+        let reason = reason.replace(&location.to_string(), "the upload");
+        ApiError::new(ErrorCode::InvalidArtifact, reason)
+    };
+    let descriptor = describe_set(name, version, &location).map_err(invalid)?;
+    // Before the file is read as a whole, which takes memory in proportion to it.
+    registry.check_fits(&descriptor)?;
+    let missing = || SetError::NoBackbone { name: name.to_owned(), backbone: descriptor.backbone };
+    let backbone = registry.backbone(&descriptor.backbone).ok_or_else(missing)?;
+    check_set(&location, &backbone).map_err(invalid)?;
+    Ok(descriptor)
+}
+
+/// What a file's failure means to whoever asked for the change.
+pub fn store_error(error: io::Error) -> ApiError {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            ApiError::new(ErrorCode::DiskFull, "the disk of the model store is full")
+        }
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+            ApiError::new(ErrorCode::Conflict, "the model store is read-only for this server")
+        }
+        _ => ApiError::internal(error),
+    }
+}

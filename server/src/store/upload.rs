@@ -1,0 +1,110 @@
+//! An artifact on its way into the store: written to a temporary file beside its destination, so that readers see
+//! either the old file or the whole new one.
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempPath;
+use tokio::io::AsyncWriteExt;
+
+use super::{set_folder, set_path, sets_folder};
+
+/// Begins the names of temporary files. Starts with a dot, and does not end as artifacts do: never part of a store.
+const PREFIX: &str = ".upload-";
+
+/// A temporary file, deleted when dropped unless [`Upload::publish`] gave it its place.
+pub struct Upload {
+    file: tokio::fs::File,
+    path: TempPath,
+}
+
+impl Upload {
+    /// An empty temporary file in the store at `root`. Blocking.
+    ///
+    /// # Errors
+    /// When the folder or the file cannot be made.
+    pub fn create(root: &Path) -> io::Result<Self> {
+        let sets = sets_folder(root);
+        fs::create_dir_all(&sets)?;
+        // Readable as other files of the store are; the process's umask still applies.
+        let (file, path) = tempfile::Builder::new()
+            .prefix(PREFIX)
+            .permissions(Permissions::from_mode(0o644))
+            .tempfile_in(sets)?
+            .into_parts();
+        Ok(Self { file: tokio::fs::File::from_std(file), path })
+    }
+
+    /// Where it is for now.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// When the disk is full or broken.
+    pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes).await
+    }
+
+    /// Waits until everything written has reached the disk.
+    ///
+    /// # Errors
+    /// When the disk is full or broken.
+    pub async fn sync(&mut self) -> io::Result<()> {
+        self.file.flush().await?;
+        self.file.sync_all().await
+    }
+
+    /// Gives the file its place as a version of a set, replacing what is there, and returns that place. Survives a
+    /// power cut once it has returned, provided that [`Upload::sync`] came before. Blocking.
+    ///
+    /// # Errors
+    /// When the folder cannot be made or the file not be moved.
+    pub fn publish(self, root: &Path, name: &str, version: u64) -> io::Result<PathBuf> {
+        let (path, folder) = (set_path(root, name, version), set_folder(root, name));
+        fs::create_dir_all(&folder)?;
+        self.path.persist(&path).map_err(|error| error.error)?;
+        // The entries of file and folder are data of the folders they are in.
+        sync_folder(&folder)?;
+        sync_folder(&sets_folder(root))?;
+        Ok(path)
+    }
+}
+
+/// Deletes a version of a set, and its folder when it was the last. Blocking.
+///
+/// # Errors
+/// When the file is there and cannot be deleted.
+pub fn delete(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let Some(folder) = path.parent() else { return Ok(()) };
+    // Refused when other files are left, as it should be.
+    if fs::remove_dir(folder).is_ok() {
+        return folder.parent().map_or(Ok(()), sync_folder);
+    }
+    sync_folder(folder)
+}
+
+/// Deletes what uploads left behind that a crash or a power cut interrupted. Blocking. Only for the one process that
+/// writes to the store, before it does.
+pub fn remove_leftovers(root: &Path) {
+    for entry in fs::read_dir(sets_folder(root)).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            match fs::remove_file(entry.path()) {
+                Ok(()) => tracing::info!(file = %entry.path().display(), "removed an interrupted upload"),
+                Err(error) => tracing::warn!(file = %entry.path().display(), %error, "cannot remove"),
+            }
+        }
+    }
+}
+
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
