@@ -310,6 +310,8 @@ impl ViTConfig {
                         StemLayer::conv3(64, 2),
                         StemLayer::residual3(64),
                         StemLayer::conv3(128, 2),
+                        StemLayer::residual3(128),
+                        StemLayer::residual3(128),
                     ],
                     d_model: 128,
                     d_ff: 512,

@@ -2,8 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::routing::softmax_row;
-use super::{output, slice, tensor_like, view};
+use super::routing::{softmax_gradient, softmax_row};
+use super::{output, slice, tensor_like, vectorized, view};
 use crate::kernels::matmul::{Mat, Write, matmul};
 
 /// `softmax(q k^T / sqrt(head_dim)) v` per head: `qkv [batch, tokens, 3 d_model] -> [batch, tokens, d_model]`.
@@ -38,7 +38,14 @@ impl Sizes {
     fn probabilities(self, image: &[f32], head: usize, out: &mut [f32]) {
         let (q, k) = (self.head(image, 0, head), self.head(image, 1, head));
         matmul(q, k.t(), self.scale(), out, self.tokens, Write::Set);
-        out.chunks_exact_mut(self.tokens).for_each(softmax_row);
+        vectorized(
+            #[inline(always)]
+            || {
+                for row in out.chunks_exact_mut(self.tokens) {
+                    softmax_row(row);
+                }
+            },
+        );
     }
 }
 
@@ -95,13 +102,14 @@ impl CustomOp1 for Attention {
                 let at = |part: usize| part * d_model + head * head_dim;
                 matmul(Mat::new(&p, tokens, tokens).t(), dy, 1.0, &mut dqkv[at(2)..], stride, Write::Set);
                 matmul(dy, v.t(), 1.0, &mut dp, tokens, Write::Set);
-                // Softmax: ds = p (dp - sum(p dp)).
-                for (p, dp) in p.chunks_exact(tokens).zip(dp.chunks_exact_mut(tokens)) {
-                    let dot: f32 = p.iter().zip(&*dp).map(|(p, d)| p * d).sum();
-                    for (d, p) in dp.iter_mut().zip(p) {
-                        *d = p * (*d - dot);
-                    }
-                }
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for (p, dp) in p.chunks_exact(tokens).zip(dp.chunks_exact_mut(tokens)) {
+                            softmax_gradient(p, dp);
+                        }
+                    },
+                );
                 let ds = Mat::new(&dp, tokens, tokens);
                 matmul(ds, k, sizes.scale(), &mut dqkv[at(0)..], stride, Write::Set);
                 matmul(ds.t(), q, sizes.scale(), &mut dqkv[at(1)..], stride, Write::Set);

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::{output, slice, tensor_like, view};
+use super::{output, slice, tensor_like, vectorized, view};
 
 /// `x Phi(x)`, Phi the normal distribution function.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
@@ -49,20 +49,33 @@ impl CustomOp1 for Gelu {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = slice(x, layout)?.iter().map(|&v| v * normal(v).0).collect();
+        let x = slice(x, layout)?;
+        let mut y = vec![0.0; x.len()];
+        vectorized(
+            #[inline(always)]
+            || {
+                for (y, &v) in y.iter_mut().zip(x) {
+                    *y = v * normal(v).0;
+                }
+            },
+        );
         Ok(output(y, layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
         let (x_view, grad_view) = (view(x)?, view(&grad)?);
-        let pairs = x_view.values()?.iter().zip(grad_view.values()?);
-        let grad_x = pairs
-            .map(|(&v, g)| {
-                let (cumulative, density) = normal(v);
-                g * (cumulative + v * density)
-            })
-            .collect();
+        let (x_values, g) = (x_view.values()?, grad_view.values()?);
+        let mut grad_x = vec![0.0; x_values.len()];
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((dx, &v), g) in grad_x.iter_mut().zip(x_values).zip(g) {
+                    let (cumulative, density) = normal(v);
+                    *dx = g * (cumulative + v * density);
+                }
+            },
+        );
         Ok(Some(tensor_like(grad_x, x)?))
     }
 }

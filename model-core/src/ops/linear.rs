@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::{last_dim, output, slice, tensor_like, view};
+use super::{last_dim, output, slice, tensor_like, vectorized, view};
 use crate::kernels::matmul::{Mat, Write, matmul};
 
 /// `x [.., in] -> [.., out]` with `weight [out, in]` and `bias [out]`.
@@ -24,11 +24,16 @@ pub(super) fn broadcast_bias(bias: &[f32], rows: usize) -> Vec<f32> {
 /// The sum of the rows of `grad`: the gradient of a bias.
 pub(super) fn column_sums(grad: &[f32], cols: usize) -> Vec<f32> {
     let mut sums = vec![0.0; cols];
-    for row in grad.chunks_exact(cols) {
-        for (sum, g) in sums.iter_mut().zip(row) {
-            *sum += g;
-        }
-    }
+    vectorized(
+        #[inline(always)]
+        || {
+            for row in grad.chunks_exact(cols) {
+                for (sum, g) in sums.iter_mut().zip(row) {
+                    *sum += g;
+                }
+            }
+        },
+    );
     sums
 }
 

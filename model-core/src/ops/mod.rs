@@ -26,6 +26,15 @@ pub use rotation::{AngleGrid, rotate_rows};
 pub use routing::{combine, smoothness, smoothness_of_slice, softmax};
 pub use ternary::{Activations, ternary_linear};
 
+/// Runs `work` compiled for the widest vectors of this CPU: the loops of training are simple enough for the compiler to
+/// vectorise, once it may use the instructions. They do the same operations in the same order on every CPU.
+///
+/// `work` must be an `#[inline(always)]` closure, and so must be what it calls: anything left out of line is compiled
+/// for the baseline.
+fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
 /// The f32 values of an op's argument.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let (start, end) =

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::{last_dim, output, slice, tensor_like, view};
+use super::{last_dim, output, slice, tensor_like, vectorized, view};
 use crate::weights::LAYER_NORM_EPS;
 
 /// `gamma * (x - mean) / sqrt(var + eps) + beta`, biased variance over the last axis of `x`.
@@ -28,6 +28,7 @@ pub(super) fn lane_sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32
 }
 
 /// Mean and reciprocal standard deviation of a row.
+#[inline(always)]
 fn moments(row: &[f32]) -> (f32, f32) {
     let n = row.len() as f32;
     let mean = lane_sum(row, row, |v, _| v) / n;
@@ -54,11 +55,18 @@ impl CustomOp3 for LayerNorm {
         if gamma.len() != n || beta.len() != n {
             candle_core::bail!("layer-norm: {} gammas and {} betas for {n} features", gamma.len(), beta.len());
         }
-        let mut y = Vec::with_capacity(x.len());
-        for row in x.chunks_exact(n) {
-            let (mean, rstd) = moments(row);
-            y.extend(row.iter().zip(gamma).zip(beta).map(|((v, g), b)| (v - mean) * rstd * g + b));
-        }
+        let mut y = vec![0.0; x.len()];
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
+                    let (mean, rstd) = moments(row);
+                    for (((y, v), g), b) in y.iter_mut().zip(row).zip(gamma).zip(beta) {
+                        *y = (v - mean) * rstd * g + b;
+                    }
+                }
+            },
+        );
         Ok(output(y, x_layout.shape().clone()))
     }
 
@@ -77,21 +85,26 @@ impl CustomOp3 for LayerNorm {
         let mut grad_x = vec![0.0; x_values.len()];
         let (mut grad_gamma, mut grad_beta, mut scaled) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
         // xhat = (x - mean) rstd;  dx = rstd (g gamma - mean(g gamma) - xhat mean(g gamma xhat)).
-        for ((row, g), dx) in x_values.chunks_exact(n).zip(g.chunks_exact(n)).zip(grad_x.chunks_exact_mut(n)) {
-            let (mean, rstd) = moments(row);
-            for (scaled, (g, gamma)) in scaled.iter_mut().zip(g.iter().zip(gamma_values)) {
-                *scaled = g * gamma;
-            }
-            let mean_scaled = lane_sum(&scaled, &scaled, |s, _| s) / n as f32;
-            let mean_product = lane_sum(&scaled, row, |s, v| s * (v - mean)) * rstd / n as f32;
-            let (g, dx) = (&g[..n], &mut dx[..n]);
-            for i in 0..n {
-                let xhat = (row[i] - mean) * rstd;
-                dx[i] = rstd * (scaled[i] - mean_scaled - xhat * mean_product);
-                grad_gamma[i] += g[i] * xhat;
-                grad_beta[i] += g[i];
-            }
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                let (grad_gamma, grad_beta, scaled) = (&mut grad_gamma[..n], &mut grad_beta[..n], &mut scaled[..n]);
+                for ((row, g), dx) in x_values.chunks_exact(n).zip(g.chunks_exact(n)).zip(grad_x.chunks_exact_mut(n)) {
+                    let (mean, rstd) = moments(row);
+                    for (scaled, (g, gamma)) in scaled.iter_mut().zip(g.iter().zip(gamma_values)) {
+                        *scaled = g * gamma;
+                    }
+                    let mean_scaled = lane_sum(scaled, scaled, |s, _| s) / n as f32;
+                    let mean_product = lane_sum(scaled, row, |s, v| s * (v - mean)) * rstd / n as f32;
+                    for i in 0..n {
+                        let xhat = (row[i] - mean) * rstd;
+                        dx[i] = rstd * (scaled[i] - mean_scaled - xhat * mean_product);
+                        grad_gamma[i] += g[i] * xhat;
+                        grad_beta[i] += g[i];
+                    }
+                }
+            },
+        );
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_gamma, gamma)?), Some(tensor_like(grad_beta, beta)?)))
     }
 }

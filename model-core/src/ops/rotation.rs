@@ -1,14 +1,16 @@
 //! Butterfly rotation of rows, each by the angles of its own expert.
 //!
 //! A stage is written over whole features instead of pairs: `y[i] = c[i] x[i] + s[i] x[i ^ stride]`, with `s` negative
-//! on the first half of each block, so that the short strides vectorise too. A rotation is inverted by its transpose,
+//! on the first half of each block, so that the short strides vectorise too; the stages of strides up to 8 run block
+//! by block, in registers. A rotation is inverted by its transpose,
 //! so the backward pass walks the stages from the output and stores no intermediate.
 
+use std::f64::consts::TAU;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::{output, slice, tensor_like, view};
+use super::{output, slice, tensor_like, vectorized, view};
 
 /// Which angles an artifact can hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,12 +22,44 @@ pub enum AngleGrid {
 }
 
 impl AngleGrid {
-    fn snap(self, angle: f32) -> f64 {
+    fn rotations(self) -> Rotations {
         match self {
-            Self::Continuous => f64::from(angle),
+            Self::Continuous => Rotations::Continuous,
             Self::Bits(bits) => {
-                let step = std::f64::consts::TAU / f64::from(1u32 << bits);
-                (f64::from(angle) / step).round_ties_even() * step
+                let codes = 0..1u32 << bits;
+                let turn = f64::from(codes.end);
+                let sin_cos = |code: u32| {
+                    let (s, c) = (f64::from(code) * (TAU / turn)).sin_cos();
+                    (s as f32, c as f32)
+                };
+                Rotations::Codes { turn, sin_cos: codes.map(sin_cos).collect() }
+            }
+        }
+    }
+}
+
+/// Sines and cosines of angles, after rounding to their grid.
+enum Rotations {
+    Continuous,
+    /// By code, of which `turn`, a power of two, make a full turn.
+    Codes {
+        turn: f64,
+        sin_cos: Vec<(f32, f32)>,
+    },
+}
+
+impl Rotations {
+    fn sin_cos(&self, angle: f32) -> (f32, f32) {
+        match self {
+            Self::Continuous => {
+                let (s, c) = f64::from(angle).sin_cos();
+                (s as f32, c as f32)
+            }
+            Self::Codes { turn, sin_cos } => {
+                // The rounding of `train::quantize::angle_codes`: adding 1.5 * 2^52 leaves the nearest integer, ties to
+                // even, in the lowest bits, without the call that rounding is on the baseline CPU.
+                let code = (f64::from(angle) / TAU * turn + 6_755_399_441_055_744.0).to_bits();
+                sin_cos[code as usize & (sin_cos.len() - 1)]
             }
         }
     }
@@ -58,99 +92,169 @@ struct Rotate {
 struct Coefficients {
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// Of one expert.
+    len: usize,
 }
 
 impl Coefficients {
     fn new(angles: &[f32], stages: usize, n: usize, grid: AngleGrid) -> Self {
-        let mut this = Self { cos: vec![0.0; angles.len() * 2], sin: vec![0.0; angles.len() * 2] };
-        let rows = angles.chunks_exact(n / 2).zip(this.cos.chunks_exact_mut(n)).zip(this.sin.chunks_exact_mut(n));
+        let (mut cos, mut sin) = (vec![0.0; angles.len() * 2], vec![0.0; angles.len() * 2]);
+        let rotations = grid.rotations();
+        let rows = angles.chunks_exact(n / 2).zip(cos.chunks_exact_mut(n)).zip(sin.chunks_exact_mut(n));
         for (row, ((angles, cos), sin)) in rows.enumerate() {
             let stride = 1 << (row % stages.max(1));
             for (pair, &angle) in angles.iter().enumerate() {
                 let first = pair / stride * 2 * stride + pair % stride;
-                let (s, c) = grid.snap(angle).sin_cos();
-                (cos[first], cos[first + stride]) = (c as f32, c as f32);
-                (sin[first], sin[first + stride]) = (-s as f32, s as f32);
+                let (s, c) = rotations.sin_cos(angle);
+                (cos[first], cos[first + stride]) = (c, c);
+                // dy1/dangle = -y2 and dy2/dangle = y1.
+                (sin[first], sin[first + stride]) = (-s, s);
             }
         }
-        this
+        Self { cos, sin, len: stages * n }
+    }
+
+    #[inline(always)]
+    fn of(&self, expert: u16) -> Expert<'_> {
+        let at = usize::from(expert) * self.len;
+        Expert { cos: &self.cos[at..][..self.len], sin: &self.sin[at..][..self.len] }
     }
 }
 
 const BLOCK: usize = 16;
+/// Stages whose pairs lie within a block: strides 1, 2, 4 and 8.
+const BLOCK_STAGES: usize = 4;
 
-/// `x[i] <- c[i] x[i] + sign s[i] x[i ^ stride]`, `sign` 1 for the rotation and -1 for its transpose.
-fn stage(x: &mut [f32], cos: &[f32], sin: &[f32], stride: usize, sign: f32) {
-    match stride {
-        1 if x.len().is_multiple_of(BLOCK) => short_stage::<1>(x, cos, sin, sign),
-        2 if x.len().is_multiple_of(BLOCK) => short_stage::<2>(x, cos, sin, sign),
-        4 if x.len().is_multiple_of(BLOCK) => short_stage::<4>(x, cos, sin, sign),
-        8 if x.len().is_multiple_of(BLOCK) => short_stage::<8>(x, cos, sin, sign),
-        _ => {
-            let blocks =
-                x.chunks_exact_mut(2 * stride).zip(cos.chunks_exact(2 * stride)).zip(sin.chunks_exact(2 * stride));
-            for ((x, cos), sin) in blocks {
-                let (first, second) = x.split_at_mut(stride);
-                for i in 0..stride {
-                    let (x1, x2) = (first[i], second[i]);
-                    first[i] = cos[i] * x1 + sign * sin[i] * x2;
-                    second[i] = cos[i] * x2 + sign * sin[stride + i] * x1;
-                }
-            }
-        }
-    }
+/// The coefficients of one expert, `[stages, n]` each.
+#[derive(Clone, Copy)]
+struct Expert<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
 }
 
-/// `v[i ^ STRIDE]` for every i, spelled out so that the compiler sees one shuffle instead of a gather.
+/// `v[i ^ (1 << stage)]` for every i, spelled out so that the compiler sees one shuffle instead of a gather.
 #[inline(always)]
-fn swapped<const STRIDE: usize>(v: &[f32; BLOCK]) -> [f32; BLOCK] {
+fn partners(v: &[f32; BLOCK], stage: usize) -> [f32; BLOCK] {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *v;
-    match STRIDE {
-        1 => [b, a, d, c, f, e, h, g, j, i, l, k, n, m, p, o],
-        2 => [c, d, a, b, g, h, e, f, k, l, i, j, o, p, m, n],
-        4 => [e, f, g, h, a, b, c, d, m, n, o, p, i, j, k, l],
-        8 => [i, j, k, l, m, n, o, p, a, b, c, d, e, f, g, h],
-        _ => unreachable!("strides of whole blocks do not come here"),
+    match stage {
+        0 => [b, a, d, c, f, e, h, g, j, i, l, k, n, m, p, o],
+        1 => [c, d, a, b, g, h, e, f, k, l, i, j, o, p, m, n],
+        2 => [e, f, g, h, a, b, c, d, m, n, o, p, i, j, k, l],
+        _ => [i, j, k, l, m, n, o, p, a, b, c, d, e, f, g, h],
     }
 }
 
-fn short_stage<const STRIDE: usize>(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
-    let blocks =
-        x.as_chunks_mut::<BLOCK>().0.iter_mut().zip(cos.as_chunks::<BLOCK>().0).zip(sin.as_chunks::<BLOCK>().0);
-    for ((x, cos), sin) in blocks {
+/// `c v + s partners(v)`.
+#[inline(always)]
+fn turn(v: &[f32; BLOCK], partners: &[f32; BLOCK], cos: &[f32; BLOCK], sin: &[f32; BLOCK]) -> [f32; BLOCK] {
+    std::array::from_fn(|i| cos[i] * v[i] + sin[i] * partners[i])
+}
+
+/// `c v - s partners(v)`: the transpose, since a partner's sine has the other sign.
+#[inline(always)]
+fn turn_back(v: &[f32; BLOCK], partners: &[f32; BLOCK], cos: &[f32; BLOCK], sin: &[f32; BLOCK]) -> [f32; BLOCK] {
+    std::array::from_fn(|i| cos[i] * v[i] - sin[i] * partners[i])
+}
+
+/// The first `STAGES` stages of a row of whole blocks, each block staying in a register from the first to the last.
+#[inline(always)]
+fn rotate_blocks<const STAGES: usize>(x: &mut [f32], expert: Expert<'_>) {
+    let n = x.len();
+    let (cos, sin) = (expert.cos.as_chunks::<BLOCK>().0, expert.sin.as_chunks::<BLOCK>().0);
+    for (b, x) in x.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
         // Without this the loop vectoriser fuses blocks into gathers, eight times slower than one shuffle per block.
         let x = std::hint::black_box(x);
-        let partner = swapped::<STRIDE>(x);
-        for i in 0..BLOCK {
-            x[i] = cos[i] * x[i] + sign * sin[i] * partner[i];
+        let mut v = *x;
+        for l in 0..STAGES {
+            let at = l * (n / BLOCK) + b;
+            v = turn(&v, &partners(&v, l), &cos[at], &sin[at]);
         }
+        *x = v;
     }
 }
 
-/// `sums[i] += grad[i] y[i ^ stride]`: what the angle's gradient is the pairwise difference of.
-fn accumulate(sums: &mut [f32], grad: &[f32], y: &[f32], stride: usize) {
-    match stride {
-        1 if y.len().is_multiple_of(BLOCK) => short_accumulate::<1>(sums, grad, y),
-        2 if y.len().is_multiple_of(BLOCK) => short_accumulate::<2>(sums, grad, y),
-        4 if y.len().is_multiple_of(BLOCK) => short_accumulate::<4>(sums, grad, y),
-        8 if y.len().is_multiple_of(BLOCK) => short_accumulate::<8>(sums, grad, y),
-        _ => {
-            for i in 0..y.len() {
-                sums[i] += grad[i] * y[i ^ stride];
-            }
-        }
-    }
-}
-
-fn short_accumulate<const STRIDE: usize>(sums: &mut [f32], grad: &[f32], y: &[f32]) {
-    let blocks =
-        sums.as_chunks_mut::<BLOCK>().0.iter_mut().zip(grad.as_chunks::<BLOCK>().0).zip(y.as_chunks::<BLOCK>().0);
-    for ((sums, grad), y) in blocks {
+/// From the end of the first `STAGES` stages back to their beginning: `y` and `grad` are turned back, and
+/// `sums[l][i] += grad[i] y[i ^ (1 << l)]` in terms of each stage's output.
+#[inline(always)]
+fn return_blocks<const STAGES: usize>(y: &mut [f32], grad: &mut [f32], sums: &mut [f32], expert: Expert<'_>) {
+    let n = y.len();
+    let (cos, sin) = (expert.cos.as_chunks::<BLOCK>().0, expert.sin.as_chunks::<BLOCK>().0);
+    let sums = sums.as_chunks_mut::<BLOCK>().0;
+    let rows = y.as_chunks_mut::<BLOCK>().0.iter_mut().zip(grad.as_chunks_mut::<BLOCK>().0);
+    for (b, (y, grad)) in rows.enumerate() {
         let y = std::hint::black_box(y);
-        let partner = swapped::<STRIDE>(y);
-        for i in 0..BLOCK {
-            sums[i] += grad[i] * partner[i];
+        let (mut v, mut g) = (*y, *grad);
+        for l in (0..STAGES).rev() {
+            let at = l * (n / BLOCK) + b;
+            let partner = partners(&v, l);
+            for (i, sum) in sums[at].iter_mut().enumerate() {
+                *sum += g[i] * partner[i];
+            }
+            v = turn_back(&v, &partner, &cos[at], &sin[at]);
+            g = turn_back(&g, &partners(&g, l), &cos[at], &sin[at]);
         }
+        (*y, *grad) = (v, g);
+    }
+}
+
+/// One stage of any stride: `x[i] <- c[i] x[i] + sign s[i] x[i ^ stride]`, `sign` 1 for the rotation and -1 for its
+/// transpose.
+#[inline(always)]
+fn stage(x: &mut [f32], cos: &[f32], sin: &[f32], stride: usize, sign: f32) {
+    let blocks = x.chunks_exact_mut(2 * stride).zip(cos.chunks_exact(2 * stride)).zip(sin.chunks_exact(2 * stride));
+    for ((x, cos), sin) in blocks {
+        let (first, second) = x.split_at_mut(stride);
+        for i in 0..stride {
+            let (x1, x2) = (first[i], second[i]);
+            first[i] = cos[i] * x1 + sign * sin[i] * x2;
+            second[i] = cos[i + stride] * x2 + sign * sin[i + stride] * x1;
+        }
+    }
+}
+
+/// How many of `stages` stages of rows of `n` features go block by block.
+fn stages_by_block(stages: usize, n: usize) -> usize {
+    if n.is_multiple_of(BLOCK) { stages.min(BLOCK_STAGES) } else { 0 }
+}
+
+/// `x <- B x`.
+#[inline(always)]
+fn rotate(x: &mut [f32], expert: Expert<'_>, stages: usize) {
+    let n = x.len();
+    let by_block = stages_by_block(stages, n);
+    match by_block {
+        0 => {}
+        1 => rotate_blocks::<1>(x, expert),
+        2 => rotate_blocks::<2>(x, expert),
+        3 => rotate_blocks::<3>(x, expert),
+        _ => rotate_blocks::<BLOCK_STAGES>(x, expert),
+    }
+    for l in by_block..stages {
+        stage(x, &expert.cos[l * n..][..n], &expert.sin[l * n..][..n], 1 << l, 1.0);
+    }
+}
+
+/// Undoes [`rotate`] for its output `y` and for the gradient `grad` of that output, adding to `sums [stages, n]` what
+/// the gradients of the angles are differences of.
+#[inline(always)]
+fn rotate_back(y: &mut [f32], grad: &mut [f32], sums: &mut [f32], expert: Expert<'_>, stages: usize) {
+    let n = y.len();
+    let by_block = stages_by_block(stages, n);
+    for l in (by_block..stages).rev() {
+        let stride = 1 << l;
+        let (cos, sin) = (&expert.cos[l * n..][..n], &expert.sin[l * n..][..n]);
+        for (i, sum) in sums[l * n..][..n].iter_mut().enumerate() {
+            *sum += grad[i] * y[i ^ stride];
+        }
+        stage(y, cos, sin, stride, -1.0);
+        stage(grad, cos, sin, stride, -1.0);
+    }
+    match by_block {
+        0 => {}
+        1 => return_blocks::<1>(y, grad, sums, expert),
+        2 => return_blocks::<2>(y, grad, sums, expert),
+        3 => return_blocks::<3>(y, grad, sums, expert),
+        _ => return_blocks::<BLOCK_STAGES>(y, grad, sums, expert),
     }
 }
 
@@ -171,14 +275,15 @@ impl CustomOp2 for Rotate {
         let (x, angles) = (slice(x, x_layout)?, slice(angles, angles_layout)?);
         let coefficients = Coefficients::new(angles, stages, n, self.grid);
         let mut y = Vec::with_capacity(self.experts.len() * n);
-        for (row, &expert) in self.experts.iter().enumerate() {
-            y.extend_from_slice(&x[row / self.copies * n..][..n]);
-            let y = &mut y[row * n..];
-            for l in 0..stages {
-                let at = (usize::from(expert) * stages + l) * n;
-                stage(y, &coefficients.cos[at..at + n], &coefficients.sin[at..at + n], 1 << l, 1.0);
-            }
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, &expert) in self.experts.iter().enumerate() {
+                    y.extend_from_slice(&x[row / self.copies * n..][..n]);
+                    rotate(&mut y[row * n..], coefficients.of(expert), stages);
+                }
+            },
+        );
         Ok(output(y, (self.experts.len(), n)))
     }
 
@@ -193,22 +298,21 @@ impl CustomOp2 for Rotate {
         let mut grad_x = vec![0.0; x.elem_count()];
         let (mut y_row, mut g_row) = (vec![0.0; n], vec![0.0; n]);
         let rows = y_view.values()?.chunks_exact(n).zip(grad_view.values()?.chunks_exact(n)).zip(self.experts.iter());
-        for (row, ((y, g), &expert)) in rows.enumerate() {
-            y_row.copy_from_slice(y);
-            g_row.copy_from_slice(g);
-            for l in (0..stages).rev() {
-                let at = (usize::from(expert) * stages + l) * n;
-                let (cos, sin) = (&coefficients.cos[at..at + n], &coefficients.sin[at..at + n]);
-                // dy1/dangle = -y2 and dy2/dangle = y1, in terms of this stage's output.
-                accumulate(&mut sums[at..at + n], &g_row, &y_row, 1 << l);
-                stage(&mut y_row, cos, sin, 1 << l, -1.0);
-                stage(&mut g_row, cos, sin, 1 << l, -1.0);
-            }
-            let dx = &mut grad_x[row / self.copies * n..][..n];
-            for (dx, g) in dx.iter_mut().zip(&g_row) {
-                *dx += g;
-            }
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, ((y, g), &expert)) in rows.enumerate() {
+                    y_row.copy_from_slice(y);
+                    g_row.copy_from_slice(g);
+                    let sums = &mut sums[usize::from(expert) * stages * n..][..stages * n];
+                    rotate_back(&mut y_row, &mut g_row, sums, coefficients.of(expert), stages);
+                    let dx = &mut grad_x[row / self.copies * n..][..n];
+                    for (dx, g) in dx.iter_mut().zip(&g_row) {
+                        *dx += g;
+                    }
+                }
+            },
+        );
         let mut grad_angles = vec![0.0; angle_values.len()];
         for (row, (sums, grads)) in sums.chunks_exact(n).zip(grad_angles.chunks_exact_mut(half)).enumerate() {
             let stride = 1 << (row % stages.max(1));

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 
 use super::elementwise::exp_nonpositive;
 use super::norm::lane_sum;
-use super::{last_dim, output, slice, tensor_like, view};
+use super::{last_dim, output, slice, tensor_like, vectorized, view};
 
 /// Softmax over the last axis.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
@@ -13,14 +13,24 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
 
 struct Softmax;
 
+#[inline(always)]
 pub(super) fn softmax_row(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m });
     for v in row.iter_mut() {
         *v = exp_nonpositive(*v - max);
     }
-    let scale = 1.0 / row.iter().sum::<f32>();
+    let scale = 1.0 / lane_sum(row, row, |v, _| v);
     for v in row.iter_mut() {
         *v *= scale;
+    }
+}
+
+/// From the gradient of a row's probabilities `p` to that of its logits: `d <- p (d - sum(p d))`.
+#[inline(always)]
+pub(super) fn softmax_gradient(p: &[f32], d: &mut [f32]) {
+    let dot = lane_sum(p, d, |p, d| p * d);
+    for (d, p) in d.iter_mut().zip(p) {
+        *d = p * (*d - dot);
     }
 }
 
@@ -31,7 +41,15 @@ impl CustomOp1 for Softmax {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut y = slice(x, layout)?.to_vec();
-        y.chunks_exact_mut(last_dim(layout)?).for_each(softmax_row);
+        let n = last_dim(layout)?;
+        vectorized(
+            #[inline(always)]
+            || {
+                for row in y.chunks_exact_mut(n) {
+                    softmax_row(row);
+                }
+            },
+        );
         Ok(output(y, layout.shape().clone()))
     }
 
@@ -40,12 +58,15 @@ impl CustomOp1 for Softmax {
         let grad = grad.contiguous()?;
         let (y_view, grad_view) = (view(y)?, view(&grad)?);
         let mut grad_x = grad_view.values()?.to_vec();
-        for (p, d) in y_view.values()?.chunks_exact(n).zip(grad_x.chunks_exact_mut(n)) {
-            let dot: f32 = p.iter().zip(&*d).map(|(p, d)| p * d).sum();
-            for (d, p) in d.iter_mut().zip(p) {
-                *d = p * (*d - dot);
-            }
-        }
+        let y_values = y_view.values()?;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (p, d) in y_values.chunks_exact(n).zip(grad_x.chunks_exact_mut(n)) {
+                    softmax_gradient(p, d);
+                }
+            },
+        );
         Ok(Some(tensor_like(grad_x, x)?))
     }
 }
@@ -77,11 +98,16 @@ impl CustomOp2 for Combine {
         let (tokens, top_k) = weights_layout.shape().dims2()?;
         let (x, weights) = (slice(x, x_layout)?, slice(weights, weights_layout)?);
         let mut y = vec![0.0; tokens * n];
-        for (row, (x, w)) in x.chunks_exact(n).zip(weights).enumerate() {
-            for (y, x) in y[row / top_k * n..][..n].iter_mut().zip(x) {
-                *y += w * x;
-            }
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, (x, w)) in x.chunks_exact(n).zip(weights).enumerate() {
+                    for (y, x) in y[row / top_k * n..][..n].iter_mut().zip(x) {
+                        *y += w * x;
+                    }
+                }
+            },
+        );
         Ok(output(y, (tokens, n)))
     }
 
@@ -95,14 +121,23 @@ impl CustomOp2 for Combine {
         let (n, top_k) = (x.dim(1)?, weights.dim(1)?);
         let grad = grad.contiguous()?;
         let (x_view, weights_view, grad_view) = (view(x)?, view(weights)?, view(&grad)?);
-        let g = grad_view.values()?;
-        let mut grad_x = Vec::with_capacity(x.elem_count());
-        let mut grad_weights = Vec::with_capacity(weights.elem_count());
-        for (row, (x, w)) in x_view.values()?.chunks_exact(n).zip(weights_view.values()?).enumerate() {
-            let g = &g[row / top_k * n..][..n];
-            grad_x.extend(g.iter().map(|g| w * g));
-            grad_weights.push(lane_sum(g, x, |g, x| g * x));
-        }
+        let (x_values, weight_values, g) = (x_view.values()?, weights_view.values()?, grad_view.values()?);
+        let mut grad_x = vec![0.0; x_values.len()];
+        let mut grad_weights = vec![0.0; weight_values.len()];
+        vectorized(
+            #[inline(always)]
+            || {
+                let rows = x_values.chunks_exact(n).zip(weight_values);
+                let grads = grad_x.chunks_exact_mut(n).zip(&mut grad_weights);
+                for (row, ((x, w), (dx, dw))) in rows.zip(grads).enumerate() {
+                    let g = &g[row / top_k * n..][..n];
+                    for (dx, g) in dx.iter_mut().zip(g) {
+                        *dx = w * g;
+                    }
+                    *dw = lane_sum(g, x, |g, x| g * x);
+                }
+            },
+        );
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_weights, weights)?)))
     }
 }
@@ -162,15 +197,25 @@ impl CustomOp1 for Smoothness {
         let scale = 2.0 * grad.to_scalar::<f32>()? / (batch * self.pairs().count()).max(1) as f32;
         let mut grad_p = vec![0.0; p.elem_count()];
         let len = tokens * experts;
-        for (p, d) in view.values()?.chunks_exact(len).zip(grad_p.chunks_exact_mut(len)) {
-            for (a, b) in self.pairs() {
-                for e in 0..experts {
-                    let g = scale * (p[a * experts + e] - p[b * experts + e]);
-                    d[a * experts + e] += g;
-                    d[b * experts + e] -= g;
+        let p_values = view.values()?;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (p, d) in p_values.chunks_exact(len).zip(grad_p.chunks_exact_mut(len)) {
+                    for (a, b) in self.pairs() {
+                        // The first of a pair comes first in the grid.
+                        let (until_b, from_b) = d.split_at_mut(b * experts);
+                        let (da, db) = (&mut until_b[a * experts..][..experts], &mut from_b[..experts]);
+                        let (pa, pb) = (&p[a * experts..][..experts], &p[b * experts..][..experts]);
+                        for e in 0..experts {
+                            let g = scale * (pa[e] - pb[e]);
+                            da[e] += g;
+                            db[e] -= g;
+                        }
+                    }
                 }
-            }
-        }
+            },
+        );
         Ok(Some(tensor_like(grad_p, p)?))
     }
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::{last_dim, output, slice, tensor_like, view};
+use super::{last_dim, output, slice, tensor_like, vectorized, view};
 use crate::kernels::matmul::{Mat, Write, matmul};
 use crate::kernels::ternary::scalar::ternarize;
 
@@ -37,9 +37,20 @@ impl TernaryLinear {
         if !self.ternarize {
             return Cow::Borrowed(weight);
         }
-        let (codes, scales) = ternarize(weight, cols);
-        let rows = codes.chunks_exact(cols).zip(&scales);
-        rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect()
+        let mut dense = vec![0.0; weight.len()];
+        vectorized(
+            #[inline(always)]
+            || {
+                let (codes, scales) = ternarize(weight, cols);
+                let rows = codes.chunks_exact(cols).zip(&scales);
+                for (dense, (codes, scale)) in dense.chunks_exact_mut(cols).zip(rows) {
+                    for (dense, &code) in dense.iter_mut().zip(codes) {
+                        *dense = f32::from(code) * scale;
+                    }
+                }
+            },
+        );
+        Cow::Owned(dense)
     }
 
     fn activations<'a>(&self, x: &'a [f32], cols: usize) -> Cow<'a, [f32]> {
@@ -53,15 +64,33 @@ impl TernaryLinear {
 /// `x` after int8 quantisation and back, row by row.
 fn fake_quantize(x: &[f32], cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    for (row, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
-        let max = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-        let step = if max == 0.0 { 1.0 } else { max / 127.0 };
-        let inverse = 1.0 / step;
-        for (out, v) in out.iter_mut().zip(row) {
-            *out = (v * inverse).round_ties_even() * step;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (row, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
+                let max = lane_max(row);
+                let step = if max == 0.0 { 1.0 } else { max / 127.0 };
+                let inverse = 1.0 / step;
+                for (out, v) in out.iter_mut().zip(row) {
+                    *out = (v * inverse).round_ties_even() * step;
+                }
+            }
+        },
+    );
+    out
+}
+
+/// `max |x|`, in sixteen lanes, since the compiler keeps the order of a single running maximum.
+#[inline(always)]
+fn lane_max(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (blocks, rest) = x.as_chunks::<16>();
+    for block in blocks {
+        for i in 0..16 {
+            lanes[i] = if block[i].abs() > lanes[i] { block[i].abs() } else { lanes[i] };
         }
     }
-    out
+    lanes.iter().chain(rest).fold(0f32, |m, v| m.max(v.abs()))
 }
 
 impl CustomOp2 for TernaryLinear {

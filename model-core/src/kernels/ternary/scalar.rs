@@ -3,6 +3,7 @@
 /// Per-row absmean quantisation of `w` `[rows, cols]`: `scale = max(mean |row|, 1e-5)`,
 /// `code = clamp(round_half_even(w / scale), -1, 1)`. Returns (codes `[rows, cols]`, scale `[rows]`).
 /// Computed in f64, so that codes do not depend on the order of the sum.
+#[inline(always)]
 pub fn ternarize(w: &[f32], cols: usize) -> (Vec<i8>, Vec<f32>) {
     let mut codes = Vec::with_capacity(w.len());
     let mut scales = Vec::with_capacity(w.len() / cols.max(1));
