@@ -91,7 +91,7 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
     let budget = app.registry.budget();
     let broken = app.broken.iter().map(|broken| BrokenView { file: broken.file_name(), reason: broken.reason.clone() });
     Json(Listing {
-        default: app.default_set.to_string(),
+        default: app.default_set().to_owned(),
         sets: app.registry.list().into_iter().map(SetView::from).collect(),
         broken: broken.collect(),
         memory: MemoryView { budget_bytes: budget.limit(), accounted_bytes: budget.total() },
