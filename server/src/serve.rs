@@ -52,6 +52,8 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
         let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
         let shutdown = shutdown_signal()?;
         let app = assemble(args)?;
+        let address = listener.local_addr().map_err(|error| error.to_string())?;
+        tracing::info!(%address, "listening");
         // Probes are answered while models are loaded, so that whoever waits can tell starting from dead.
         let mut server = tokio::spawn(serve(
             listener,
@@ -268,9 +270,6 @@ pub async fn serve(
 ) {
     let router = build_router(app.clone());
     let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(max_connections)));
-    if let Ok(address) = listener.local_addr() {
-        tracing::info!(%address, "listening");
-    }
     loop {
         let accept = async {
             let slot = Arc::clone(&slots).acquire_owned().await;
