@@ -9,11 +9,14 @@
 
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
+
 use crate::artifact::{ArtifactError, BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set};
 use crate::config::{BackboneConfig, ConfigError, ExpertConfig};
 use crate::engine;
 use crate::image::Preprocess;
 use crate::kernels::{Isa, KernelError};
+use crate::vit::{Quantizers, ViT};
 use crate::weights::{BackboneWeights, ExpertSetWeights};
 
 pub use crate::engine::Row;
@@ -31,6 +34,9 @@ pub enum ModelError {
     /// A kernel refused a shape or value.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The float path could not be built or run.
+    #[error("float path: {0}")]
+    Float(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A tensor, or a slice handed to [`Session::forward`], does not have the size that the configuration asks for.
     #[error("{what}: expected {expected} values, got {got}")]
     Length {
@@ -246,4 +252,44 @@ impl Session {
         }
         self.engine.forward(&self.backbone.engine, rows)
     }
+}
+
+/// The float path: an artifact's dequantised values with float activations, as a reader written from `FORMAT.md`
+/// computes them. Some hundred times slower than a [`Session`], and the measure of what its roundings cost.
+#[derive(Debug)]
+pub struct FloatModel {
+    vit: ViT,
+}
+
+impl FloatModel {
+    /// Reads and checks a backbone artifact and an expert set that is bound to it.
+    ///
+    /// # Errors
+    /// [`ModelError::Artifact`] naming what is wrong with a file, or that the two do not belong together.
+    pub fn from_bytes(backbone: &[u8], set: &[u8]) -> Result<Self, ModelError> {
+        let (backbone, set) = (read_backbone(backbone)?, read_expert_set(set)?);
+        set.check_backbone(&backbone.weights.config, backbone.digest)?;
+        // Frozen, so that a forward pass keeps no graph.
+        let vit = ViT::from_weights(&backbone.weights, &set.weights).and_then(|vit| vit.freeze(|_| true));
+        Ok(Self { vit: vit.map_err(float_error)? })
+    }
+
+    /// The logits of one image's `pixels [image_size, image_size, 3]`, normalised.
+    ///
+    /// # Errors
+    /// [`ModelError::Length`] when there are more or fewer pixels.
+    pub fn logits(&self, pixels: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let side = self.vit.config().backbone.image_size;
+        let expected = side * side * 3;
+        if pixels.len() != expected {
+            return Err(ModelError::Length { what: "pixels", expected, got: pixels.len() });
+        }
+        let logits = Tensor::from_slice(pixels, (1, side, side, 3), &Device::Cpu)
+            .and_then(|pixels| self.vit.forward(&pixels, Quantizers::NONE)?.logits.flatten_all()?.to_vec1());
+        logits.map_err(float_error)
+    }
+}
+
+fn float_error(error: candle_core::Error) -> ModelError {
+    ModelError::Float(Box::new(error))
 }

@@ -6,12 +6,11 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use candle_core::{Device, Tensor};
 use common::{files, minute_config};
 use model_core::artifact::{read_backbone, read_expert_set};
 use model_core::config::{StemLayer, ViTConfig};
 use model_core::image::RgbImage;
-use model_core::vit::{Quantizers, ViT};
+use model_core::model::FloatModel;
 use serde::Deserialize;
 
 /// What `FORMAT.md` promises.
@@ -85,16 +84,14 @@ fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
         std::fs::write(folder.path().join("backbone"), &files.backbone).unwrap();
         std::fs::write(folder.path().join("set"), &files.expert_set).unwrap();
         let (backbone, set) = (read_backbone(&files.backbone).unwrap(), read_expert_set(&files.expert_set).unwrap());
-        let model = ViT::from_weights(&backbone.weights, &set.weights).unwrap();
+        let model = FloatModel::from_bytes(&files.backbone, &files.expert_set).unwrap();
         let side = config.backbone.image_size;
         for (width, height) in [(side as u32, side as u32), (37, 23), (5, 11)] {
             let image = photo(width, height);
             let answer = independent_answer(python, folder.path(), &image);
             let pixels = backbone.preprocess.pixels(&image, side);
             assert_eq!(answer.pixels, pixels, "{name}, {width}x{height}");
-            let input = Tensor::from_vec(pixels, (1, side, side, 3), &Device::Cpu).unwrap();
-            let output = model.forward(&input, Quantizers::NONE).unwrap();
-            let logits = output.logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let logits = model.logits(&pixels).unwrap();
             assert_eq!(logits.len(), answer.logits.len());
             assert_eq!(answer.labels, set.weights.labels);
             let error = logits.iter().zip(&answer.logits).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::metrics::Metrics;
 use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
-use model_core::model::{self, Backbone, ExpertSet, Session};
+use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -304,6 +304,17 @@ fn resident_bytes(header: &Header) -> usize {
 pub struct OfflineModel {
     set: LoadedSet,
     backbone: LoadedBackbone,
+    /// Answers in place of the integer engine when asked for.
+    float: Option<FloatModel>,
+}
+
+/// Which arithmetic answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// The engine that serves: int8 activations.
+    Integer,
+    /// The reference: the artifact's values with float activations.
+    Float,
 }
 
 impl OfflineModel {
@@ -311,11 +322,18 @@ impl OfflineModel {
     ///
     /// # Errors
     /// A sentence that names file and reason.
-    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor) -> Result<Self, String> {
+    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor, arithmetic: Arithmetic) -> Result<Self, String> {
         let source = ArtifactSource { compute_threads: 1, max_batch: 1 };
-        let backbone = source.load_backbone(backbone)?.value;
-        let set = source.load_set_on(set, &backbone)?.value;
-        Ok(Self { set, backbone })
+        let loaded_backbone = source.load_backbone(backbone)?.value;
+        let loaded_set = source.load_set_on(set, &loaded_backbone)?.value;
+        let float = match arithmetic {
+            Arithmetic::Integer => None,
+            Arithmetic::Float => {
+                let model = FloatModel::from_bytes(&read(&backbone.location)?, &read(&set.location)?);
+                Some(model.map_err(|error| format!("{}: {error}", set.location))?)
+            }
+        };
+        Ok(Self { set: loaded_set, backbone: loaded_backbone, float })
     }
 
     /// One per logit.
@@ -329,6 +347,9 @@ impl OfflineModel {
     /// A sentence.
     pub fn logits(&mut self, image: &RgbImage) -> Result<Vec<f32>, String> {
         let pixels = self.backbone.preprocess().pixels(image, self.backbone.config().image_size);
+        if let Some(float) = &self.float {
+            return float.logits(&pixels).map_err(|error| error.to_string());
+        }
         let row = [Row { set: &self.set, pixels: &pixels, routing: false }];
         let mut outputs = self.backbone.forward(0, &row, None)?;
         outputs.pop().map(|output| output.logits).ok_or_else(|| "the model gave no output".to_owned())

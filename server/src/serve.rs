@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -32,7 +32,6 @@ use crate::pipeline::decode::Decoder;
 use crate::pipeline::queue::QueueSettings;
 use crate::registry::{self, Registry};
 use crate::state::{App, AppState, Limits};
-use crate::store;
 use crate::units::ByteSize;
 use crate::{http, logging};
 
@@ -52,41 +51,45 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
     runtime.block_on(async {
         let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
         let shutdown = shutdown_signal()?;
-        let app = start(args).await?;
+        let app = assemble(args)?;
         if !args.registry.watch_store.is_zero() {
             tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
         }
-        serve(
+        let address = listener.local_addr().map_err(|error| error.to_string())?;
+        tracing::info!(%address, "listening");
+        // Probes are answered while models are loaded, so that whoever waits can tell starting from dead.
+        let mut server = tokio::spawn(serve(
             listener,
-            app,
+            app.clone(),
             args.limits.max_connections,
             args.limits.header_timeout,
             args.limits.drain_timeout,
             shutdown,
-        )
-        .await;
-        Ok(())
+        ));
+        tokio::select! {
+            ready = make_ready(&app, args) => ready?,
+            stopped = &mut server => return stopped.map_err(|error| error.to_string()),
+        }
+        server.await.map_err(|error| error.to_string())
     })
 }
 
-/// Puts the application together and makes it ready: the default set and the pinned ones are resident, and every
-/// compute thread has run once.
+/// Puts the application together: every set of the store is known, none is loaded, and requests are answered 503.
 ///
 /// # Errors
 /// A sentence that names file and reason.
-pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
+pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
     let metrics = Arc::new(Metrics::new(args.per_set_metrics).map_err(|error| error.to_string())?);
+    http::ROUTES.iter().for_each(|route| metrics.declare_route(route));
     let compute_threads = threads_or_cores(args.pipeline.compute_threads);
     let registry = new_registry(args, compute_threads, &metrics)?;
     let catalog = Catalog::open(args.models.model_store.clone(), registry.clone())?;
-    let broken = catalog.broken();
-    if let Some(first) = broken.first().filter(|_| args.registry.strict) {
+    if let Some(first) = catalog.broken().first().filter(|_| args.registry.strict) {
         return Err(first.reason.clone());
     }
-    let default = default_set(args, &registry, &broken).await?;
     let pipeline = start_pipeline(args, compute_threads, &metrics).map_err(|error| format!("threads: {error}"))?;
 
-    let app = AppState::new(App {
+    Ok(AppState::new(App {
         limits: Limits {
             max_body_bytes: args.limits.max_body.0,
             max_images: args.limits.max_images,
@@ -96,7 +99,7 @@ pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
             max_upload_bytes: args.limits.max_upload.0,
             upload_timeout: args.limits.upload_timeout,
         },
-        default_set: default.descriptor.name.as_str().into(),
+        default_set: OnceLock::new(),
         registry,
         decoder: Decoder::new(
             threads_or_cores(args.pipeline.decode_threads),
@@ -118,16 +121,25 @@ pub async fn start(args: &ServeArgs) -> Result<AppState, String> {
         admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
         catalog,
         started: Instant::now(),
-    });
+    }))
+}
+
+/// Makes the application ready: the default set and the pinned ones are resident, and every compute thread has run
+/// once.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub async fn make_ready(app: &AppState, args: &ServeArgs) -> Result<(), String> {
+    let default = default_set(args, app).await?;
+    // Nobody else sets it.
+    let _ = app.default_set.set(default.descriptor.name.clone());
     for name in &args.registry.pin {
         app.registry.pin(name, START_WAIT).await.map_err(|error| format!("--pin {name}: {error}"))?;
     }
-    warm_up(default, compute_threads).await?;
-    http::ROUTES.iter().for_each(|route| app.metrics.declare_route(route));
-    app.refresh_metrics();
-    log_start(args, &app);
+    warm_up(default, threads_or_cores(args.pipeline.compute_threads)).await?;
+    log_start(args, app);
     app.lifecycle.set_ready();
-    Ok(app)
+    Ok(())
 }
 
 fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> Result<SetRegistry, String> {
@@ -147,13 +159,14 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
 }
 
 /// The default set, resident: the one asked for, or the first by name that loads.
-async fn default_set(args: &ServeArgs, registry: &SetRegistry, broken: &[store::Broken]) -> Result<SetLease, String> {
+async fn default_set(args: &ServeArgs, app: &AppState) -> Result<SetLease, String> {
+    let registry = &app.registry;
     if let Some(name) = &args.models.default_set {
         return registry.load(name, None, START_WAIT).await.map_err(|error| format!("--default-set {name}: {error}"));
     }
     let mut names: Vec<String> = registry.names().into_iter().collect();
     names.sort_unstable();
-    let mut first_reason = broken.first().map(|broken| broken.reason.clone());
+    let mut first_reason = app.catalog.broken().first().map(|broken| broken.reason.clone());
     for name in names {
         match registry.load(&name, None, START_WAIT).await {
             Ok(lease) => return Ok(lease),
@@ -204,7 +217,7 @@ fn log_start(args: &ServeArgs, app: &AppState) {
     }
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        default_set = app.default_set.as_ref(),
+        default_set = app.default_set(),
         sets = totals.registered,
         budget = %budget,
         "ready"
@@ -238,9 +251,6 @@ pub async fn serve(
 ) {
     let router = build_router(app.clone());
     let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(max_connections)));
-    if let Ok(address) = listener.local_addr() {
-        tracing::info!(%address, "listening");
-    }
     loop {
         let accept = async {
             let slot = Arc::clone(&slots).acquire_owned().await;

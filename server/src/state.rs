@@ -1,6 +1,6 @@
 //! What every handler can reach.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
@@ -44,8 +44,8 @@ pub struct AppState(Arc<App>);
 pub struct App {
     /// Limits that handlers look at.
     pub limits: Limits,
-    /// Expert set of requests that name none.
-    pub default_set: Arc<str>,
+    /// Expert set of requests that name none; known once the server is ready.
+    pub default_set: OnceLock<String>,
     /// Expert sets.
     pub registry: SetRegistry,
     /// Images to pixels.
@@ -95,9 +95,14 @@ impl App {
         self.admission.request()
     }
 
+    /// The default set's name; empty, which names no set, until the server is ready.
+    pub fn default_set(&self) -> &str {
+        self.default_set.get().map_or("", String::as_str)
+    }
+
     /// The set a request gets that names `name`.
     pub fn set_name<'a>(&'a self, name: Option<&'a str>) -> &'a str {
-        name.unwrap_or(&self.default_set)
+        name.unwrap_or_else(|| self.default_set())
     }
 
     /// Reads the gauges of what *is* from their owners.

@@ -24,6 +24,7 @@ impl Server {
             .unwrap();
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines().map(Result::unwrap);
         let listening = lines.find(|line| line.contains("\"listening\"")).unwrap();
+        lines.find(|line| line.contains("\"ready\"")).unwrap();
         let listening: serde_json::Value = serde_json::from_str(&listening).unwrap();
         // The pipe must stay open and be read, or the server's log would block.
         std::thread::spawn(move || lines.for_each(drop));

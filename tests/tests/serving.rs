@@ -51,6 +51,8 @@ impl Server {
             let line = lines.recv_timeout(Duration::from_secs(60)).expect("the server says where it listens");
             if let Some((_, address)) = line.split_once("listening address=") {
                 server.address = address.trim().to_owned();
+            }
+            if line.contains(" ready ") {
                 return server;
             }
         }

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::config::{ClassifyArgs, ModelArgs};
 use crate::http::predictions;
-use crate::model::OfflineModel;
+use crate::model::{Arithmetic, OfflineModel};
 use crate::registry::{BackboneDescriptor, SetDescriptor};
 use crate::store;
 
@@ -19,7 +19,8 @@ use crate::store;
 /// A sentence that names what is wrong with the model.
 pub fn run(args: &ClassifyArgs) -> Result<ExitCode, String> {
     let (backbone, set) = find(&args.models, args.set.as_deref())?;
-    let mut model = OfflineModel::load(&backbone, &set)?;
+    let arithmetic = if args.float { Arithmetic::Float } else { Arithmetic::Integer };
+    let mut model = OfflineModel::load(&backbone, &set, arithmetic)?;
     let limits = DecodeLimits { max_pixels: args.max_pixels };
     let mut out = std::io::stdout().lock();
     let mut exit = ExitCode::SUCCESS;

@@ -36,7 +36,7 @@ async fn health(State(app): State<AppState>) -> Result<Response, ApiError> {
         "status": app.lifecycle.as_str(),
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": app.started.elapsed().as_secs(),
-        "default_set": app.default_set.as_ref(),
+        "default_set": app.default_set(),
         "sets": {
             "registered": totals.registered,
             "resident": totals.resident,

@@ -107,7 +107,7 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
     let broken = app.catalog.broken();
     let broken = broken.iter().map(|broken| BrokenView { file: broken.file_name(), reason: broken.reason.clone() });
     Json(Listing {
-        default: app.default_set.to_string(),
+        default: app.default_set().to_owned(),
         sets: app.registry.list().into_iter().map(SetView::from).collect(),
         broken: broken.collect(),
         memory: MemoryView { budget_bytes: budget.limit(), accounted_bytes: budget.total() },
@@ -239,7 +239,7 @@ async fn delete_version(
 async fn delete(app: &AppState, by: &str, name: &str, version: Option<u64>) -> Result<Json<Deleted>, ApiError> {
     let known = app.registry.status(name)?;
     let is_last = known.iter().all(|status| version.is_none_or(|version| status.descriptor.version == version));
-    if is_last && name == app.default_set.as_ref() {
+    if is_last && name == app.default_set() {
         let message = format!("expert set `{name}` answers requests that name none, so its last version stays");
         return Err(ApiError::new(ErrorCode::Conflict, message));
     }
