@@ -11,7 +11,7 @@
 //! | find the expert set | [`registry`]: budget, loading, eviction; [`store`]: the files; [`catalog`]: both in step |
 //! | decode, preprocess | [`pipeline::decode`] |
 //! | queue, batch | [`pipeline::queue`] |
-//! | forward | [`pipeline`]: compute threads; [`model`]: the seam to `model-core` |
+//! | forward | [`pipeline`]: compute threads; [`model`]: the seam to `model-core`; [`routing`]: maps of its choices |
 //! | answer or refuse | [`http`], [`error`]: the one status table |
 
 #![forbid(unsafe_code)]
@@ -31,6 +31,7 @@ pub mod metrics;
 pub mod model;
 pub mod pipeline;
 pub mod registry;
+pub mod routing;
 pub mod serve;
 pub mod state;
 pub mod store;

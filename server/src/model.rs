@@ -7,10 +7,10 @@ use model_core::artifact::{Contents, Header, read_expert_set};
 use model_core::config::BackboneConfig;
 use model_core::footprint::Footprint;
 use model_core::image::{Preprocess, RgbImage};
-use serde::Serialize;
 
 use crate::metrics::Metrics;
 use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
+use crate::routing::RoutingMap;
 use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session};
 
 /// The registry as the server uses it.
@@ -63,17 +63,6 @@ pub struct RowOutput {
     pub routing: Option<RoutingMap>,
 }
 
-/// Which experts each patch of an image went to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct RoutingMap {
-    /// Patches down and across.
-    pub grid: [usize; 2],
-    /// Experts to choose from, in every layer.
-    pub num_experts: usize,
-    /// For each transformer block, for each patch row by row: the chosen experts, heaviest first.
-    pub layers: Vec<Vec<Vec<u16>>>,
-}
-
 impl LoadedSet {
     /// One per logit.
     pub fn labels(&self) -> &[String] {
@@ -89,13 +78,8 @@ impl LoadedSet {
     }
 
     fn routing_map(&self, chosen: &[u16]) -> RoutingMap {
-        let top_k = self.set.config().top_k;
-        let layers = chosen.chunks(self.tokens() * top_k);
-        RoutingMap {
-            grid: [self.grid_side; 2],
-            num_experts: self.set.config().num_experts,
-            layers: layers.map(|layer| layer.chunks(top_k).map(<[u16]>::to_vec).collect()).collect(),
-        }
+        let config = self.set.config();
+        RoutingMap::new(chosen, self.grid_side, config.num_experts, config.top_k)
     }
 }
 

@@ -18,8 +18,9 @@ use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::{auth, body, input};
 use crate::error::{ApiError, ErrorBody, ErrorCode};
 use crate::metrics::ImageResult;
-use crate::model::{RoutingMap, SetLease};
+use crate::model::SetLease;
 use crate::pipeline::{Answer, ForwardFailed, Job};
+use crate::routing::RoutingMap;
 use crate::state::AppState;
 
 /// Labels answered when the request does not say how many.

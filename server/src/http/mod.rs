@@ -3,6 +3,7 @@
 pub mod auth;
 pub mod body;
 pub mod classify;
+pub mod console;
 pub mod extract;
 pub mod health;
 pub mod input;
@@ -25,7 +26,9 @@ use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
 
 /// Every route, as it appears in metrics.
-pub const ROUTES: [&str; 13] = [
+pub const ROUTES: [&str; 15] = [
+    "/",
+    "/console/{*file}",
     "/classify",
     "/classify/{set}",
     "/health",
@@ -45,6 +48,7 @@ pub const ROUTES: [&str; 13] = [
 pub fn build_router(app: AppState) -> Router {
     Router::new()
         .merge(classify::router())
+        .merge(console::router())
         .merge(health::router())
         .merge(sets::router())
         .fallback(unknown_route)

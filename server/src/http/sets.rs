@@ -1,5 +1,6 @@
 //! `/sets`: which expert sets there are, what they are doing, and what an administrator may do with them.
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
@@ -16,7 +17,7 @@ use super::extract::{ApiPath, RequestContext};
 use super::{auth, body};
 use crate::catalog;
 use crate::error::{ApiError, ErrorCode};
-use crate::registry::{SetState, SetStatus};
+use crate::registry::{Kind, SetState, SetStatus};
 use crate::state::AppState;
 use crate::store::{self, upload::Upload};
 
@@ -100,17 +101,20 @@ struct Listing {
 struct MemoryView {
     budget_bytes: usize,
     accounted_bytes: usize,
+    /// The accounted bytes by kind; the queue's are set aside whether it is full or not.
+    kinds: BTreeMap<&'static str, usize>,
 }
 
 async fn list(State(app): State<AppState>) -> Json<Listing> {
     let budget = app.registry.budget();
+    let kinds = Kind::ALL.map(|kind| (kind.as_str(), budget.used(kind)));
     let broken = app.catalog.broken();
     let broken = broken.iter().map(|broken| BrokenView { file: broken.file_name(), reason: broken.reason.clone() });
     Json(Listing {
         default: app.default_set().to_owned(),
         sets: app.registry.list().into_iter().map(SetView::from).collect(),
         broken: broken.collect(),
-        memory: MemoryView { budget_bytes: budget.limit(), accounted_bytes: budget.total() },
+        memory: MemoryView { budget_bytes: budget.limit(), accounted_bytes: budget.total(), kinds: kinds.into() },
     })
 }
 
