@@ -137,8 +137,9 @@ pub async fn make_ready(app: &AppState, args: &ServeArgs) -> Result<(), String> 
         app.registry.pin(name, START_WAIT).await.map_err(|error| format!("--pin {name}: {error}"))?;
     }
     warm_up(default, threads_or_cores(args.pipeline.compute_threads)).await?;
-    log_start(args, app);
+    // Who reads the log may send requests at once.
     app.lifecycle.set_ready();
+    log_start(args, app);
     Ok(())
 }
 
