@@ -293,15 +293,15 @@ mod tests {
         let expected = LayerBytes {
             substrates: 131_072, // 2 x 262,144 weights x 2 bits
             scales: 5_120,       // (256 + 1024) x 4
-            angles: 327_680,     // 163,840 x 2
-            router: 33_024,      // 64 x (256 x 2 + 4)
+            angles: 163_840,     // 64 x 4 x (128 + 512)
+            router: 16_640,      // 64 x (256 + 4)
         };
         assert_eq!(layer, expected);
-        assert_eq!(layer.total(), 496_896);
+        assert_eq!(layer.total(), 316_672);
         // Dense: 64 x (524,288 + 256) x 4 bytes.
         let runtime = runtime_compression(&config.backbone, &config.experts);
         assert_eq!(runtime.dense_bytes, 134_283_264.0);
-        assert!((runtime.ratio() - 270.2).abs() < 0.05, "{}", runtime.ratio());
+        assert!((runtime.ratio() - 424.0).abs() < 0.05, "{}", runtime.ratio());
     }
 
     #[test]
@@ -330,8 +330,8 @@ mod tests {
     fn components_of_the_papers_expert_set_by_hand() {
         let footprint = Footprint::of_artifact(&expert_set(&paper()), 3_000_000);
         let disk = |name| footprint.components.iter().find(|component| component.name == name).unwrap().disk_bytes;
-        assert_eq!(disk("angle codes"), 7 * 327_680);
-        assert_eq!(disk("routers"), 7 * 33_024);
+        assert_eq!(disk("angle codes"), 7 * 163_840);
+        assert_eq!(disk("routers"), 7 * 16_640);
         assert_eq!(disk("head"), (100 * 256 + 100) * 4);
     }
 

@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use model_core::config::ViTConfig;
 
 use crate::units::{ByteSize, parse_duration};
 
@@ -31,6 +33,8 @@ pub enum Command {
     Classify(ClassifyArgs),
     /// Show where the bytes of an artifact go.
     Inspect(InspectArgs),
+    /// Time layer and model on random weights, beside the dense experts they replace.
+    Bench(BenchArgs),
     /// Ask a running server whether it is ready; exit code 0 when it is, 1 when not.
     Healthcheck(HealthcheckArgs),
 }
@@ -252,6 +256,32 @@ pub struct InspectArgs {
     /// A backbone or expert set; without it the embedded ones.
     #[arg(value_name = "FILE")]
     pub file: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long, env = "BVIT_JSON")]
+    pub json: bool,
+}
+
+/// Flags of `bench`. `BVIT_ISA` forces an instruction set here as elsewhere.
+#[derive(Debug, Clone, Args)]
+pub struct BenchArgs {
+    /// Shapes to time.
+    #[arg(long, env = "BVIT_PRESET", default_value = "paper", value_parser = PossibleValuesParser::new(ViTConfig::PRESETS))]
+    pub preset: String,
+    /// Numbers of experts per layer to try.
+    #[arg(long, env = "BVIT_EXPERTS", value_delimiter = ',', default_value = "8,64,256", value_name = "N,..")]
+    pub experts: Vec<usize>,
+    /// Threads that run our layer and model; dense experts always have one.
+    #[arg(long, env = "BVIT_COMPUTE_THREADS", default_value_t = 1, value_name = "N")]
+    pub threads: usize,
+    /// Images of a batch through the model.
+    #[arg(long, env = "BVIT_BATCH", default_value_t = 1, value_name = "N")]
+    pub batch: usize,
+    /// How long to repeat each measurement.
+    #[arg(long, env = "BVIT_DURATION", default_value = "1s", value_parser = parse_duration, value_name = "TIME")]
+    pub duration: Duration,
+    /// Leave dense experts out: they take `8 * d_model * d_ff` bytes each.
+    #[arg(long, env = "BVIT_NO_DENSE")]
+    pub no_dense: bool,
     /// Print JSON.
     #[arg(long, env = "BVIT_JSON")]
     pub json: bool,

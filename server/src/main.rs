@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Classify(args)) => return finish(commands::classify::run(&args)),
         Some(Command::Inspect(args)) => return finish(commands::inspect::run(&args)),
+        Some(Command::Bench(args)) => return finish(commands::bench::run(&args)),
         Some(Command::Healthcheck(args)) => return commands::healthcheck::run(&args),
     };
     finish(result.map(|()| ExitCode::SUCCESS))

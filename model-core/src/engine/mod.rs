@@ -18,8 +18,8 @@ mod stem;
 
 use attention::{AttentionScratch, Head};
 use linear::{Linear, Quantized, TILE};
+use moe::LENGTHS;
 pub use moe::{ExpertLayer, Moe, MoeScratch, Span, Substrates};
-use moe::{LENGTHS, to_lane_order};
 use pool::Parts;
 pub use pool::Pool;
 use stem::Convolution;
@@ -377,7 +377,7 @@ impl Session {
             let Norm { gamma, beta } = &block.norm2;
             layer_norm(isa, x, gamma, beta, LAYER_NORM_EPS, out);
             for (natural, ordered) in out.chunks_exact(d_model).zip(normed.chunks_exact_mut(d_model)) {
-                to_lane_order(order, natural, ordered);
+                order.permute_row(natural, ordered);
             }
         });
     }

@@ -531,7 +531,7 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
             let narrow = &mut narrow[..tile.rows * d_model];
             down.matmul(codes, steps, narrow).expect(LENGTHS);
             for (ordered, natural) in outputs.chunks_exact_mut(d_model).zip(narrow.chunks_exact(d_model)) {
-                to_lane_order(*model, natural, ordered);
+                model.permute_row(natural, ordered);
             }
             for segment in segments {
                 let rows = &mut outputs[(segment.first - first) * d_model..][..segment.rows * d_model];
@@ -593,12 +593,5 @@ fn apply(isa: Isa, angles: &PackedAngles, expert: usize, coefficients: &mut Coef
     if angles.stages() > 0 {
         angles.decode(isa, expert, coefficients);
         rotate(isa, coefficients, rows);
-    }
-}
-
-/// Moves one row into lane order.
-pub(super) fn to_lane_order(order: LaneOrder, natural: &[f32], ordered: &mut [f32]) {
-    for (position, out) in ordered.iter_mut().enumerate() {
-        *out = natural[order.feature(position)];
     }
 }

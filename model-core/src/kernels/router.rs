@@ -6,6 +6,10 @@ pub fn top_k(logits: &[f32], ids: &mut [u16], weights: &mut [f32]) {
     let k = ids.len();
     let mut filled = 0;
     for (i, &logit) in logits.iter().enumerate() {
+        // Most logits do not belong among the best so far.
+        if filled == k && logit <= weights[k - 1] {
+            continue;
+        }
         // Insertion into a short sorted list; strict comparison keeps the lower index first among ties.
         let mut at = filled;
         while at > 0 && logit > weights[at - 1] {

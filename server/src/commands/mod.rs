@@ -1,5 +1,6 @@
 //! The subcommands that are not `serve`.
 
+pub mod bench;
 pub mod classify;
 pub mod healthcheck;
 pub mod inspect;

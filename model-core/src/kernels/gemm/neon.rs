@@ -109,6 +109,8 @@ unsafe fn load<const TERNARY: bool>(weights: *const u8, quad: usize, i: usize) -
     }
 }
 
+/// One function with everything in it, so that the sums are registers whatever the inliner thinks of the driver.
+#[inline(never)]
 #[target_feature(enable = "neon")]
 fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
@@ -249,6 +251,8 @@ unsafe fn for_rows_dot<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: 
     }
 }
 
+/// One function with everything in it, so that the sums are registers whatever the inliner thinks of the driver.
+#[inline(never)]
 #[target_feature(enable = "neon,dotprod")]
 fn dots_dot<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });

@@ -52,6 +52,23 @@ impl LaneOrder {
         (register / self.segment * self.lanes + lane) * self.segment + register % self.segment
     }
 
+    /// Moves one row into this order. Loops over (block, register, lane) instead of asking for each position, which
+    /// would divide twice a feature.
+    ///
+    /// # Panics
+    /// When a row does not have that many features.
+    pub fn permute_row(&self, natural: &[f32], ordered: &mut [f32]) {
+        assert!(natural.len() == self.features && ordered.len() == self.features, "rows of another length");
+        let block = self.segment * self.lanes;
+        for (natural, ordered) in natural.chunks_exact(block).zip(ordered.chunks_exact_mut(block)) {
+            for (r, register) in ordered.chunks_exact_mut(self.lanes).enumerate() {
+                for (out, lane) in register.iter_mut().zip(natural.chunks_exact(self.segment)) {
+                    *out = lane[r];
+                }
+            }
+        }
+    }
+
     /// Distance in memory of the features that stage `stage` pairs.
     pub fn stride(&self, stage: usize) -> usize {
         self.position(1 << stage)
