@@ -6,10 +6,11 @@ cd "$(dirname "$0")/.."
 
 step() { printf '\n== %s\n' "$*"; }
 
-# python3 and numpy run the artifact reader that was written from FORMAT.md alone.
+# python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics.
 missing=()
 command -v cc >/dev/null || missing+=(build-essential)
-/usr/bin/python3 -c 'import numpy' 2>/dev/null || missing+=(python3 python3-numpy)
+/usr/bin/python3 -c 'import numpy, prometheus_client' 2>/dev/null ||
+    missing+=(python3 python3-numpy python3-prometheus-client)
 if [ ${#missing[@]} -gt 0 ]; then
     step "installing ${missing[*]}"
     sudo=$([ "$(id -u)" -eq 0 ] || echo sudo)

@@ -160,6 +160,13 @@ pub struct PipelineArgs {
     pub decode_memory: ByteSize,
 }
 
+impl PipelineArgs {
+    /// Most waiting images of one expert set.
+    pub fn images_per_set(&self) -> usize {
+        self.set_queue_images.unwrap_or((self.queue_images * 3).div_ceil(4)).min(self.queue_images)
+    }
+}
+
 /// How expert sets come and go.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Expert sets")]
@@ -200,7 +207,7 @@ pub struct AuthArgs {
     pub user_key_file: Option<PathBuf>,
 }
 
-/// Logs, to standard error.
+/// Logs, to standard output; standard error says only why the program stops.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Logs")]
 pub struct LogArgs {
@@ -349,8 +356,13 @@ impl ServeArgs {
         if body_memory < max_body {
             return Err(invalid(format!("--body-memory {body_memory} is below --max-body {max_body}")));
         }
-        if max_images > queue_images {
-            return Err(invalid(format!("--max-images {max_images} is above --queue-images {queue_images}")));
+        // Otherwise a full batch would be told to try again, for ever in vain.
+        let room = self.pipeline.images_per_set();
+        if max_images > room {
+            return Err(invalid(format!(
+                "--max-images {max_images} is more than one expert set may queue: {room} by --queue-images \
+                 {queue_images} and --set-queue-images"
+            )));
         }
         Ok(())
     }

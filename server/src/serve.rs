@@ -186,7 +186,7 @@ fn start_pipeline(args: &ServeArgs, threads: usize, metrics: &Arc<Metrics>) -> s
     let settings = QueueSettings {
         images,
         bytes: args.pipeline.queue_bytes.0,
-        images_per_set: args.pipeline.set_queue_images.unwrap_or((images * 3).div_ceil(4)),
+        images_per_set: args.pipeline.images_per_set(),
         max_batch: args.pipeline.max_batch,
         max_wait: args.pipeline.max_wait,
     };

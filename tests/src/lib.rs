@@ -1,3 +1,4 @@
-//! What the whole-system tests share: random models, images, and a server process to talk to.
+//! What whole-system tests share: the real binaries, the committed test images, random models as real artifacts.
 
 pub mod fixtures;
+pub mod server;

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use model_core::image::{DecodeLimits, decode};
-use serde_json::json;
+use serde::Serialize;
 
 use crate::config::{ClassifyArgs, ModelArgs};
-use crate::http::predictions;
+use crate::http::{Prediction, predictions};
 use crate::model::{Arithmetic, OfflineModel};
 use crate::registry::{BackboneDescriptor, SetDescriptor};
 use crate::store;
@@ -63,6 +63,18 @@ fn logits(model: &mut OfflineModel, file: &Path, limits: &DecodeLimits) -> Resul
     model.logits(&image)
 }
 
+/// A file's line of JSON. Scores have the digits that HTTP answers have, which a detour over `Value` would lengthen.
+#[derive(Serialize)]
+struct Classified<'a> {
+    file: &'a str,
+    set: &'a str,
+    version: u64,
+    generation: &'a str,
+    predictions: &'a [Prediction],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logits: Option<&'a [f32]>,
+}
+
 fn print(
     out: &mut impl Write,
     args: &ClassifyArgs,
@@ -73,17 +85,15 @@ fn print(
 ) -> std::io::Result<()> {
     let predictions = predictions(logits, model.labels(), args.top_k);
     if args.json {
-        let mut document = json!({
-            "file": file.display().to_string(),
-            "set": set.name,
-            "version": set.version,
-            "generation": set.generation(),
-            "predictions": predictions,
-        });
-        if args.logits {
-            document["logits"] = json!(logits);
-        }
-        return writeln!(out, "{document}");
+        let document = Classified {
+            file: &file.display().to_string(),
+            set: &set.name,
+            version: set.version,
+            generation: &set.generation(),
+            predictions: &predictions,
+            logits: args.logits.then_some(logits),
+        };
+        return writeln!(out, "{}", serde_json::to_string(&document)?);
     }
     writeln!(out, "{}", file.display())?;
     for prediction in &predictions {

@@ -1,0 +1,271 @@
+//! The real `butterflyvit` as a child process on a free port, and the files tests send to it.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use reqwest::blocking::{Client, RequestBuilder, Response};
+use serde_json::Value;
+
+/// How long anything may take before the test fails instead of hanging; no statement about speed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The workspace's folder.
+///
+/// # Panics
+/// Never: this crate lies in it.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace").to_path_buf()
+}
+
+/// A release binary by its name. `tests/run.sh` builds them before it runs the tests.
+///
+/// # Panics
+/// When it was not built.
+pub fn binary(name: &str) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let path = target.join("release").join(name);
+    assert!(path.exists(), "{} is missing: cargo build --release", path.display());
+    path
+}
+
+/// The bytes of a file of `tests/images`.
+///
+/// # Panics
+/// When it cannot be read, which fails the test.
+pub fn image(name: &str) -> Vec<u8> {
+    std::fs::read(root().join("tests/images").join(name)).expect("a committed test image")
+}
+
+/// The names of the committed test images.
+///
+/// # Panics
+/// When their list cannot be read, which fails the test.
+pub fn image_names() -> Vec<String> {
+    let labels: Value = serde_json::from_slice(&image("labels.json")).expect("JSON");
+    labels.as_object().expect("an object by name").keys().cloned().collect()
+}
+
+/// A running server, killed when dropped.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Behind a lock so that threads of a test can share the server.
+    lines: Mutex<Receiver<String>>,
+    client: Client,
+}
+
+impl Server {
+    /// Starts `butterflyvit` with more flags and waits until it is ready.
+    ///
+    /// # Panics
+    /// When it does not become ready, which fails the test.
+    pub fn start<S: AsRef<OsStr>>(flags: impl IntoIterator<Item = S>) -> Self {
+        let mut child = Command::new(binary("butterflyvit"))
+            .args(["--listen", "127.0.0.1:0"])
+            .args(flags)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the server starts");
+        let (sender, lines) = channel();
+        forward(child.stdout.take().expect("piped"), sender.clone());
+        forward(child.stderr.take().expect("piped"), sender);
+        let client = Client::builder().timeout(PATIENCE).build().expect("a client");
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        // Made before anything can fail, so that dropping it ends the process.
+        let mut server = Self { child, address, lines: Mutex::new(lines), client };
+        let line = server.wait_for_log("listening address=");
+        let (_, text) = line.split_once("address=").expect("just found");
+        server.address = text.trim().parse().expect("an address");
+        server.wait_for_log(" ready ");
+        server
+    }
+
+    /// The server's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The URL of a path.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    /// A GET.
+    ///
+    /// # Panics
+    /// When no answer comes, which fails the test.
+    pub fn get(&self, path: &str) -> Answer {
+        Answer::of(self.client.get(self.url(path)))
+    }
+
+    /// A POST to be completed with a body.
+    pub fn post(&self, path: &str) -> RequestBuilder {
+        self.client.post(self.url(path))
+    }
+
+    /// Any request to be completed.
+    pub fn request(&self, method: &str, path: &str) -> RequestBuilder {
+        let method = method.parse().expect("an HTTP method");
+        self.client.request(method, self.url(path))
+    }
+
+    /// POSTs bytes to `/classify` without a content type, as `curl -T` does.
+    ///
+    /// # Panics
+    /// When no answer comes, which fails the test.
+    pub fn classify(&self, body: &[u8]) -> Answer {
+        Answer::of(self.post("/classify").body(body.to_vec()))
+    }
+
+    /// A bare connection, for requests no client library would send.
+    ///
+    /// # Panics
+    /// When it is refused, which fails the test.
+    pub fn connect(&self) -> Connection {
+        let stream = TcpStream::connect(self.address).expect("a connection");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        Connection(stream)
+    }
+
+    /// Sends a signal such as `TERM`.
+    ///
+    /// # Panics
+    /// When there is no `sh` to send it.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("sh").args(["-c", &format!("kill -{name} {}", self.pid())]).status();
+        assert!(status.expect("sh runs").success());
+    }
+
+    /// Waits for the process to end.
+    ///
+    /// # Panics
+    /// When it does not end within [`PATIENCE`].
+    pub fn wait(&mut self) -> ExitStatus {
+        let start = std::time::Instant::now();
+        while start.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait().expect("a child process") {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the server did not end");
+    }
+
+    /// Waits for a line of the log that contains `text`.
+    ///
+    /// # Panics
+    /// When none comes, which fails the test.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        let lines = self.lines.lock().expect("no test thread panicked while it read");
+        loop {
+            let line = lines.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("no line with {text:?} in the log"));
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Reads to the end, so that the server never blocks on a full pipe.
+fn forward(output: impl Read + Send + 'static, lines: Sender<String>) {
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            drop(lines.send(line));
+        }
+    });
+}
+
+/// What came back.
+#[derive(Debug)]
+pub struct Answer {
+    /// The HTTP status.
+    pub status: u16,
+    headers: reqwest::header::HeaderMap,
+    /// The whole body.
+    pub text: String,
+}
+
+impl Answer {
+    /// Sends a request.
+    ///
+    /// # Panics
+    /// When no answer comes, which fails the test.
+    pub fn of(request: RequestBuilder) -> Self {
+        Self::read(request.send().expect("an answer"))
+    }
+
+    fn read(response: Response) -> Self {
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        Self { status, headers, text: response.text().expect("a body") }
+    }
+
+    /// A header as text.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+
+    /// The body as JSON.
+    ///
+    /// # Panics
+    /// When it is not JSON, which fails the test.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    /// The first prediction's label.
+    ///
+    /// # Panics
+    /// When there is none, which fails the test.
+    pub fn label(&self) -> String {
+        let label = self.json()["predictions"][0]["label"].as_str().map(ToOwned::to_owned);
+        label.unwrap_or_else(|| panic!("{}: {}", self.status, self.text))
+    }
+
+    /// Asserts a refusal: its status, its code, and the flat body every refusal has.
+    ///
+    /// # Panics
+    /// When it is anything else, which fails the test.
+    pub fn assert_refused(&self, status: u16, error_type: &str) {
+        let body = self.json();
+        assert_eq!((self.status, body["error_type"].as_str()), (status, Some(error_type)), "{}", self.text);
+        assert!(body["error"].as_str().is_some_and(|sentence| sentence.len() > 8), "{}", self.text);
+        assert_eq!(self.header("retry-after").is_some(), matches!(status, 429 | 503), "{:?}", self.headers);
+    }
+}
+
+/// A bare connection.
+#[derive(Debug)]
+pub struct Connection(TcpStream);
+
+impl Connection {
+    /// Sends bytes. A connection that the server has closed is no error here: its answer tells.
+    pub fn send(&mut self, bytes: &[u8]) -> &mut Self {
+        drop(self.0.write_all(bytes));
+        self
+    }
+
+    /// Everything until the server closes the connection: status (0 for none) and text after the status line.
+    pub fn read(&mut self) -> (u16, String) {
+        let mut bytes = Vec::new();
+        drop(self.0.read_to_end(&mut bytes));
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let status = text.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+        (status, text)
+    }
+}

@@ -1,0 +1,151 @@
+//! What the real server refuses, and what it does when there is too much, too slowly, or when it has to go.
+
+use std::io::Write;
+use std::thread;
+
+use system_tests::server::{Answer, Server, image};
+
+/// A valid 1-bit greyscale PNG of `side` x `side` black pixels: kilobytes that would decode to `side * side` bytes.
+fn black_png(side: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, side, side);
+    encoder.set_depth(png::BitDepth::One);
+    let mut writer = encoder.write_header().unwrap();
+    let mut rows = writer.stream_writer().unwrap();
+    let row = vec![0; side.div_ceil(8) as usize];
+    (0..side).for_each(|_| rows.write_all(&row).unwrap());
+    rows.finish().unwrap();
+    writer.finish().unwrap();
+    bytes
+}
+
+fn head(method_and_path: &str, length: usize) -> Vec<u8> {
+    format!("{method_and_path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n").into()
+}
+
+#[test]
+fn each_bad_request_gets_its_status_and_a_flat_sentence() {
+    let server = Server::start(["--max-body", "1MiB"]);
+    let picture = image("test-00.png");
+    let jpeg = image("test-00.jpg");
+    let bomb = black_png(30_000);
+    assert!(bomb.len() < 1 << 20, "the bomb must pass the body limit: {} bytes", bomb.len());
+    let no_pixels = b"BM\x36\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\0\0\0\0\0\0\0\0\x01\0\x18\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    let raw = |body: &[u8]| server.classify(body);
+    let json =
+        |text: &'static str| Answer::of(server.post("/classify").header("content-type", "application/json").body(text));
+    raw(b"").assert_refused(400, "empty_body");
+    raw(b"this is text, not an image").assert_refused(415, "unsupported_media_type");
+    raw(&jpeg[..jpeg.len() / 2]).assert_refused(422, "undecodable_image");
+    raw(&picture[..picture.len() / 2]).assert_refused(422, "undecodable_image");
+    raw(no_pixels).assert_refused(422, "undecodable_image");
+    raw(&bomb).assert_refused(413, "image_too_large");
+    raw(&vec![0; (1 << 20) + 1]).assert_refused(413, "body_too_large");
+    json("{").assert_refused(400, "invalid_request");
+    json(r#"{"inputs": 7}"#).assert_refused(400, "invalid_request");
+    json(r#"{"inputs": "%%%"}"#).assert_refused(400, "invalid_request");
+    let typed = server.post("/classify").header("content-type", "text/html").body(picture.clone());
+    Answer::of(typed).assert_refused(415, "unsupported_media_type");
+    for query in ["top_k=0", "top_k=many", "routing=perhaps"] {
+        let answer = Answer::of(server.post(&format!("/classify?{query}")).body(picture.clone()));
+        answer.assert_refused(400, "invalid_request");
+    }
+    let unknown = server.post("/classify/no-such-set").body(picture.clone());
+    Answer::of(unknown).assert_refused(404, "set_not_found");
+    server.get("/no/such/route").assert_refused(404, "route_not_found");
+    let wrong_method = Answer::of(server.request("DELETE", "/classify"));
+    wrong_method.assert_refused(405, "method_not_allowed");
+    assert!(wrong_method.header("allow").is_some_and(|methods| methods.contains("POST")));
+    assert_eq!(raw(&picture).status, 200, "the server still serves");
+}
+
+#[test]
+fn a_batch_over_the_limit_is_refused() {
+    let server = Server::start(["--max-images", "2"]);
+    let three = serde_json::json!({"inputs": ["aGk=", "aGk=", "aGk="]});
+    Answer::of(server.post("/classify").json(&three)).assert_refused(413, "batch_too_large");
+}
+
+#[test]
+fn a_slow_body_passes_its_deadline() {
+    let server = Server::start(["--body-timeout", "300ms"]);
+    let (status, text) = server.connect().send(&head("POST /classify", 1000)).send(b"half of it").read();
+    assert_eq!(status, 504, "{text}");
+    assert!(text.contains(r#""error_type":"deadline_exceeded""#), "{text}");
+}
+
+#[test]
+fn slow_headers_lose_their_connection() {
+    let server = Server::start(["--header-timeout", "300ms"]);
+    let (status, text) = server.connect().send(b"POST /classify HTTP/1.1\r\nHost: te").read();
+    assert!(status == 0 || status == 408, "{text}");
+    assert_eq!(server.classify(&image("test-00.png")).status, 200);
+}
+
+#[test]
+fn more_requests_than_allowed_are_told_to_come_back() {
+    let server = Server::start(["--max-requests", "1"]);
+    let picture = image("test-00.png");
+    let mut busy = server.connect();
+    busy.send(&head("POST /classify", picture.len())).send(&picture[..10]);
+    // The first request counts from when the server has read its headers, which nothing outside can see but this.
+    let refused = (0..500)
+        .map(|_| server.classify(&picture))
+        .find(|answer| answer.status != 200)
+        .expect("a refusal while the first request is being worked on");
+    refused.assert_refused(429, "queue_full");
+    let (status, text) = busy.send(&picture[10..]).read();
+    assert_eq!(status, 200, "{text}");
+    assert_eq!(server.classify(&picture).status, 200, "there is room again");
+}
+
+#[test]
+fn a_full_queue_refuses_what_it_cannot_hold_and_answers_the_rest() {
+    let server = Server::start(["--queue-images", "32", "--set-queue-images", "32", "--compute-threads", "1"]);
+    let batch: Vec<_> = vec![image("test-00.png"); 32];
+    let form = || {
+        use reqwest::blocking::multipart::{Form, Part};
+        batch.iter().fold(Form::new(), |form, bytes| form.part("image", Part::bytes(bytes.clone()).file_name("x")))
+    };
+    let answers: Vec<Answer> = thread::scope(|scope| {
+        let send = || {
+            let answers: Vec<_> = (0..8).map(|_| Answer::of(server.post("/classify").multipart(form()))).collect();
+            answers
+        };
+        let clients: Vec<_> = (0..8).map(|_| scope.spawn(send)).collect();
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+    });
+    let (done, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|answer| answer.status == 200);
+    assert!(!done.is_empty() && !refused.is_empty(), "{} answered, {} refused", done.len(), refused.len());
+    refused.iter().for_each(|answer| answer.assert_refused(429, "queue_full"));
+    for answer in done {
+        let results = answer.json();
+        assert_eq!(results.as_array().map(Vec::len), Some(32));
+        assert!(results.as_array().unwrap().iter().all(|result| result["predictions"].is_array()), "{results}");
+    }
+    assert_eq!(server.classify(&batch[0]).status, 200, "the server still serves");
+}
+
+#[test]
+fn sigterm_finishes_what_was_accepted_and_takes_no_more() {
+    let mut server = Server::start([] as [&str; 0]);
+    let picture = image("test-00.png");
+    let expected = server.classify(&picture).label();
+    let mut accepted: Vec<_> = (0..8).map(|_| server.connect()).collect();
+    for connection in &mut accepted {
+        connection.send(&head("POST /classify", picture.len())).send(&picture[..10]);
+    }
+    // Eight, and the request that asks.
+    while !server.get("/metrics").text.contains("\nbvit_requests_in_flight 9\n") {
+        thread::yield_now();
+    }
+    server.signal("TERM");
+    server.wait_for_log("draining");
+    for connection in &mut accepted {
+        let (status, text) = connection.send(&picture[10..]).read();
+        assert_eq!(status, 200, "{text}");
+        assert!(text.contains(&format!(r#""label":"{expected}""#)), "{text}");
+    }
+    assert_eq!(server.wait().code(), Some(0));
+    assert!(std::net::TcpStream::connect(server.address).is_err(), "nobody listens any more");
+}
