@@ -150,6 +150,8 @@ fn a_bomb_is_refused_by_its_header() {
     assert_eq!(error.to_string(), "the image has 30000x30000 pixels; at most 16777216 are accepted");
     assert!(matches!(probe(&png_header(4097, 4096), &limits), Err(ImageError::TooManyPixels { .. })));
     assert_eq!(probe(&png_header(4096, 4096), &limits).unwrap().width, 4096);
+    let beyond = decode(&png_header(i32::MAX as u32, i32::MAX as u32), &limits).unwrap_err();
+    assert!(matches!(beyond, ImageError::TooLarge { .. }), "{beyond}");
     let narrow = DecodeLimits { max_pixels: 97 * 61 - 1 };
     assert!(matches!(decode(&fixture("photo.png"), &narrow), Err(ImageError::TooManyPixels { .. })));
 }

@@ -81,7 +81,11 @@ impl<'a> Opened<'a> {
             }
         };
         let reader = ImageReader::with_format(Cursor::new(bytes), format);
-        let mut decoder = reader.into_decoder().map_err(ImageError::Undecodable)?;
+        let mut decoder = reader.into_decoder().map_err(|error| match error {
+            // The decoder's own ceiling, met before the header is handed over.
+            ::image::ImageError::Limits(_) => ImageError::TooLarge { limit: limits.max_pixels },
+            error => ImageError::Undecodable(error),
+        })?;
         let (width, height) = decoder.dimensions();
         if width == 0 || height == 0 {
             return Err(ImageError::ZeroSized { width, height });

@@ -26,6 +26,12 @@ pub enum ImageError {
         /// Most pixels accepted.
         limit: u64,
     },
+    /// The header announces dimensions that no decoder takes.
+    #[error("the image's dimensions are beyond what is decoded; at most {limit} pixels are accepted")]
+    TooLarge {
+        /// Most pixels accepted.
+        limit: u64,
+    },
     /// An image without pixels.
     #[error("the image has {width}x{height} pixels: it is empty")]
     ZeroSized {

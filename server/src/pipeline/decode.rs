@@ -106,7 +106,7 @@ pub fn image_error(error: &ImageError) -> ApiError {
     let code = match error {
         ImageError::Empty => ErrorCode::EmptyBody,
         ImageError::NotAnImage | ImageError::UnsupportedFormat { .. } => ErrorCode::UnsupportedMediaType,
-        ImageError::TooManyPixels { .. } => ErrorCode::ImageTooLarge,
+        ImageError::TooManyPixels { .. } | ImageError::TooLarge { .. } => ErrorCode::ImageTooLarge,
         _ => ErrorCode::UndecodableImage,
     };
     ApiError::new(code, error.to_string())
