@@ -27,4 +27,5 @@ RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 step "the binaries the system tests drive"
 cargo build --release --locked -p butterflyvit -p butterflyvit-trainer
 step "tests"
-cargo test --workspace --locked
+# A test that hangs should name itself here rather than use up the machine.
+timeout --foreground 45m cargo test --workspace --locked
