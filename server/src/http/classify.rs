@@ -24,7 +24,7 @@ use crate::routing::RoutingMap;
 use crate::state::AppState;
 
 /// Labels answered when the request does not say how many.
-const DEFAULT_TOP_K: usize = 5;
+pub(super) const DEFAULT_TOP_K: usize = 5;
 /// Names the expert set that answered.
 pub const EXPERT_SET: HeaderName = HeaderName::from_static("x-expert-set");
 /// Names the generation that answered: name, version and content digest.

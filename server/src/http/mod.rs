@@ -6,8 +6,10 @@ pub mod classify;
 pub mod console;
 pub mod extract;
 pub mod health;
+pub mod hf;
 pub mod input;
 pub mod observe;
+pub mod oip;
 pub mod sets;
 
 use axum::Router;
@@ -26,7 +28,7 @@ use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
 
 /// Every route, as it appears in metrics.
-pub const ROUTES: [&str; 15] = [
+pub const ROUTES: [&str; 28] = [
     "/",
     "/console/{*file}",
     "/classify",
@@ -42,6 +44,19 @@ pub const ROUTES: [&str; 15] = [
     "/sets/{name}/unload",
     "/sets/{name}/pin",
     "/sets/{name}/unpin",
+    "/hf/{set}",
+    "/v2",
+    "/v2/models/{set}",
+    "/v2/models/{set}/versions/{version}",
+    "/v2/models/{set}/ready",
+    "/v2/models/{set}/versions/{version}/ready",
+    "/v2/models/{set}/config",
+    "/v2/models/{set}/versions/{version}/config",
+    "/v2/models/{set}/infer",
+    "/v2/models/{set}/versions/{version}/infer",
+    "/v2/repository/index",
+    "/v2/repository/models/{set}/load",
+    "/v2/repository/models/{set}/unload",
 ];
 
 /// Every route with what surrounds it.
@@ -50,6 +65,8 @@ pub fn build_router(app: AppState) -> Router {
         .merge(classify::router())
         .merge(console::router())
         .merge(health::router())
+        .merge(hf::router())
+        .merge(oip::router())
         .merge(sets::router())
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)

@@ -1,0 +1,51 @@
+//! `POST /hf/{set}`: the answer of Hugging Face's image-classification task, a bare list, for clients written for it.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+
+use super::classify::{DEFAULT_TOP_K, Image, ImageAnswer, ImageRequest, Prediction, answer_images, predictions};
+use super::extract::{ApiPath, RequestContext};
+use super::{auth, body, input};
+use crate::error::ApiError;
+use crate::state::AppState;
+
+/// The routes of this resource.
+pub fn router() -> Router<AppState> {
+    Router::new().route("/hf/{set}", post(classify))
+}
+
+async fn classify(
+    State(app): State<AppState>,
+    context: RequestContext,
+    set: ApiPath<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    auth::require_user(&app, &headers)?;
+    let _admitted = app.admit()?;
+    let received = body::receive(&app, &headers, body, context.deadline).await?;
+    let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
+    let request = ImageRequest {
+        set: Some(set.0),
+        version: None,
+        images: input.images.into_iter().map(|image| image.map(Image::Encoded)).collect(),
+        routing: false,
+        started: context.started,
+        deadline: context.deadline,
+    };
+    let answers = answer_images(&app, request).await?;
+    let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);
+    let labels = answers.lease.value.labels();
+    let list = |answer: ImageAnswer| predictions(&answer.logits, labels, top_k);
+    // The schema has no place for one image's error among other images' answers.
+    let lists: Vec<Vec<Prediction>> =
+        answers.images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;
+    Ok(match lists.first().filter(|_| !input.is_batch) {
+        Some(list) => Json(list).into_response(),
+        None => Json(lists).into_response(),
+    })
+}

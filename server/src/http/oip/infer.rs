@@ -1,0 +1,436 @@
+//! `infer`: tensors in JSON or binary to images, logits to tensors in JSON or binary.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use model_core::image::RgbImage;
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+use serde_json::{Map, Value, json};
+
+use super::super::classify::{Image, ImageAnswers, ImageRequest, answer_images, predictions};
+use super::super::extract::{ApiPath, RequestContext};
+use super::super::{auth, body};
+use super::ModelPath;
+use crate::error::{ApiError, ErrorCode};
+use crate::state::AppState;
+
+/// Encoded images, BYTES `[n]`; base64 when they come in JSON.
+const IMAGE: &str = "image";
+/// Images of any size, UINT8 `[n, height, width, 3]`.
+pub(super) const PIXELS: &str = "pixels";
+/// The model's own normalised input, FP32 `[n, 3, side, side]`.
+const INPUT: &str = "input";
+/// Softmax over the labels, FP32 `[n, classes]`.
+pub(super) const SCORES: &str = "scores";
+/// FP32 `[n, classes]`.
+const LOGITS: &str = "logits";
+/// The best label, BYTES `[n, 1]`.
+const LABEL: &str = "label";
+
+/// Length of the JSON that comes before binary tensors.
+const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
+/// JSON longer than this is parsed off the async threads.
+const INLINE_JSON_BYTES: usize = 64 << 10;
+
+#[derive(Default, Deserialize)]
+struct InferRequest {
+    #[serde(default)]
+    id: Option<String>,
+    #[serde(default)]
+    parameters: Option<RequestParameters>,
+    inputs: Vec<InputTensor>,
+    #[serde(default)]
+    outputs: Option<Vec<OutputRequest>>,
+}
+
+#[derive(Default, Deserialize)]
+struct RequestParameters {
+    #[serde(default)]
+    binary_data_output: bool,
+}
+
+#[derive(Default, Deserialize)]
+struct InputTensor {
+    name: String,
+    shape: Vec<usize>,
+    datatype: String,
+    #[serde(default)]
+    parameters: Option<InputParameters>,
+    #[serde(default)]
+    data: FlatData,
+}
+
+#[derive(Default, Deserialize)]
+struct InputParameters {
+    #[serde(default)]
+    binary_data_size: Option<usize>,
+}
+
+#[derive(Default, Deserialize)]
+struct OutputRequest {
+    name: String,
+    #[serde(default)]
+    parameters: Option<OutputParameters>,
+}
+
+#[derive(Default, Deserialize)]
+struct OutputParameters {
+    #[serde(default)]
+    classification: Option<usize>,
+    #[serde(default)]
+    binary_data: Option<bool>,
+}
+
+/// Tensor data in JSON, nested or flat. Read value by value: a tree of a million numbers would take many times the
+/// memory of the numbers.
+#[derive(Default)]
+struct FlatData {
+    numbers: Vec<f32>,
+    strings: Vec<String>,
+}
+
+impl<'de> Deserialize<'de> for FlatData {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut data = Self::default();
+        Flatten(&mut data).deserialize(deserializer)?;
+        Ok(data)
+    }
+}
+
+struct Flatten<'a>(&'a mut FlatData);
+
+impl<'de> DeserializeSeed<'de> for Flatten<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Flatten<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("numbers, strings or lists of them")
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<(), E> {
+        self.0.numbers.push(value as f32);
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<(), E> {
+        self.0.numbers.push(value as f32);
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<(), E> {
+        self.0.numbers.push(value as f32);
+        Ok(())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<(), E> {
+        self.0.strings.push(value.to_owned());
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(Flatten(self.0))?.is_some() {}
+        Ok(())
+    }
+}
+
+pub(super) async fn infer(
+    State(app): State<AppState>,
+    context: RequestContext,
+    path: ApiPath<ModelPath>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    auth::require_user(&app, &headers)?;
+    let _admitted = match app.admit() {
+        Ok(permit) => permit,
+        Err(error) => {
+            body::linger(body).await;
+            return Err(error);
+        }
+    };
+    let version = path.0.version()?;
+    let received = body::receive(&app, &headers, body, context.deadline).await?;
+    let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
+    let images = images(&mut request.inputs, binary, app.limits.max_images)?;
+    let answers = answer_images(
+        &app,
+        ImageRequest {
+            set: Some(path.0.set.clone()),
+            version,
+            images: images.into_iter().map(Ok).collect(),
+            routing: false,
+            started: context.started,
+            deadline: context.deadline,
+        },
+    )
+    .await?;
+    drop(received);
+    respond(&request, answers)
+}
+
+/// The JSON part, and the binary tensors behind it.
+async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(InferRequest, Bytes), ApiError> {
+    let length = match headers.get(&HEADER_LENGTH) {
+        None => body.len(),
+        Some(value) => {
+            let length = value.to_str().ok().and_then(|text| text.parse::<usize>().ok());
+            let wrong = || ApiError::invalid(format!("{HEADER_LENGTH} must be a length within the body"));
+            length.filter(|&length| length <= body.len()).ok_or_else(wrong)?
+        }
+    };
+    if length == 0 && !body.is_empty() {
+        // The whole body is the one input: an encoded image, without the length that BYTES carry otherwise.
+        let input = InputTensor { name: IMAGE.into(), shape: vec![1], ..InputTensor::default() };
+        return Ok((InferRequest { inputs: vec![input], ..InferRequest::default() }, body));
+    }
+    let (json, binary) = (body.slice(..length), body.slice(length..));
+    let parse = move || serde_json::from_slice(&json);
+    let parsed = match length {
+        0..=INLINE_JSON_BYTES => parse(),
+        _ => app.decompression.run(parse).await.map_err(ApiError::internal)?,
+    };
+    Ok((parsed.map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))?, binary))
+}
+
+fn images(inputs: &mut [InputTensor], binary: Bytes, max_images: usize) -> Result<Vec<Image>, ApiError> {
+    let [input] = inputs else {
+        return Err(ApiError::invalid(format!("exactly one input is taken: `{PIXELS}`, `{INPUT}` or `{IMAGE}`")));
+    };
+    let count = input.shape.first().copied().unwrap_or(0);
+    if count > max_images {
+        let message = format!("at most {max_images} images are accepted in one request");
+        return Err(ApiError::new(ErrorCode::BatchTooLarge, message));
+    }
+    if input.shape.contains(&0) || input.shape.is_empty() {
+        return Err(ApiError::invalid(format!("input `{}` has an empty shape", input.name)));
+    }
+    if input.datatype.is_empty() {
+        return Ok(vec![Image::Encoded(binary)]);
+    }
+    let size = input.parameters.as_ref().and_then(|parameters| parameters.binary_data_size);
+    if size.unwrap_or(0) != binary.len() {
+        let message =
+            format!("input `{}` announces {} binary bytes, but {} came", input.name, size.unwrap_or(0), binary.len());
+        return Err(ApiError::invalid(message));
+    }
+    let data = std::mem::take(&mut input.data);
+    let binary = size.map(|_| binary);
+    match (input.name.as_str(), input.datatype.as_str(), input.shape.as_slice()) {
+        (IMAGE, "BYTES", [_] | [_, 1]) => encoded(data, binary, count),
+        (PIXELS, "UINT8", &[_, height, width, 3]) => rgb(data, binary, (count, height, width)),
+        (INPUT, "FP32", &[_, 3, height, width]) if height == width => prepared(data, binary, (count, height)),
+        (name, datatype, shape) => Err(ApiError::invalid(format!(
+            "input `{name}` {datatype} {shape:?} is not taken; send `{PIXELS}` UINT8 [n, height, width, 3], `{INPUT}` \
+             FP32 [n, 3, side, side] or `{IMAGE}` BYTES [n]"
+        ))),
+    }
+}
+
+fn encoded(data: FlatData, binary: Option<Bytes>, count: usize) -> Result<Vec<Image>, ApiError> {
+    let elements = match binary {
+        Some(binary) => split_elements(binary)?,
+        None => {
+            let decode = |text: &String| STANDARD.decode(text.trim()).map(Bytes::from);
+            let decoded: Result<Vec<_>, _> = data.strings.iter().map(decode).collect();
+            decoded.map_err(|error| ApiError::invalid(format!("`{IMAGE}` in JSON must be base64: {error}")))?
+        }
+    };
+    check_count(IMAGE, count, elements.len())?;
+    Ok(elements.into_iter().map(Image::Encoded).collect())
+}
+
+/// BYTES on the wire: for each element a little-endian length and the bytes.
+fn split_elements(mut rest: Bytes) -> Result<Vec<Bytes>, ApiError> {
+    let mut elements = Vec::new();
+    while let Some((length, _)) = rest.split_first_chunk::<4>() {
+        let end = usize::try_from(u32::from_le_bytes(*length)).unwrap_or(usize::MAX).saturating_add(4);
+        if end > rest.len() {
+            break;
+        }
+        elements.push(rest.split_to(end).slice(4..));
+    }
+    if rest.is_empty() { Ok(elements) } else { Err(ApiError::invalid("the BYTES tensor ends in mid-element")) }
+}
+
+fn rgb(data: FlatData, binary: Option<Bytes>, shape: (usize, usize, usize)) -> Result<Vec<Image>, ApiError> {
+    let (count, height, width) = shape;
+    let samples: Vec<u8> = match binary {
+        Some(binary) => binary.to_vec(),
+        None => {
+            let sample = |&value: &f32| (value.fract() == 0.0 && (0.0..=255.0).contains(&value)).then_some(value as u8);
+            let samples: Option<_> = data.numbers.iter().map(sample).collect();
+            samples.ok_or_else(|| ApiError::invalid(format!("`{PIXELS}` takes whole numbers from 0 to 255")))?
+        }
+    };
+    let each = product(PIXELS, &[height, width, 3])?;
+    check_count(PIXELS, product(PIXELS, &[count, each])?, samples.len())?;
+    let image = |samples: &[u8]| {
+        let (width, height) = (u32::try_from(width).ok()?, u32::try_from(height).ok()?);
+        RgbImage::from_raw(width, height, samples.to_vec()).map(Image::Rgb)
+    };
+    let images: Option<Vec<Image>> = samples.chunks_exact(each).map(image).collect();
+    images.ok_or_else(|| ApiError::invalid(format!("`{PIXELS}` is too large")))
+}
+
+fn prepared(data: FlatData, binary: Option<Bytes>, shape: (usize, usize)) -> Result<Vec<Image>, ApiError> {
+    let (count, side) = shape;
+    let each = product(INPUT, &[3, side, side])?;
+    let values: Vec<f32> = match binary {
+        Some(binary) => {
+            check_count(INPUT, product(INPUT, &[count, each, 4])?, binary.len())?;
+            let (chunks, _) = binary.as_chunks::<4>();
+            chunks.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()
+        }
+        None => data.numbers,
+    };
+    check_count(INPUT, product(INPUT, &[count, each])?, values.len())?;
+    if !values.iter().all(|value| value.is_finite()) {
+        return Err(ApiError::invalid(format!("`{INPUT}` must be finite")));
+    }
+    // Channel-first on the wire, channel-last in the model.
+    let area = side * side;
+    let image = |image: &[f32]| Image::Prepared((0..each).map(|i| image[i % 3 * area + i / 3]).collect());
+    Ok(values.chunks_exact(each).map(image).collect())
+}
+
+fn product(input: &str, factors: &[usize]) -> Result<usize, ApiError> {
+    let product = factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor));
+    product.ok_or_else(|| ApiError::invalid(format!("the shape of `{input}` is too large")))
+}
+
+fn check_count(input: &str, expected: usize, got: usize) -> Result<(), ApiError> {
+    if expected == got {
+        Ok(())
+    } else {
+        Err(ApiError::invalid(format!("the shape of `{input}` asks for {expected} values or bytes, but {got} came")))
+    }
+}
+
+enum Tensor {
+    Floats(Vec<f32>),
+    Strings(Vec<String>),
+}
+
+impl Tensor {
+    fn datatype(&self) -> &'static str {
+        match self {
+            Self::Floats(_) => "FP32",
+            Self::Strings(_) => "BYTES",
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Floats(values) => json!(values),
+            Self::Strings(values) => json!(values),
+        }
+    }
+
+    fn to_binary(&self) -> Vec<u8> {
+        match self {
+            Self::Floats(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::Strings(values) => values.iter().fold(Vec::new(), |mut bytes, value| {
+                // Labels are bounded far below 4 GiB by the artifact's header.
+                bytes.extend((value.len() as u32).to_le_bytes());
+                bytes.extend(value.as_bytes());
+                bytes
+            }),
+        }
+    }
+}
+
+fn respond(request: &InferRequest, answers: ImageAnswers) -> Result<Response, ApiError> {
+    let ImageAnswers { lease, images } = answers;
+    // The protocol has no place for one image's error among other images' answers.
+    let logits: Vec<Vec<f32>> =
+        images.into_iter().map(|image| image.map(|answer| answer.logits)).collect::<Result<_, _>>()?;
+    let default = [OutputRequest { name: SCORES.into(), parameters: None }];
+    let outputs = request.outputs.as_deref().filter(|outputs| !outputs.is_empty()).unwrap_or(&default);
+    let all_binary = request.parameters.as_ref().is_some_and(|parameters| parameters.binary_data_output);
+    let (mut described, mut binary, mut any_binary) = (Vec::new(), Vec::new(), false);
+    for output in outputs {
+        let wishes = output.parameters.as_ref();
+        let (tensor, width) = tensor(output, &logits, lease.value.labels())?;
+        let mut entry = Map::new();
+        entry.insert("name".into(), json!(output.name));
+        entry.insert("datatype".into(), json!(tensor.datatype()));
+        entry.insert("shape".into(), json!([logits.len(), width]));
+        if wishes.and_then(|wishes| wishes.binary_data).unwrap_or(all_binary) {
+            let bytes = tensor.to_binary();
+            entry.insert("parameters".into(), json!({ "binary_data_size": bytes.len() }));
+            binary.extend(bytes);
+            any_binary = true;
+        } else {
+            entry.insert("data".into(), tensor.to_json());
+        }
+        described.push(Value::Object(entry));
+    }
+    let mut document = json!({
+        "model_name": lease.descriptor.name,
+        "model_version": lease.descriptor.version.to_string(),
+        "outputs": described,
+    });
+    if let Some(id) = &request.id {
+        document["id"] = json!(id);
+    }
+    let json = document.to_string().into_bytes();
+    let length = HeaderValue::from(json.len());
+    let content_type = if any_binary { "application/octet-stream" } else { "application/json" };
+    let mut response = [json, binary].concat().into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    if any_binary {
+        response.headers_mut().insert(HEADER_LENGTH, length);
+    }
+    let generation = HeaderValue::try_from(lease.descriptor.generation()).map_err(ApiError::internal)?;
+    response.headers_mut().insert(super::super::classify::EXPERT_SET_GENERATION, generation);
+    Ok(response)
+}
+
+/// An output, and its values per image.
+fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Result<(Tensor, usize), ApiError> {
+    let classes = labels.len();
+    let scores = |logits: &[f32]| {
+        let mut scores = vec![0.0; classes];
+        predictions(logits, labels, classes).into_iter().for_each(|found| scores[found.index] = found.score);
+        scores
+    };
+    let classification = output.parameters.as_ref().and_then(|parameters| parameters.classification);
+    match (output.name.as_str(), classification.filter(|&k| k > 0)) {
+        (SCORES, None) => Ok((Tensor::Floats(logits.iter().flat_map(|logits| scores(logits)).collect()), classes)),
+        (LOGITS, None) => Ok((Tensor::Floats(logits.concat()), classes)),
+        (LABEL, None) => {
+            let best = logits.iter().flat_map(|logits| predictions(logits, labels, 1)).map(|best| best.label);
+            Ok((Tensor::Strings(best.collect()), 1))
+        }
+        (SCORES | LOGITS, Some(k)) => {
+            if let Some(label) = labels.iter().find(|label| label.contains(':')) {
+                let message = format!("label `{label}` contains `:`, which separates fields of a classification");
+                return Err(ApiError::invalid(message));
+            }
+            let line = |logits: &[f32], found: super::super::classify::Prediction| {
+                let value = if output.name == LOGITS { logits[found.index] } else { found.score };
+                format!("{value}:{}:{}", found.index, found.label)
+            };
+            let lines = logits
+                .iter()
+                .flat_map(|row| predictions(row, labels, k).into_iter().map(move |found| line(row, found)));
+            Ok((Tensor::Strings(lines.collect()), k.min(classes)))
+        }
+        (name, _) => Err(ApiError::invalid(format!(
+            "there is no output `{}`; there are `{SCORES}`, `{LOGITS}` (both also as classification) and `{LABEL}`",
+            name.chars().take(64).collect::<String>()
+        ))),
+    }
+}
