@@ -11,12 +11,17 @@ missing=()
 command -v cc >/dev/null || missing+=(build-essential)
 /usr/bin/python3 -c 'import numpy, prometheus_client' 2>/dev/null ||
     missing+=(python3 python3-numpy python3-prometheus-client)
+/usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
     step "installing ${missing[*]}"
     sudo=$([ "$(id -u)" -eq 0 ] || echo sudo)
     $sudo apt-get update -q
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
+
+step "clients nobody here wrote"
+[ -x target/venv/bin/python ] || /usr/bin/python3 -m venv target/venv
+target/venv/bin/pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
 
 step "formatting"
 cargo fmt --all --check

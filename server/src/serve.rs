@@ -23,6 +23,7 @@ use crate::admission::Admission;
 use crate::blocking::BlockingPool;
 use crate::catalog::{self, Catalog};
 use crate::config::{ServeArgs, threads_or_cores};
+use crate::http::oip::Statistics;
 use crate::http::{Keys, PeerAddress, build_router};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, ProcessMemory};
@@ -117,6 +118,7 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
         ),
         lifecycle: Lifecycle::default(),
         metrics,
+        statistics: Statistics::default(),
         user_keys: Keys::load(args.auth.user_key_file.as_deref(), "BVIT_USER_KEYS")?,
         admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
         catalog,

@@ -10,6 +10,7 @@ use crate::blocking::BlockingPool;
 use crate::catalog::Catalog;
 use crate::error::{ApiError, ErrorCode};
 use crate::http::Keys;
+use crate::http::oip::Statistics;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, saturating};
 use crate::model::SetRegistry;
@@ -60,6 +61,8 @@ pub struct App {
     pub lifecycle: Lifecycle,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// What each expert set has answered.
+    pub statistics: Statistics,
     /// Keys that may classify.
     pub user_keys: Keys,
     /// Keys that may do everything.
@@ -120,6 +123,7 @@ impl App {
             let held = if kind == Kind::Queue { bytes } else { budget.used(kind) };
             metrics.memory.with_label_values(&[kind.as_str()]).set(saturating(held));
         }
+        self.statistics.forget_others(&self.registry.list());
         metrics.forget_other_sets(&self.registry.names());
         metrics.set_resident.reset();
         if metrics.per_set() {

@@ -208,15 +208,23 @@ pub struct ImageAnswers {
 /// What stops the request as a whole; what is wrong with one image stands in its place.
 pub async fn answer_images(app: &AppState, request: ImageRequest) -> Result<ImageAnswers, ApiError> {
     let (count, deadline, set) = (request.images.len(), request.deadline, request.set.clone());
+    let (version, started) = (request.version, request.started);
     let name = app.set_name(set.as_deref());
     let result = timeout_at(deadline, answer_in_time(app, name, request)).await;
     let result = result.unwrap_or_else(|_| Err(deadline_exceeded()));
     match &result {
-        Ok(answers) => count_images(app, name, &answers.images),
+        Ok(answers) => {
+            count_images(app, name, &answers.images);
+            let version = answers.lease.descriptor.version;
+            app.statistics.record(name, version, &answers.images, milliseconds(started.elapsed()));
+        }
         Err(_) => {
             // Labels made by clients would grow memory without end.
             let registered = app.registry.lookup(name, None).is_ok().then_some(name);
             app.metrics.count_images(registered, ImageResult::Failed, count);
+            if let Ok(target) = app.registry.lookup(name, version) {
+                app.statistics.record_failure(name, target.set.version, milliseconds(started.elapsed()));
+            }
         }
     }
     result
@@ -287,14 +295,18 @@ fn finish(
         // The queue lets go only of what is past its deadline.
         Err(_) => return Err(deadline_exceeded()),
     };
-    let ms = |duration: Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
     let timings = Timings {
-        decode: ms(decode),
-        queue: ms(answer.queued),
-        inference: ms(answer.inference),
-        total: ms(started.elapsed()),
+        decode: milliseconds(decode),
+        queue: milliseconds(answer.queued),
+        inference: milliseconds(answer.inference),
+        total: milliseconds(started.elapsed()),
     };
     Ok(ImageAnswer { logits: answer.output.logits, routing: answer.output.routing, timings })
+}
+
+/// To the microsecond.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 fn deadline_exceeded() -> ApiError {

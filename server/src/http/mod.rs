@@ -28,7 +28,7 @@ use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
 
 /// Every route, as it appears in metrics.
-pub const ROUTES: [&str; 28] = [
+pub const ROUTES: [&str; 31] = [
     "/",
     "/console/{*file}",
     "/classify",
@@ -54,6 +54,9 @@ pub const ROUTES: [&str; 28] = [
     "/v2/models/{set}/versions/{version}/config",
     "/v2/models/{set}/infer",
     "/v2/models/{set}/versions/{version}/infer",
+    "/v2/models/stats",
+    "/v2/models/{set}/stats",
+    "/v2/models/{set}/versions/{version}/stats",
     "/v2/repository/index",
     "/v2/repository/models/{set}/load",
     "/v2/repository/models/{set}/unload",

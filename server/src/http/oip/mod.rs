@@ -3,6 +3,7 @@
 //! Bodies are read whatever their content type, since Triton's client sends none.
 
 mod infer;
+mod stats;
 
 use axum::body::Body;
 use axum::extract::State;
@@ -11,6 +12,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+pub use stats::Statistics;
 
 use super::extract::{ApiPath, RequestContext};
 use super::{auth, body, sets};
@@ -31,6 +34,10 @@ pub fn router() -> Router<AppState> {
         .route("/v2/models/{set}/versions/{version}/config", get(config))
         .route("/v2/models/{set}/infer", post(infer::infer))
         .route("/v2/models/{set}/versions/{version}/infer", post(infer::infer))
+        // Shadows a set called `stats` here and nowhere else: Triton's client asks this path for all sets.
+        .route("/v2/models/stats", get(stats::all))
+        .route("/v2/models/{set}/stats", get(stats::model))
+        .route("/v2/models/{set}/versions/{version}/stats", get(stats::model))
         .route("/v2/repository/index", post(index))
         .route("/v2/repository/models/{set}/load", post(load))
         .route("/v2/repository/models/{set}/unload", post(unload))
@@ -59,7 +66,7 @@ async fn server() -> Json<Value> {
     Json(json!({
         "name": env!("CARGO_PKG_NAME"),
         "version": env!("CARGO_PKG_VERSION"),
-        "extensions": ["binary_tensor_data", "classification", "model_configuration", "model_repository"],
+        "extensions": ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"],
     }))
 }
 

@@ -1,0 +1,245 @@
+//! Expert sets over HTTP: what an administrator may do with them, and what goes wrong with uploads.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use model_core::artifact::Digest;
+use model_core::config::ViTConfig;
+use serde_json::Value;
+use system_tests::fixtures::{backbone_artifact, expert_set_artifact, write_store};
+use system_tests::server::{Answer, Server, image};
+use tempfile::TempDir;
+
+/// A store of tiny random models and the server on it.
+struct Gateway {
+    store: TempDir,
+    backbone: Digest,
+    server: Server,
+}
+
+impl Gateway {
+    fn start(sets: &[&str], flags: &[&str]) -> Self {
+        let store = tempfile::tempdir().unwrap();
+        let backbone = write_store(store.path(), &config(), sets);
+        let server = serve(store.path(), flags);
+        Self { store, backbone, server }
+    }
+
+    fn artifact(&self, name: &str, seed: u64) -> Vec<u8> {
+        expert_set_artifact(&config(), self.backbone, name, seed)
+    }
+
+    fn put(&self, path: &str, bytes: &[u8]) -> Answer {
+        Answer::of(self.server.request("PUT", path).body(bytes.to_vec()))
+    }
+
+    fn post(&self, path: &str) -> Answer {
+        Answer::of(self.server.post(path))
+    }
+
+    fn set(&self, name: &str) -> Value {
+        self.server.get(&format!("/sets/{name}")).json()[0].clone()
+    }
+
+    fn classify(&self, set: &str) -> Answer {
+        Answer::of(self.server.post(&format!("/classify/{set}")).body(image("test-00.png")))
+    }
+
+    /// Every file of the store, without the folder's own path.
+    fn files(&self) -> Vec<PathBuf> {
+        files(self.store.path(), self.store.path())
+    }
+}
+
+fn config() -> ViTConfig {
+    ViTConfig::preset("tiny").unwrap()
+}
+
+fn serve(store: &Path, flags: &[&str]) -> Server {
+    Server::start(["--model-store", store.to_str().unwrap()].iter().chain(flags))
+}
+
+fn files(root: &Path, folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(root, &path));
+        } else {
+            found.push(path.strip_prefix(root).unwrap().to_path_buf());
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn an_uploaded_set_answers_and_can_be_pinned_unloaded_and_deleted() {
+    let gateway = Gateway::start(&["alpha"], &[]);
+    let answer = gateway.put("/sets/flowers/1", &gateway.artifact("flowers", 9));
+    assert_eq!(answer.status, 201, "{}", answer.text);
+    let first = gateway.classify("flowers").json();
+    assert_eq!(first["generation"], answer.json()["generation"]);
+    assert_ne!(first["predictions"], gateway.classify("alpha").json()["predictions"]);
+
+    assert_eq!(gateway.post("/sets/flowers/pin").status, 200);
+    assert_eq!(gateway.set("flowers")["pinned"], true);
+    gateway.post("/sets/flowers/unload").assert_refused(409, "conflict");
+    Answer::of(gateway.server.request("DELETE", "/sets/flowers")).assert_refused(409, "conflict");
+    assert_eq!(gateway.post("/sets/flowers/unpin").status, 200);
+    assert_eq!(gateway.post("/sets/flowers/unload").status, 200);
+    assert_eq!(gateway.set("flowers")["state"], "registered");
+    assert_eq!(gateway.post("/sets/flowers/load").status, 200);
+    assert_eq!(gateway.set("flowers")["state"], "resident");
+    assert_eq!(gateway.classify("flowers").json()["predictions"], first["predictions"]);
+
+    assert_eq!(Answer::of(gateway.server.request("DELETE", "/sets/flowers")).status, 200);
+    gateway.classify("flowers").assert_refused(404, "set_not_found");
+    assert_eq!(gateway.files().len(), 2, "{:?}", gateway.files());
+    Answer::of(gateway.server.request("DELETE", "/sets/alpha")).assert_refused(409, "conflict");
+}
+
+/// Guarantee 7: readers never see half a file, and what is refused leaves nothing behind.
+#[test]
+fn uploads_that_cannot_be_served_are_refused_whole() {
+    let gateway = Gateway::start(&["alpha"], &[]);
+    let before = gateway.files();
+    let good = gateway.artifact("flowers", 9);
+    let (_, other_backbone) = backbone_artifact(&config().backbone, 77);
+    let foreign = expert_set_artifact(&config(), other_backbone, "flowers", 9);
+    let mut flipped = good.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    for (bytes, status, code) in [
+        (&good[..good.len() / 2], 422, "invalid_artifact"),
+        (&good[..7], 422, "invalid_artifact"),
+        (&flipped, 422, "invalid_artifact"),
+        (&foreign, 422, "backbone_mismatch"),
+        (&image("test-00.png"), 422, "invalid_artifact"),
+        (&[], 400, "empty_body"),
+    ] {
+        gateway.put("/sets/flowers/1", bytes).assert_refused(status, code);
+        // The same in the place of a set that is there: it stays.
+        gateway.put("/sets/alpha/1", bytes).assert_refused(status, code);
+    }
+    assert_eq!(gateway.files(), before);
+    assert_eq!(gateway.classify("alpha").status, 200);
+    gateway.classify("flowers").assert_refused(404, "set_not_found");
+}
+
+#[test]
+fn names_cannot_leave_the_store() {
+    let gateway = Gateway::start(&["alpha"], &[]);
+    let (before, good) = (gateway.files(), gateway.artifact("flowers", 9));
+    let long = "n".repeat(300);
+    let names = ["..%2f..%2fetc", "a%2fb", "a%00b", ".hidden", "%e2%98%83", "a%20b", "a%0ab", "C:%5cx", &long];
+    for name in names {
+        let answer = gateway.put(&format!("/sets/{name}/1"), &good);
+        answer.assert_refused(400, "invalid_request");
+    }
+    for version in ["0x1", "-1", "01", "1.5", "99999999999999999999999", "one"] {
+        gateway.put(&format!("/sets/flowers/{version}"), &good).assert_refused(400, "invalid_request");
+    }
+    // Client libraries tidy dots away before they send, so these go out by hand.
+    for path in [
+        "/sets/../1",
+        "/sets/%2e%2e/1",
+        "/sets/alpha/%2e%2e",
+        "/sets/../../x/1",
+        "/sets/%ff/1",
+        "//sets//1",
+        "/sets/alpha/../../../1",
+    ] {
+        let mut connection = gateway.server.connect();
+        let head = format!(
+            "PUT {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            good.len()
+        );
+        let (status, text) = connection.send(head.as_bytes()).send(&good).read();
+        assert!(matches!(status, 400 | 404 | 405), "{path}: {text}");
+    }
+    assert_eq!(gateway.files(), before);
+}
+
+/// Guarantees 7 and 8: a request that starts after the answer to a replacement gets the new generation, and none
+/// fails meanwhile.
+#[test]
+fn a_set_is_replaced_under_load_without_a_failed_request() {
+    let gateway = Gateway::start(&["alpha"], &[]);
+    let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let generations: Vec<Vec<u8>> = (10..13).map(|seed| gateway.artifact("alpha", seed)).collect();
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let answer = gateway.classify("alpha");
+                        assert_eq!(answer.status, 200, "{}", answer.text);
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        for bytes in generations.iter().cycle().take(30) {
+            let replaced = gateway.put("/sets/alpha/1", bytes);
+            assert_eq!(replaced.status, 200, "{}", replaced.text);
+            assert_eq!(gateway.classify("alpha").json()["generation"], replaced.json()["generation"]);
+        }
+        stop.store(true, Ordering::Relaxed);
+        clients.into_iter().for_each(|client| client.join().unwrap());
+    });
+    assert!(answered.load(Ordering::Relaxed) >= 30, "the load was too light to show anything");
+}
+
+#[test]
+fn a_kill_in_the_middle_of_an_upload_leaves_a_clean_store() {
+    let mut gateway = Gateway::start(&["alpha"], &[]);
+    let (before, good) = (gateway.files(), gateway.artifact("alpha", 9));
+    let generation = gateway.set("alpha")["generation"].clone();
+    let mut connection = gateway.server.connect();
+    let head = format!("PUT /sets/alpha/1 HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n\r\n", good.len());
+    connection.send(head.as_bytes()).send(&good[..good.len() - 1]);
+    // The temporary file shows that the upload has begun.
+    let start = std::time::Instant::now();
+    while gateway.files() == before {
+        assert!(start.elapsed() < system_tests::server::PATIENCE, "the upload did not begin");
+        thread::sleep(std::time::Duration::from_millis(5));
+    }
+    gateway.server.signal("KILL");
+    gateway.server.wait();
+
+    let server = serve(gateway.store.path(), &[]);
+    assert_eq!(gateway.files(), before, "what was left half-done is gone");
+    assert_eq!(server.get("/sets/alpha").json()[0]["generation"], generation);
+    assert_eq!(server.get("/sets").json()["broken"], serde_json::json!([]));
+    assert_eq!(server.classify(&image("test-00.png")).status, 200);
+}
+
+#[test]
+fn management_needs_the_admin_key_and_classification_the_user_key() {
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["alpha"]);
+    let (admins, users) = (store.path().join("admins"), store.path().join("users"));
+    std::fs::write(&admins, "ops:admin-key-0123456789\n").unwrap();
+    std::fs::write(&users, "camera:user-key-0123456789\n").unwrap();
+    let flags = ["--admin-key-file", admins.to_str().unwrap(), "--user-key-file", users.to_str().unwrap()];
+    let server = serve(store.path(), &flags);
+    let send = |method: &str, path: &str, key: &str| {
+        let request = server.request(method, path).body(image("test-00.png"));
+        Answer::of(if key.is_empty() { request } else { request.bearer_auth(key) })
+    };
+    let (admin, user) = ("admin-key-0123456789", "user-key-0123456789");
+    for path in ["/sets/alpha/load", "/sets/alpha/pin", "/sets/alpha/unpin", "/v2/repository/models/alpha/unload"] {
+        send("POST", path, "").assert_refused(401, "unauthorized");
+        send("POST", path, "admin-key-012345678").assert_refused(401, "unauthorized");
+        send("POST", path, user).assert_refused(403, "forbidden");
+        assert_eq!(Answer::of(server.post(path).bearer_auth(admin)).status, 200, "{path}");
+    }
+    for path in ["/classify", "/hf/alpha"] {
+        send("POST", path, "").assert_refused(401, "unauthorized");
+        assert_eq!(send("POST", path, user).status, 200);
+        assert_eq!(send("POST", path, admin).status, 200);
+    }
+    send("PUT", "/sets/beta/1", user).assert_refused(403, "forbidden");
+    send("DELETE", "/sets/alpha", "").assert_refused(401, "unauthorized");
+}
