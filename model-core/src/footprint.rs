@@ -11,14 +11,12 @@ use serde::Serialize;
 
 use crate::artifact::{Contents, Encoding, TensorSize};
 use crate::config::{BackboneConfig, ExpertConfig, ViTConfig};
-use crate::kernels::dense;
+use crate::kernels::dense::panels_len;
 
 const F32_BYTES: u64 = 4;
 
 /// Rows and columns that an integer matrix is padded to: see `kernels/gemm`.
 const INTEGER_PANEL: u64 = 16;
-/// Rows that a f32 matrix and a router are padded to.
-const FLOAT_PANEL: u64 = dense::PANEL as u64;
 
 /// Bytes of a tensor as the engine packs it: substrates at two bits a weight, attention's weights as int8 with a scale
 /// per row, angle and router codes at their own width, everything else f32.
@@ -31,11 +29,10 @@ fn resident_bytes(tensor: &TensorSize) -> u64 {
         Encoding::Float if is_weight && tensor.name.contains(".attention.") => {
             integer_matrix() + rows.next_multiple_of(INTEGER_PANEL) * F32_BYTES
         }
-        Encoding::Float if is_weight => rows.next_multiple_of(FLOAT_PANEL) * cols * F32_BYTES,
+        Encoding::Float if is_weight => panels_len(tensor.rows, tensor.elements / tensor.rows.max(1)) as u64 * F32_BYTES,
         Encoding::Float => elements * F32_BYTES,
         Encoding::Ternary => integer_matrix() / 4,
-        Encoding::Codes(bits) => elements * u64::from(bits) / 8,
-        Encoding::Signed(bits) => rows.next_multiple_of(FLOAT_PANEL) * cols * u64::from(bits) / 8,
+        Encoding::Codes(bits) | Encoding::Signed(bits) => elements * u64::from(bits) / 8,
     }
 }
 
@@ -150,7 +147,7 @@ impl LayerBytes {
             substrates: 2 * padded_model * padded_ff / 4,
             scales: (padded_model + padded_ff) * F32_BYTES,
             angles: angles * u64::from(experts.angle_bits) / 8,
-            router: num_experts.next_multiple_of(FLOAT_PANEL) * router_row,
+            router: num_experts * router_row,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Attention of one head of one image: `softmax(q k^T / sqrt(head_dim)) v`, f32.
 
 use crate::kernels::Isa;
-use crate::kernels::dense::{PANEL, Rows, RowsMut, matmul_panels, panels_len};
+use crate::kernels::dense::{Rows, RowsMut, matmul_panels, panels_len, panels_mut};
 use crate::kernels::softmax::softmax;
 
 /// Queries whose scores are held at a time.
@@ -67,11 +67,10 @@ impl Head<'_> {
 
     fn pack_keys(&self, k: &[f32], panels: &mut [f32]) {
         let (head_dim, stride) = (self.head_dim, 3 * self.d_model);
-        for (p, panel) in panels.chunks_exact_mut(PANEL * head_dim).enumerate() {
-            for i in 0..PANEL.min(self.tokens - p * PANEL) {
-                let row = &k[(p * PANEL + i) * stride..][..head_dim];
-                for (values, &v) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(row) {
-                    values[i] = v;
+        for (first, rows) in panels_mut(self.tokens, head_dim, panels) {
+            for (feature, values) in rows.enumerate() {
+                for (i, value) in values.iter_mut().enumerate() {
+                    *value = k[(first + i) * stride + feature];
                 }
             }
         }
@@ -79,10 +78,9 @@ impl Head<'_> {
 
     fn pack_values(&self, v: &[f32], panels: &mut [f32]) {
         let stride = 3 * self.d_model;
-        for (p, panel) in panels.chunks_exact_mut(PANEL * self.tokens).enumerate() {
-            let columns = PANEL.min(self.head_dim - p * PANEL);
-            for (token, values) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-                values[..columns].copy_from_slice(&v[token * stride + p * PANEL..][..columns]);
+        for (first, rows) in panels_mut(self.head_dim, self.tokens, panels) {
+            for (token, values) in rows.enumerate() {
+                values.copy_from_slice(&v[token * stride + first..][..values.len()]);
             }
         }
     }

@@ -72,7 +72,7 @@ impl Substrates {
     }
 }
 
-/// Router codes in panels `[experts / PANEL, d_model, PANEL]`, as narrow as the artifact's.
+/// Router codes in panels of experts as `dense` has them, with the bits of the artifact's.
 #[derive(Debug)]
 enum RouterCodes {
     Bits8(Box<[i8]>),
@@ -85,7 +85,6 @@ pub struct ExpertLayer {
     num_experts: usize,
     top_k: usize,
     router: RouterCodes,
-    /// Padded to whole panels.
     router_scale: Box<[f32]>,
     rotation_in: PackedAngles,
     rotation_hidden: PackedAngles,
@@ -114,15 +113,11 @@ impl ExpertLayer {
             }
         }
         let angles = |codes: &[u16], order, stages| PackedAngles::pack(order, codes, num_experts, stages, angle_bits);
-        let padded = num_experts.next_multiple_of(PANEL);
-        let mut router_scale = vec![0.0; padded];
-        router_scale[..num_experts].copy_from_slice(&weights.router_scale);
-        let code = |i: usize| {
-            let (panel, position, lane) = (i / PANEL / d_model, i / PANEL % d_model, i % PANEL);
-            let expert = panel * PANEL + lane;
-            if expert < num_experts { weights.router[expert * d_model + model.feature(position)] } else { 0 }
-        };
-        let codes = (0..padded * d_model).map(code);
+        let panels = (0..num_experts).step_by(PANEL).flat_map(|first| {
+            let experts = first..num_experts.min(first + PANEL);
+            (0..d_model).flat_map(move |position| experts.clone().map(move |expert| (expert, position)))
+        });
+        let codes = panels.map(|(expert, position)| weights.router[expert * d_model + model.feature(position)]);
         Ok(Self {
             num_experts,
             top_k,
@@ -131,7 +126,7 @@ impl ExpertLayer {
                 8 => RouterCodes::Bits8(codes.map(|code| code.clamp(-128, 127) as i8).collect()),
                 _ => RouterCodes::Bits16(codes.collect()),
             },
-            router_scale: router_scale.into(),
+            router_scale: weights.router_scale.clone().into(),
             rotation_in: angles(&weights.rotation_in.codes, model, config.stages_in)?,
             rotation_hidden: angles(&weights.rotation_hidden.codes, ff, config.stages_hidden)?,
             rotation_out: angles(&weights.rotation_out.codes, model, config.stages_out)?,
@@ -151,16 +146,15 @@ impl ExpertLayer {
     /// Logits of `tokens` `[rows, d_model]` in lane order, `[rows, num_experts]`. `panel` has room for one decoded
     /// panel.
     fn logits(&self, isa: Isa, tokens: &[f32], d_model: usize, panel: &mut [f32], logits: &mut [f32]) {
-        let panel = &mut panel[..PANEL * d_model];
         for first in (0..self.num_experts).step_by(PANEL) {
             // Scaled before the product, as the definition has it: gate weight = code * scale.
-            let codes = first * d_model..(first + PANEL) * d_model;
-            let scale = &self.router_scale[first..first + PANEL];
+            let n = PANEL.min(self.num_experts - first);
+            let codes = first * d_model..(first + n) * d_model;
+            let scale = &self.router_scale[first..first + n];
             match &self.router {
                 RouterCodes::Bits8(all) => decode_router(&all[codes], scale, panel),
                 RouterCodes::Bits16(all) => decode_router(&all[codes], scale, panel),
             }
-            let n = PANEL.min(self.num_experts - first);
             let lhs = Rows { data: tokens, stride: d_model };
             let out = RowsMut { data: &mut logits[first..], stride: self.num_experts };
             matmul_panels(isa, tokens.len() / d_model, lhs, panel, None, n, d_model, out);
@@ -169,7 +163,8 @@ impl ExpertLayer {
 }
 
 fn decode_router<T: Copy + Into<f32>>(codes: &[T], scale: &[f32], panel: &mut [f32]) {
-    for (out, codes) in panel.chunks_exact_mut(PANEL).zip(codes.chunks_exact(PANEL)) {
+    let width = scale.len();
+    for (out, codes) in panel.chunks_exact_mut(width).zip(codes.chunks_exact(width)) {
         for ((out, &code), scale) in out.iter_mut().zip(codes).zip(scale) {
             *out = code.into() * scale;
         }

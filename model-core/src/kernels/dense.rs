@@ -5,7 +5,11 @@
 //! beside it, which is what makes batched answers bit-identical to single ones.
 //!
 //! Panels of [`PANEL`] columns lie as `[k, PANEL]`, so that the micro-kernel streams them; it keeps `MR` rows times
-//! two vectors in registers.
+//! two vectors in registers. The last panel is only as wide as there are columns left, or a hundred classes and eight
+//! experts would take the memory of 128 and 32: there the micro-kernel's second vectors reach into the next row, and
+//! what they compute is dropped.
+
+use std::slice::ChunksExactMut;
 
 use super::error::{KernelError, expect_finite, expect_len};
 use super::isa::Isa;
@@ -75,18 +79,29 @@ impl PackedF32 {
     }
 }
 
-/// Floats in the panels of a `[n, k]` matrix.
-pub fn panels_len(n: usize, k: usize) -> usize {
-    n.next_multiple_of(PANEL) * k
+/// Floats in the panels of a `[n, k]` matrix: its own, and what the micro-kernel reads beyond a narrow last panel.
+pub const fn panels_len(n: usize, k: usize) -> usize {
+    let beyond = if k == 0 { 0 } else { n.next_multiple_of(PANEL) - n };
+    n * k + beyond
 }
 
-/// Fills the panels of a `[n, k]` matrix given elementwise; padding columns become zero.
-pub fn pack_panels(n: usize, k: usize, weight: impl Fn(usize, usize) -> f32, panels: &mut [f32]) {
-    for (p, panel) in panels.chunks_exact_mut(PANEL * k.max(1)).enumerate() {
-        for (col, values) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+/// The panels of a `[n, k]` matrix, each with its first column and as rows of its own width. `n` and `k` at least 1.
+pub fn panels_mut(n: usize, k: usize, panels: &mut [f32]) -> impl Iterator<Item = (usize, ChunksExactMut<'_, f32>)> {
+    panels[..n * k].chunks_mut(PANEL * k).enumerate().map(move |(p, panel)| {
+        let first = p * PANEL;
+        (first, panel.chunks_exact_mut(PANEL.min(n - first)))
+    })
+}
+
+/// Fills the panels of a `[n, k]` matrix given elementwise.
+fn pack_panels(n: usize, k: usize, weight: impl Fn(usize, usize) -> f32, panels: &mut [f32]) {
+    if n == 0 || k == 0 {
+        return;
+    }
+    for (first, rows) in panels_mut(n, k, panels) {
+        for (col, values) in rows.enumerate() {
             for (i, value) in values.iter_mut().enumerate() {
-                let row = p * PANEL + i;
-                *value = if row < n { weight(row, col) } else { 0.0 };
+                *value = weight(first + i, col);
             }
         }
     }
@@ -110,7 +125,7 @@ pub struct RowsMut<'a> {
 }
 
 /// `out[i, j] = sum over l of lhs[i, l] * w[j, l] (+ bias[j])` for `m` rows, `w` `[n, k]` in panels (see
-/// [`pack_panels`]), `bias` padded to whole panels.
+/// [`panels_mut`]) with finite values beyond them (see [`panels_len`]), `bias` padded to whole panels.
 ///
 /// # Panics
 /// When a slice is too short for the shapes.
@@ -170,17 +185,19 @@ impl Matmul<'_> {
     #[inline(always)]
     fn rows<S: Simd, const M: usize>(&mut self, simd: S, row: usize) {
         for first in (0..self.n).step_by(PANEL) {
-            let panel = &self.panels[first * self.k..][..PANEL * self.k];
+            let panel = &self.panels[first * self.k..];
+            let width = PANEL.min(self.n - first);
             for half in (0..PANEL).step_by(2 * S::LANES) {
                 let col = first + half;
                 if col >= self.n {
                     break;
                 }
-                // SAFETY: rows `row .. row + M` lie in `lhs` with k values each, and `panel` has k times PANEL values;
+                // SAFETY: rows `row .. row + M` lie in `lhs` with k values each; `panel` has k times `width` values and
+                // then `PANEL - width` more, so that PANEL values follow each multiple of `width` below k; and
                 // `half + 2 * LANES <= PANEL`. All asserted in `matmul_panels`.
                 let acc = unsafe {
                     let lhs = self.lhs.data.as_ptr().add(row * self.lhs.stride);
-                    micro_kernel::<S, M>(simd, self.k, lhs, self.lhs.stride, panel.as_ptr().add(half))
+                    micro_kernel::<S, M>(simd, self.k, lhs, self.lhs.stride, panel.as_ptr().add(half), width)
                 };
                 for (i, mut acc) in acc.into_iter().enumerate() {
                     if let Some(bias) = self.bias {
@@ -208,7 +225,7 @@ impl Matmul<'_> {
 ///
 /// # Safety
 /// `lhs` is valid for `M` rows of `k` values, `stride` apart; `panel` for two vectors at each of `k` multiples of
-/// [`PANEL`].
+/// `width`.
 #[inline(always)]
 unsafe fn micro_kernel<S: Simd, const M: usize>(
     simd: S,
@@ -216,11 +233,12 @@ unsafe fn micro_kernel<S: Simd, const M: usize>(
     lhs: *const f32,
     stride: usize,
     panel: *const f32,
+    width: usize,
 ) -> [[S::V; 2]; M] {
     let mut acc = [[simd.splat(0.0); 2]; M];
     for l in 0..k {
         // SAFETY: the caller vouches for k rows of the panel.
-        let w = unsafe { [simd.load_ptr(panel.add(l * PANEL)), simd.load_ptr(panel.add(l * PANEL + S::LANES))] };
+        let w = unsafe { [simd.load_ptr(panel.add(l * width)), simd.load_ptr(panel.add(l * width + S::LANES))] };
         for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: the caller vouches for M rows of k values.
             let a = simd.splat(unsafe { *lhs.add(i * stride + l) });
