@@ -29,7 +29,9 @@ fn resident_bytes(tensor: &TensorSize) -> u64 {
         Encoding::Float if is_weight && tensor.name.contains(".attention.") => {
             integer_matrix() + rows.next_multiple_of(INTEGER_PANEL) * F32_BYTES
         }
-        Encoding::Float if is_weight => panels_len(tensor.rows, tensor.elements / tensor.rows.max(1)) as u64 * F32_BYTES,
+        Encoding::Float if is_weight => {
+            panels_len(tensor.rows, tensor.elements / tensor.rows.max(1)) as u64 * F32_BYTES
+        }
         Encoding::Float => elements * F32_BYTES,
         Encoding::Ternary => integer_matrix() / 4,
         Encoding::Codes(bits) | Encoding::Signed(bits) => elements * u64::from(bits) / 8,
