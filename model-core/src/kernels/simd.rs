@@ -8,7 +8,9 @@
 //! On Arm the portable vector is the NEON one: NEON is part of the baseline there, and the compiler turns arrays of
 //! four floats into its registers.
 
-use super::isa::{Isa, Kind};
+use super::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::isa::Kind;
 
 /// Vector operations of one instruction set, holding only what the kernels use.
 pub(super) trait Simd: Copy {
@@ -42,6 +44,12 @@ pub(super) trait Simd: Copy {
     /// product must be normal.
     fn mul_pow2(self, a: Self::V, shifted: Self::V) -> Self::V;
 
+    /// Cosines and sines of the first [`Simd::LANES`] of `codes`, by whatever way of reading `turn` is fastest.
+    ///
+    /// # Safety
+    /// `codes` is valid for reading [`Simd::LANES`] bytes.
+    unsafe fn cos_sin_ptr(self, turn: &Turn, codes: *const u8) -> (Self::V, Self::V);
+
     /// The first [`Simd::LANES`] floats of `from`.
     #[inline(always)]
     fn load(self, from: &[f32]) -> Self::V {
@@ -64,6 +72,14 @@ pub(super) trait Simd: Copy {
         assert!(from.len() >= Self::LANES);
         // SAFETY: the slice has LANES values.
         unsafe { self.load_i16_ptr(from.as_ptr()) }
+    }
+
+    /// Cosines and sines of the first [`Simd::LANES`] of `codes`.
+    #[inline(always)]
+    fn cos_sin(self, turn: &Turn, codes: &[u8]) -> (Self::V, Self::V) {
+        assert!(codes.len() >= Self::LANES);
+        // SAFETY: the slice has LANES codes.
+        unsafe { self.cos_sin_ptr(turn, codes.as_ptr()) }
     }
 
     /// `v` as an array; lanes past [`Simd::LANES`] are `fill`.
@@ -107,6 +123,29 @@ pub(super) trait Simd: Copy {
 
 /// Most floats in any [`Simd::V`].
 pub(super) const MAX_LANES: usize = 16;
+
+/// Cosine and sine of every 256th of a turn.
+pub(super) struct Turn {
+    /// `(cos, sin)` by code: one load gives both.
+    pairs: [[f32; 2]; 256],
+    /// The same by digit, for lookups in a register: `[cos, sin]` of `16 digit` and of `digit`.
+    #[cfg(target_arch = "x86_64")]
+    digits: [[[f32; 16]; 2]; 2],
+}
+
+impl Turn {
+    pub(super) fn new() -> Self {
+        let pair = |code: usize| {
+            let (sin, cos) = (code as f64 * std::f64::consts::TAU / 256.0).sin_cos();
+            [cos as f32, sin as f32]
+        };
+        Self {
+            pairs: std::array::from_fn(pair),
+            #[cfg(target_arch = "x86_64")]
+            digits: [16, 1].map(|unit| [0, 1].map(|part| std::array::from_fn(|digit| pair(unit * digit)[part]))),
+        }
+    }
+}
 
 /// An elementwise function of vectors. A trait and not a closure, because `map` must be `#[inline(always)]`, which a
 /// closure cannot be told to be: left out of line, it is compiled without the instructions.
@@ -178,6 +217,13 @@ impl Simd for Portable {
         unsafe { from.cast::<[i16; 4]>().read_unaligned() }.map(f32::from)
     }
     #[inline(always)]
+    unsafe fn cos_sin_ptr(self, turn: &Turn, codes: *const u8) -> ([f32; 4], [f32; 4]) {
+        // SAFETY: the caller vouches for four codes; a byte needs no alignment.
+        let codes = unsafe { codes.cast::<[u8; 4]>().read() };
+        let pairs = codes.map(|code| turn.pairs[usize::from(code)]);
+        (pairs.map(|[cos, _]| cos), pairs.map(|[_, sin]| sin))
+    }
+    #[inline(always)]
     fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
         Self::zip(a, b, |a, b| a + b)
     }
@@ -219,7 +265,7 @@ impl Simd for Portable {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Simd, Work};
+    use super::{Simd, Turn, Work};
 
     /// Reached only through [`run_avx2`]; the private field keeps other modules from making one.
     #[derive(Clone, Copy)]
@@ -274,6 +320,17 @@ mod x86 {
             // SAFETY: the token proves AVX2; the caller vouches for eight values of 16 bits.
             unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(from.cast()))) }
         }
+        #[inline(always)]
+        unsafe fn cos_sin_ptr(self, turn: &Turn, codes: *const u8) -> (__m256, __m256) {
+            // SAFETY: the token proves AVX2; the caller vouches for eight codes; the table has all 256.
+            unsafe {
+                let pair = |i: usize| turn.pairs.as_ptr().add(usize::from(*codes.add(i))).cast::<f64>();
+                let two = |i: usize| _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pair(i)), pair(i + 1)));
+                // Lanes 0, 1 and 4, 5 in one register and 2, 3 and 6, 7 in the other, as shuffles work in halves.
+                let (first, second) = (_mm256_set_m128(two(4), two(0)), _mm256_set_m128(two(6), two(2)));
+                (_mm256_shuffle_ps::<0b10_00_10_00>(first, second), _mm256_shuffle_ps::<0b11_01_11_01>(first, second))
+            }
+        }
         value_op!(add(a, b) -> __m256 = _mm256_add_ps(a, b));
         value_op!(sub(a, b) -> __m256 = _mm256_sub_ps(a, b));
         value_op!(mul(a, b) -> __m256 = _mm256_mul_ps(a, b));
@@ -311,6 +368,20 @@ mod x86 {
         unsafe fn load_i16_ptr(self, from: *const i16) -> __m512 {
             // SAFETY: the token proves AVX-512F; the caller vouches for sixteen values of 16 bits.
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn cos_sin_ptr(self, turn: &Turn, codes: *const u8) -> (__m512, __m512) {
+            // SAFETY: the token proves AVX-512F; the caller vouches for sixteen codes; tables of digits have 16 floats.
+            unsafe {
+                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+                // A lookup sees the lowest four bits of an index only.
+                let digits = [_mm512_srli_epi32::<4>(codes), codes];
+                let lookup = |digit: usize, part: usize| {
+                    _mm512_permutexvar_ps(digits[digit], _mm512_loadu_ps(turn.digits[digit][part].as_ptr()))
+                };
+                let ([c1, s1], [c2, s2]) = ([lookup(0, 0), lookup(0, 1)], [lookup(1, 0), lookup(1, 1)]);
+                (_mm512_fnmadd_ps(s1, s2, _mm512_mul_ps(c1, c2)), _mm512_fmadd_ps(s1, c2, _mm512_mul_ps(c1, s2)))
+            }
         }
         value_op!(add(a, b) -> __m512 = _mm512_add_ps(a, b));
         value_op!(sub(a, b) -> __m512 = _mm512_sub_ps(a, b));

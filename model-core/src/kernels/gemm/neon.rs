@@ -8,8 +8,8 @@
 //! Half a panel (eight columns) at a time, so that the accumulators of a tile fit 32 registers.
 
 use std::arch::aarch64::{
-    int8x16_t, int16x8_t, int32x4_t, vaddq_s32, vandq_u8, vdupq_n_s16, vdupq_n_s32, vdupq_n_u8, vget_low_s8, vld1q_s8,
-    vld1q_u8, vmlal_high_s8, vmlal_s8, vmull_high_s8, vmull_s8, vpadalq_s16, vpaddq_s32, vreinterpretq_s8_s32,
+    int8x16_t, int16x8_t, int32x4_t, vandq_u8, vdupq_n_s16, vdupq_n_s32, vdupq_n_u8, vget_low_s8, vld1q_s8, vld1q_u8,
+    vmlal_high_s8, vmlal_s8, vmull_high_s8, vmull_s8, vpadalq_s16, vpaddq_s32, vreinterpretq_s8_s32,
     vreinterpretq_s8_u8, vshrq_n_u8, vst1q_s32,
 };
 use std::arch::asm;

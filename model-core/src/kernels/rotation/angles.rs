@@ -1,10 +1,12 @@
 //! Angle codes as they rest in memory, and their decoding to sines and cosines.
 
+use std::sync::LazyLock;
+
 use super::LaneOrder;
 use crate::kernels::KernelError;
 use crate::kernels::error::expect_len;
 use crate::kernels::isa::Isa;
-use crate::kernels::simd::{MAX_LANES, Simd, Work, dispatch};
+use crate::kernels::simd::{MAX_LANES, Simd, Turn, Work, dispatch};
 
 /// The angle codes of one rotation site, all experts: bit-packed (least significant bit first), in lane order.
 #[derive(Debug, Clone)]
@@ -103,9 +105,13 @@ impl Coefficients {
     }
 }
 
-/// Largest absolute error of a decoded sine or cosine, against the exact one of the code's angle: 3.4e-9 for the
-/// polynomial, and its evaluation in f32: the last two of its roundings see values up to 1.6 and 1, so
-/// `(1.6 + 1) * 2^-24 = 1.6e-7`, and the ones before add less than a quarter of that.
+/// Largest absolute error of a decoded sine or cosine, against the exact one of the code's angle.
+///
+/// - 16 bits: 3.4e-9 for the polynomial, and its evaluation in f32: the last two of its roundings see values up to 1.6
+///   and 1, so `(1.6 + 1) * 2^-24 = 1.6e-7`, and the ones before add less than a quarter of that.
+/// - Fewer bits, from a table: 2^-25. From one table per digit (AVX-512), `cos(a + b) = cos a cos b - sin a sin b` and
+///   its like for the sine: each of the four factors is off by 2^-25 and multiplied by another, which adds up to
+///   `2 sqrt(2) * 2^-25` at most, and the two roundings are of values up to 1: `4.9 * 2^-25 = 1.5e-7`.
 pub const SINCOS_ERROR: f32 = 2e-7;
 
 /// `sin(pi/2 * v) = v * P(v^2)` on [-1, 1]: minimax in absolute error, 3.4e-9.
@@ -119,6 +125,9 @@ const SIN: [f32; 5] = [1.570_796_3, -0.645_963_37, 0.079_688_48, -0.004_672_228,
 /// A quarter turn in units of a 16-bit code.
 const QUARTER: f32 = 16384.0;
 
+/// Made once, from f64.
+static TURN: LazyLock<Turn> = LazyLock::new(Turn::new);
+
 struct Decode<'a> {
     bytes: &'a [u8],
     bits: u32,
@@ -131,13 +140,19 @@ impl Work for Decode<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        // Codes pass through this buffer as signed 16-bit fractions of a turn: shifted to 16 bits, an unsigned code of
-        // any width wraps to the same angle.
-        let mut turns = [0i16; BUFFER];
-        for (i, (cos, sin)) in self.cos.chunks_mut(BUFFER).zip(self.sin.chunks_mut(BUFFER)).enumerate() {
-            let turns = &mut turns[..cos.len()];
-            unpack(&self.bytes[i * BUFFER * self.bits as usize / 8..], self.bits, turns);
-            sin_cos(simd, turns, cos, sin);
+        let Self { bytes, bits, cos, sin } = self;
+        match bits {
+            16 => sixteen_bits(simd, bytes, cos, sin),
+            8 => eight_bits(simd, &TURN, bytes, cos, sin),
+            _ => {
+                // Narrower codes become the eight-bit codes of the same angles.
+                let mut codes = [0; BUFFER];
+                for (i, (cos, sin)) in cos.chunks_mut(BUFFER).zip(sin.chunks_mut(BUFFER)).enumerate() {
+                    let codes = &mut codes[..cos.len()];
+                    widen(&bytes[i * BUFFER * bits as usize / 8..], bits, codes);
+                    eight_bits(simd, &TURN, codes, cos, sin);
+                }
+            }
         }
     }
 }
@@ -145,27 +160,58 @@ impl Work for Decode<'_> {
 /// Codes unpacked at a time; a multiple of 8, so that every chunk starts at a byte.
 const BUFFER: usize = 256;
 
+/// Unpacks codes of four or six bits and shifts them to eight.
 #[inline(always)]
-fn unpack(bytes: &[u8], bits: u32, turns: &mut [i16]) {
-    match bits {
-        16 => {
-            for (turn, &code) in turns.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *turn = i16::from_le_bytes(code);
-            }
+fn widen(bytes: &[u8], bits: u32, codes: &mut [u8]) {
+    if bits == 4 {
+        let (pairs, last) = codes.as_chunks_mut::<2>();
+        for (pair, byte) in pairs.iter_mut().zip(bytes) {
+            *pair = [byte << 4, byte & 0xf0];
         }
-        8 => {
-            for (turn, &code) in turns.iter_mut().zip(bytes) {
-                *turn = (u16::from(code) << 8).cast_signed();
-            }
+        if let [last] = last {
+            *last = bytes[pairs.len()] << 4;
         }
-        _ => {
-            for (i, turn) in turns.iter_mut().enumerate() {
-                let bit = i * bits as usize;
-                let high = bytes.get(bit / 8 + 1).copied().unwrap_or(0);
-                let word = u16::from_le_bytes([bytes[bit / 8], high]) >> (bit % 8);
-                *turn = (word << (16 - bits)).cast_signed();
-            }
+        return;
+    }
+    for (i, code) in codes.iter_mut().enumerate() {
+        let bit = i * bits as usize;
+        let high = bytes.get(bit / 8 + 1).copied().unwrap_or(0);
+        let word = u16::from_le_bytes([bytes[bit / 8], high]) >> (bit % 8);
+        *code = (word << (8 - bits)) as u8;
+    }
+}
+
+#[inline(always)]
+fn eight_bits<S: Simd>(simd: S, turn: &Turn, codes: &[u8], cos: &mut [f32], sin: &mut [f32]) {
+    assert!(cos.len() == codes.len() && sin.len() == codes.len());
+    let mut i = 0;
+    while i + S::LANES <= codes.len() {
+        let (c, s) = simd.cos_sin(turn, &codes[i..]);
+        simd.store(&mut cos[i..], c);
+        simd.store(&mut sin[i..], s);
+        i += S::LANES;
+    }
+    let tail = codes.len() - i;
+    if tail > 0 {
+        let mut lanes = [0; MAX_LANES];
+        lanes[..tail].copy_from_slice(&codes[i..]);
+        let (c, s) = simd.cos_sin(turn, &lanes);
+        cos[i..].copy_from_slice(&simd.to_array(c, 0.0)[..tail]);
+        sin[i..].copy_from_slice(&simd.to_array(s, 0.0)[..tail]);
+    }
+}
+
+/// As signed fractions of a turn: an unsigned code wraps to the same angle.
+#[inline(always)]
+fn sixteen_bits<S: Simd>(simd: S, bytes: &[u8], cos: &mut [f32], sin: &mut [f32]) {
+    let mut turns = [0i16; BUFFER];
+    let chunks = cos.chunks_mut(BUFFER).zip(sin.chunks_mut(BUFFER)).zip(bytes.chunks(2 * BUFFER));
+    for ((cos, sin), bytes) in chunks {
+        let turns = &mut turns[..cos.len()];
+        for (turn, &code) in turns.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *turn = i16::from_le_bytes(code);
         }
+        sin_cos(simd, turns, cos, sin);
     }
 }
 

@@ -13,9 +13,10 @@
 //!   they are packed, and into the angle codes when a set is loaded. In lane order the bits of a feature's index that
 //!   the *last* stages use select the lane, so that the first stages pair whole registers, without one shuffle.
 //! - **Angles are decoded once for all rows of an expert** ([`PackedAngles::decode`]): codes stay integers in memory.
-//!   A code is a fraction of a turn, so reducing the angle is exact integer arithmetic, and one odd polynomial on a
-//!   quarter turn gives both sine and cosine. A table was not faster for 8-bit codes: gathers cost more than ten
-//!   multiplications.
+//!   Up to eight bits a code, sine and cosine come from one table of a turn: a load of the pair, or with AVX-512 two
+//!   lookups in registers, one for each half of the code, joined by the addition theorem. Sixteen bits are a fraction of a
+//!   turn whose reduction is exact integer arithmetic, and one odd polynomial on a quarter turn gives both.
+//!   Tried and lost: gathers, which cost more than the polynomial's ten multiplications.
 
 mod angles;
 mod apply;

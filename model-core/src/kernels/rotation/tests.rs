@@ -43,21 +43,29 @@ fn first_stages_pair_whole_registers() {
 }
 
 #[test]
-fn every_sixteen_bit_code_decodes_within_its_bound() {
-    let all: Vec<u16> = (0..=u16::MAX).collect();
-    let order = LaneOrder::new(2 * all.len());
-    let packed = PackedAngles::pack(order, &all, 1, 1, 16).unwrap();
-    let mut out = Coefficients::new(&[order]);
-    for isa in Isa::available() {
-        packed.decode(isa, 0, &mut out);
-        let mut worst = 0f64;
-        for (pair, &code) in all.iter().enumerate() {
-            let i = order.angle_position(0, pair);
-            let (sin, cos) = (f64::from(code) * std::f64::consts::TAU / 65536.0).sin_cos();
-            worst = worst.max((f64::from(out.sin[i]) - sin).abs()).max((f64::from(out.cos[i]) - cos).abs());
+fn every_code_decodes_within_its_bound() {
+    for bits in [4, 6, 8, 16] {
+        let all: Vec<u16> = (0..=u16::MAX >> (16 - bits)).collect();
+        let order = LaneOrder::new(2 * all.len());
+        let packed = PackedAngles::pack(order, &all, 1, 1, bits).unwrap();
+        let mut out = Coefficients::new(&[order]);
+        for isa in Isa::available() {
+            packed.decode(isa, 0, &mut out);
+            let mut worst = 0f64;
+            for (pair, &code) in all.iter().enumerate() {
+                let i = order.angle_position(0, pair);
+                let (sin, cos) = (f64::from(code) * std::f64::consts::TAU / f64::from(1u32 << bits)).sin_cos();
+                worst = worst.max((f64::from(out.sin[i]) - sin).abs()).max((f64::from(out.cos[i]) - cos).abs());
+            }
+            println!("{isa}, {bits} bits: sine and cosine within {worst:.2e}");
+            assert!(worst <= f64::from(SINCOS_ERROR), "{isa}, {bits} bits: {worst:e}");
+            let zero = order.angle_position(0, 0);
+            assert_eq!(
+                (out.cos[zero], out.sin[zero]),
+                (1.0, 0.0),
+                "{isa}, {bits} bits: the angle zero is the identity"
+            );
         }
-        println!("{isa}: sine and cosine within {worst:.2e}");
-        assert!(worst <= f64::from(SINCOS_ERROR), "{isa}: {worst:e}");
     }
 }
 
