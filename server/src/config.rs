@@ -3,6 +3,7 @@
 //! Variables are prefixed because docker and systemd put unprefixed ones such as `HOSTNAME` into every environment.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -60,6 +61,9 @@ pub struct ServeArgs {
     /// Who may do what.
     #[command(flatten)]
     pub auth: AuthArgs,
+    /// The certificate.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
@@ -107,18 +111,21 @@ pub struct LimitArgs {
     /// Most requests being worked on at once; more are answered 429.
     #[arg(long, env = "BVIT_MAX_REQUESTS", default_value_t = 256, value_name = "N")]
     pub max_requests: usize,
-    /// Most open connections; more wait to be accepted.
+    /// Most open connections; more are answered 503 and closed.
     #[arg(long, env = "BVIT_MAX_CONNECTIONS", default_value_t = 1024, value_name = "N")]
     pub max_connections: usize,
     /// Longest time from a request's headers to its answer.
     #[arg(long, env = "BVIT_REQUEST_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub request_timeout: Duration,
-    /// Longest time a client may take to send its headers.
+    /// Longest time a client may take to send its headers, or between two requests on one connection.
     #[arg(long, env = "BVIT_HEADER_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub header_timeout: Duration,
     /// Longest time a client may take to send its body.
     #[arg(long, env = "BVIT_BODY_TIMEOUT", default_value = "8s", value_parser = parse_duration, value_name = "TIME")]
     pub body_timeout: Duration,
+    /// Longest time a client may take to read any more bytes of an answer.
+    #[arg(long, env = "BVIT_WRITE_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    pub write_timeout: Duration,
     /// Largest expert set that may be uploaded.
     #[arg(long, env = "BVIT_MAX_UPLOAD", default_value = "64MiB", value_name = "SIZE")]
     pub max_upload: ByteSize,
@@ -205,6 +212,27 @@ pub struct AuthArgs {
     /// File of user keys, one `NAME:KEY` or `KEY` a line; without user keys anyone may classify.
     #[arg(long, env = "BVIT_USER_KEY_FILE", value_name = "FILE")]
     pub user_key_file: Option<PathBuf>,
+    /// Images that each user key may have classified per second, on average; more are answered 429.
+    #[arg(long, env = "BVIT_KEY_RATE", value_name = "N")]
+    pub key_rate: Option<NonZeroU32>,
+    /// Images that a user key may send at once after a rest; without it the rate, and at least one full request.
+    #[arg(long, env = "BVIT_KEY_BURST", value_name = "N", requires = "key_rate")]
+    pub key_burst: Option<NonZeroU32>,
+}
+
+/// The certificate; without one connections are plain HTTP.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct TlsArgs {
+    /// File with the certificate chain in PEM format.
+    #[arg(long, env = "BVIT_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// File with the certificate's key in PEM format.
+    #[arg(long, env = "BVIT_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// How often to look whether certificate or key have changed.
+    #[arg(long, env = "BVIT_TLS_RELOAD", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    pub tls_reload: Duration,
 }
 
 /// Logs, to standard output; standard error says only why the program stops.
@@ -300,6 +328,9 @@ pub struct HealthcheckArgs {
     /// Address the server listens on.
     #[arg(long, env = "BVIT_LISTEN", default_value = "127.0.0.1:8000", value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
+    /// The certificate the server was given, when it speaks TLS.
+    #[arg(long, env = "BVIT_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
     /// How long to wait for the answer.
     #[arg(long, env = "BVIT_HEALTHCHECK_TIMEOUT", default_value = "3s", value_parser = parse_duration, value_name = "TIME")]
     pub timeout: Duration,
@@ -330,6 +361,13 @@ pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, 
 }
 
 impl ServeArgs {
+    /// Images that a user key may send at once.
+    pub fn key_burst(&self) -> NonZeroU32 {
+        let full_request = u32::try_from(self.limits.max_images).ok().and_then(NonZeroU32::new);
+        let burst = self.auth.key_burst.or(self.auth.key_rate.max(full_request));
+        burst.unwrap_or(NonZeroU32::MIN)
+    }
+
     /// Flags that make no sense are refused at start, not discovered under load.
     fn validate(&self) -> Result<(), clap::Error> {
         let LimitArgs { max_body, body_memory, max_pixels, max_images, max_requests, max_connections, .. } =
@@ -363,6 +401,14 @@ impl ServeArgs {
                 "--max-images {max_images} is more than one expert set may queue: {room} by --queue-images \
                  {queue_images} and --set-queue-images"
             )));
+        }
+        if self.auth.key_burst.is_some_and(|burst| (burst.get() as usize) < max_images) {
+            return Err(invalid(format!(
+                "--key-burst is below --max-images {max_images}: a full request would never pass"
+            )));
+        }
+        if self.tls.tls_reload.is_zero() {
+            return Err(invalid("--tls-reload must be more than 0".into()));
         }
         Ok(())
     }

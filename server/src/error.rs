@@ -44,8 +44,12 @@ pub enum ErrorCode {
     InvalidArtifact,
     /// The expert set was made for a backbone that is not here.
     BackboneMismatch,
+    /// The body came too slowly.
+    BodyTimeout,
     /// The queue, or another bounded resource, is full.
     QueueFull,
+    /// The key has sent more images than it may.
+    RateLimited,
     /// A bug here.
     Internal,
     /// The server is shutting down.
@@ -56,7 +60,9 @@ pub enum ErrorCode {
     SetLoading,
     /// The expert set failed to load; it is tried again later.
     SetFailed,
-    /// The deadline passed before the answer was there, or before the body was.
+    /// Too many connections are open.
+    TooManyConnections,
+    /// The deadline passed before the answer was there.
     DeadlineExceeded,
     /// The expert set can never fit the memory budget.
     SetTooLarge,
@@ -66,7 +72,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, for documentation, metrics and tests.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Self::InvalidRequest,
         Self::EmptyBody,
         Self::Unauthorized,
@@ -82,12 +88,15 @@ impl ErrorCode {
         Self::UndecodableImage,
         Self::InvalidArtifact,
         Self::BackboneMismatch,
+        Self::BodyTimeout,
         Self::QueueFull,
+        Self::RateLimited,
         Self::Internal,
         Self::Draining,
         Self::NotReady,
         Self::SetLoading,
         Self::SetFailed,
+        Self::TooManyConnections,
         Self::DeadlineExceeded,
         Self::SetTooLarge,
         Self::DiskFull,
@@ -105,9 +114,12 @@ impl ErrorCode {
             Self::BodyTooLarge | Self::ImageTooLarge | Self::BatchTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::UndecodableImage | Self::InvalidArtifact | Self::BackboneMismatch => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::QueueFull | Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Draining | Self::NotReady | Self::SetLoading | Self::SetFailed => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Draining | Self::NotReady | Self::SetLoading | Self::SetFailed | Self::TooManyConnections => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
             Self::SetTooLarge | Self::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
         }
@@ -131,12 +143,15 @@ impl ErrorCode {
             Self::UndecodableImage => "undecodable_image",
             Self::InvalidArtifact => "invalid_artifact",
             Self::BackboneMismatch => "backbone_mismatch",
+            Self::BodyTimeout => "body_timeout",
             Self::QueueFull => "queue_full",
+            Self::RateLimited => "rate_limited",
             Self::Internal => "internal",
             Self::Draining => "draining",
             Self::NotReady => "not_ready",
             Self::SetLoading => "set_loading",
             Self::SetFailed => "set_failed",
+            Self::TooManyConnections => "too_many_connections",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::SetTooLarge => "set_too_large",
             Self::DiskFull => "disk_full",

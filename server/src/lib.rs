@@ -5,7 +5,8 @@
 //!
 //! | step | module |
 //! | --- | --- |
-//! | accept | [`serve`]: listener, connection limits, graceful shutdown |
+//! | start, stop | [`serve`] |
+//! | accept | [`connection`]: TLS ([`tls`]), connection limits, slow clients, graceful shutdown |
 //! | observe, route, authorise | [`http`] |
 //! | admit | [`admission`]: requests, images and bytes, each bounded |
 //! | find the expert set | [`registry`]: budget, loading, eviction; [`store`]: the files; [`catalog`]: both in step |
@@ -23,6 +24,7 @@ pub mod blocking;
 pub mod catalog;
 pub mod commands;
 pub mod config;
+pub mod connection;
 pub mod error;
 pub mod http;
 pub mod lifecycle;
@@ -35,4 +37,5 @@ pub mod routing;
 pub mod serve;
 pub mod state;
 pub mod store;
+pub mod tls;
 pub mod units;

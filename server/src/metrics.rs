@@ -77,7 +77,9 @@ pub struct Metrics {
     pub queue_capacity: IntGauge,
     /// Requests being worked on.
     pub requests_in_flight: IntGauge,
-    /// Failed requests and failed images of a batch, by error code.
+    /// Open connections.
+    pub connections_open: IntGauge,
+    /// Failed requests, failed images of a batch and refused connections, by error code.
     pub request_failures: IntCounterVec,
     /// 1 for each resident set.
     pub set_resident: IntGaugeVec,
@@ -210,9 +212,10 @@ impl Metrics {
             queue_depth: IntGauge::new("bvit_queue_depth", "Images waiting for a compute thread.")?,
             queue_capacity: IntGauge::new("bvit_queue_capacity", "Images that may wait for a compute thread.")?,
             requests_in_flight: IntGauge::new("bvit_requests_in_flight", "Requests being worked on.")?,
+            connections_open: IntGauge::new("bvit_connections_open", "Open connections.")?,
             request_failures: counter_vec(
                 "bvit_request_failures_total",
-                "Failed requests, and failed images of a batch, by error code.",
+                "Failed requests, failed images of a batch and refused connections, by error code.",
                 &["reason"],
             )?,
             set_resident: gauge_vec("bvit_set_resident", "1 for each expert set in memory.", &["set", "pinned"])?,
@@ -261,7 +264,7 @@ impl Metrics {
     }
 
     fn register(&self) -> prometheus::Result<()> {
-        let collectors: [Box<dyn Collector>; 32] = [
+        let collectors: [Box<dyn Collector>; 33] = [
             Box::new(self.http_requests.clone()),
             Box::new(self.request_duration.clone()),
             Box::new(self.decode_duration.clone()),
@@ -274,6 +277,7 @@ impl Metrics {
             Box::new(self.queue_depth.clone()),
             Box::new(self.queue_capacity.clone()),
             Box::new(self.requests_in_flight.clone()),
+            Box::new(self.connections_open.clone()),
             Box::new(self.request_failures.clone()),
             Box::new(self.set_resident.clone()),
             Box::new(self.sets_registered.clone()),

@@ -1,30 +1,20 @@
 //! From flags to a running server and back: put the application together, listen, drain, end.
 
-use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use axum::Router;
-use axum::body::Body;
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use model_core::image::DecodeLimits;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use tower::ServiceExt;
 
 use crate::admission::Admission;
 use crate::blocking::BlockingPool;
 use crate::catalog::{self, Catalog};
 use crate::config::{ServeArgs, threads_or_cores};
+use crate::connection::{ConnectionSettings, serve};
+use crate::http::Keys;
 use crate::http::oip::Statistics;
-use crate::http::{Keys, PeerAddress, build_router};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, ProcessMemory};
 use crate::model::{ArtifactSource, Row, SetLease, SetRegistry};
@@ -33,11 +23,12 @@ use crate::pipeline::decode::Decoder;
 use crate::pipeline::queue::QueueSettings;
 use crate::registry::{self, Registry};
 use crate::state::{App, AppState, Limits};
+use crate::tls::Tls;
 use crate::units::ByteSize;
 use crate::{http, logging};
 
-/// How long accepting rests after an error such as "too many open files".
-const ACCEPT_REST: Duration = Duration::from_millis(50);
+/// Files that are open beside connections: the model store's, uploads, the runtime's own.
+const OTHER_FILES: u64 = 128;
 /// Longest wait for a set at start, where nobody is waiting for an answer.
 const START_WAIT: Duration = Duration::from_secs(60);
 
@@ -52,6 +43,10 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
     runtime.block_on(async {
         let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
         let shutdown = shutdown_signal()?;
+        let settings = connection_settings(args)?;
+        if let Some(tls) = settings.tls.clone() {
+            tokio::spawn(tls.watch(args.tls.tls_reload, shutdown.clone()));
+        }
         let app = assemble(args)?;
         if !args.registry.watch_store.is_zero() {
             tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
@@ -59,19 +54,36 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
         let address = listener.local_addr().map_err(|error| error.to_string())?;
         tracing::info!(%address, "listening");
         // Probes are answered while models are loaded, so that whoever waits can tell starting from dead.
-        let mut server = tokio::spawn(serve(
-            listener,
-            app.clone(),
-            args.limits.max_connections,
-            args.limits.header_timeout,
-            args.limits.drain_timeout,
-            shutdown,
-        ));
+        let mut server = tokio::spawn(serve(listener, app.clone(), settings, shutdown));
         tokio::select! {
             ready = make_ready(&app, args) => ready?,
             stopped = &mut server => return stopped.map_err(|error| error.to_string()),
         }
         server.await.map_err(|error| error.to_string())
+    })
+}
+
+fn connection_settings(args: &ServeArgs) -> Result<ConnectionSettings, String> {
+    let max_connections = args.limits.max_connections;
+    // Shells and services start programs with 1024 open files allowed; more need only be asked for.
+    let wanted = max_connections as u64 + OTHER_FILES;
+    match rlimit::increase_nofile_limit(wanted) {
+        Ok(allowed) if allowed < wanted => {
+            tracing::warn!(allowed, max_connections, "fewer files may be open than there may be connections");
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "cannot ask for more open files"),
+    }
+    let tls = match (&args.tls.tls_cert, &args.tls.tls_key) {
+        (Some(certificate), Some(key)) => Some(Tls::load(certificate.clone(), key.clone())?),
+        _ => None,
+    };
+    Ok(ConnectionSettings {
+        max_connections,
+        header_timeout: args.limits.header_timeout,
+        write_timeout: args.limits.write_timeout,
+        drain_timeout: args.limits.drain_timeout,
+        tls,
     })
 }
 
@@ -119,7 +131,7 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
         lifecycle: Lifecycle::default(),
         metrics,
         statistics: Statistics::default(),
-        user_keys: Keys::load(args.auth.user_key_file.as_deref(), "BVIT_USER_KEYS")?,
+        user_keys: user_keys(args)?,
         admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
         catalog,
         started: Instant::now(),
@@ -143,6 +155,15 @@ pub async fn make_ready(app: &AppState, args: &ServeArgs) -> Result<(), String> 
     app.lifecycle.set_ready();
     log_start(args, app);
     Ok(())
+}
+
+fn user_keys(args: &ServeArgs) -> Result<Keys, String> {
+    let keys = Keys::load(args.auth.user_key_file.as_deref(), "BVIT_USER_KEYS")?;
+    let Some(rate) = args.auth.key_rate else { return Ok(keys) };
+    if keys.is_empty() {
+        return Err("--key-rate needs user keys: --user-key-file or BVIT_USER_KEYS".into());
+    }
+    Ok(keys.with_rate(rate, args.key_burst()))
 }
 
 fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> Result<SetRegistry, String> {
@@ -241,84 +262,4 @@ fn shutdown_signal() -> Result<CancellationToken, String> {
         cancel.cancel();
     });
     Ok(token)
-}
-
-/// Accepts connections until `shutdown`, then finishes what was accepted, for at most `drain_timeout`.
-pub async fn serve(
-    listener: TcpListener,
-    app: AppState,
-    max_connections: usize,
-    header_timeout: Duration,
-    drain_timeout: Duration,
-    shutdown: CancellationToken,
-) {
-    let router = build_router(app.clone());
-    let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(max_connections)));
-    loop {
-        let accept = async {
-            let slot = Arc::clone(&slots).acquire_owned().await;
-            (slot, listener.accept().await)
-        };
-        let (slot, accepted) = tokio::select! {
-            accepted = accept => accepted,
-            () = shutdown.cancelled() => break,
-        };
-        match accepted {
-            Ok((stream, peer)) => {
-                let connection = serve_connection(stream, peer, router.clone(), header_timeout, shutdown.clone());
-                connections.spawn(async move {
-                    connection.await;
-                    drop(slot);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept connections");
-                tokio::time::sleep(ACCEPT_REST).await;
-            }
-        }
-    }
-    app.lifecycle.set_draining();
-    drop(listener);
-    connections.close();
-    tracing::info!(connections = connections.len(), "draining");
-    if tokio::time::timeout(drain_timeout, connections.wait()).await.is_err() {
-        tracing::warn!(connections = connections.len(), "the drain timeout passed; connections are cut");
-    }
-    let drained = tokio::task::spawn_blocking(move || app.pipeline.drain());
-    if tokio::time::timeout(drain_timeout, drained).await.is_err() {
-        tracing::warn!("the drain timeout passed; queued images are dropped");
-    }
-    tracing::info!("stopped");
-}
-
-async fn serve_connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    router: Router,
-    header_timeout: Duration,
-    shutdown: CancellationToken,
-) {
-    // Answers are small and complete; waiting to fill a segment only delays them.
-    let _ = stream.set_nodelay(true);
-    let service = service_fn(move |request: hyper::Request<Incoming>| {
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(PeerAddress(peer));
-        let router = router.clone();
-        async move { router.oneshot(request).await.map_err(|never: Infallible| never) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(connection);
-    let result = tokio::select! {
-        result = connection.as_mut() => result,
-        () = shutdown.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = result {
-        tracing::debug!(%error, %peer, "connection ended");
-    }
 }

@@ -160,6 +160,35 @@ impl Server {
         panic!("the server did not end");
     }
 
+    /// What has been logged and not yet been waited for.
+    ///
+    /// # Panics
+    /// When a test thread panicked while it read.
+    pub fn log_so_far(&self) -> Vec<String> {
+        self.lines.lock().expect("no test thread panicked while it read").try_iter().collect()
+    }
+
+    /// What has been logged and not yet been waited for, up to the end of the process.
+    ///
+    /// # Panics
+    /// When a test thread panicked while it read.
+    pub fn log_to_end(&self) -> Vec<String> {
+        self.lines.lock().expect("no test thread panicked while it read").iter().collect()
+    }
+
+    /// The process's resident memory in bytes, now and at its peak.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    pub fn memory(&self) -> (usize, usize) {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("a running process");
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a field of every process");
+            line.split_whitespace().next().and_then(|kib| kib.parse::<usize>().ok()).expect("kB") * 1024
+        };
+        (field("VmRSS:"), field("VmHWM:"))
+    }
+
     /// Waits for a line of the log that contains `text`.
     ///
     /// # Panics
@@ -249,23 +278,47 @@ impl Answer {
     }
 }
 
-/// A bare connection.
+/// A bare connection, plain or wrapped.
 #[derive(Debug)]
-pub struct Connection(TcpStream);
+pub struct Connection<S = TcpStream>(pub S);
 
-impl Connection {
+impl<S: Read + Write> Connection<S> {
     /// Sends bytes. A connection that the server has closed is no error here: its answer tells.
     pub fn send(&mut self, bytes: &[u8]) -> &mut Self {
         drop(self.0.write_all(bytes));
         self
     }
 
-    /// Everything until the server closes the connection: status (0 for none) and text after the status line.
+    /// Everything until the server closes the connection: status (0 for none) and the whole text.
     pub fn read(&mut self) -> (u16, String) {
         let mut bytes = Vec::new();
         drop(self.0.read_to_end(&mut bytes));
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        let status = text.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-        (status, text)
+        status_and_text(&bytes)
     }
+
+    /// One answer with a `Content-Length`, leaving the connection open: status (0 when the server closed it) and the
+    /// whole text.
+    pub fn read_one(&mut self) -> (u16, String) {
+        let (mut bytes, mut byte) = (Vec::new(), [0]);
+        while !bytes.ends_with(b"\r\n\r\n") && self.0.read(&mut byte).is_ok_and(|count| count == 1) {
+            bytes.push(byte[0]);
+        }
+        let head = String::from_utf8_lossy(&bytes).to_ascii_lowercase();
+        let length = head.split_once("content-length: ").and_then(|(_, rest)| rest.lines().next()?.parse().ok());
+        let mut body = vec![0; length.unwrap_or(0)];
+        drop(self.0.read_exact(&mut body));
+        bytes.extend(body);
+        status_and_text(&bytes)
+    }
+}
+
+fn status_and_text(bytes: &[u8]) -> (u16, String) {
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    let status = text.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+    (status, text)
+}
+
+/// The head of a request whose body has so many bytes, on a connection that stays open.
+pub fn request_head(method_and_path: &str, length: usize) -> Vec<u8> {
+    format!("{method_and_path} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n\r\n").into()
 }

@@ -1,8 +1,12 @@
 //! Keys: who may classify, who may manage.
 
+use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::Arc;
 
 use axum::http::{HeaderMap, header};
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use sha2::{Digest as _, Sha256};
 
 use super::extract::RequestContext;
@@ -11,11 +15,49 @@ use crate::state::AppState;
 
 /// Named keys, kept as hashes: nothing that is logged or dumped by mistake contains one.
 #[derive(Clone, Default)]
-pub struct Keys(Vec<(String, [u8; 32])>);
+pub struct Keys(Vec<Key>);
+
+#[derive(Clone)]
+struct Key {
+    name: String,
+    hash: [u8; 32],
+    caller: Caller,
+}
+
+/// Who asks for images to be classified, as far as rates go.
+#[derive(Clone, Default)]
+pub struct Caller(Option<Arc<DefaultDirectRateLimiter>>);
+
+impl Caller {
+    /// Counts images against what the key may send; without a rate nothing is counted.
+    ///
+    /// # Errors
+    /// 429, saying when to come back.
+    pub fn charge(&self, images: usize) -> Result<(), ApiError> {
+        let count = u32::try_from(images).map_or(Some(NonZeroU32::MAX), NonZeroU32::new);
+        let (Some(limiter), Some(count)) = (&self.0, count) else { return Ok(()) };
+        let limited = |text: &str| ApiError::new(ErrorCode::RateLimited, text);
+        match limiter.check_n(count) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(until)) => {
+                let wait = until.wait_time_from(DefaultClock::default().now());
+                Err(limited("this key has sent as many images as it may; try again later").retry_after(wait))
+            }
+            // Flags are checked so that a full request passes, so this is no request that could be answered.
+            Err(_) => Err(limited("these are more images than this key may ever send at once")),
+        }
+    }
+}
+
+impl std::fmt::Debug for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "Caller(limited)" } else { "Caller" })
+    }
+}
 
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
+        f.debug_list().entries(self.0.iter().map(|key| &key.name)).finish()
     }
 }
 
@@ -36,7 +78,7 @@ impl Keys {
             if key.len() < 8 {
                 return Err(format!("line {number}: a key needs at least 8 characters"));
             }
-            keys.push((name.to_owned(), hash(key)));
+            keys.push(Key { name: name.to_owned(), hash: hash(key), caller: Caller::default() });
         }
         Ok(Self(keys))
     }
@@ -58,16 +100,26 @@ impl Keys {
         Ok(keys)
     }
 
+    /// Limits each key to so many images per second, and so many at once after a rest.
+    #[must_use]
+    pub fn with_rate(mut self, per_second: NonZeroU32, burst: NonZeroU32) -> Self {
+        let quota = Quota::per_second(per_second).allow_burst(burst);
+        for key in &mut self.0 {
+            key.caller = Caller(Some(Arc::new(RateLimiter::direct(quota))));
+        }
+        self
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The name of `key`. Every key is compared, and every byte of its hash, so that time tells nothing.
-    fn name_of(&self, key: &str) -> Option<&str> {
+    /// Finds `key`. Every key is compared, and every byte of its hash, so that time tells nothing.
+    fn find(&self, key: &str) -> Option<&Key> {
         let hash = hash(key);
         let equal = |other: &[u8; 32]| std::iter::zip(&hash, other).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0;
-        self.0.iter().fold(None, |found, (name, other)| if equal(other) { Some(name.as_str()) } else { found })
+        self.0.iter().fold(None, |found, key| if equal(&key.hash) { Some(key) } else { found })
     }
 }
 
@@ -93,13 +145,12 @@ fn missing_or_wrong(headers: &HeaderMap) -> ApiError {
 ///
 /// # Errors
 /// 401.
-pub fn require_user(app: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
+pub fn require_user(app: &AppState, headers: &HeaderMap) -> Result<Caller, ApiError> {
     if app.user_keys.is_empty() {
-        return Ok(());
+        return Ok(Caller::default());
     }
-    let known = presented(headers)
-        .is_some_and(|key| app.user_keys.name_of(key).or_else(|| app.admin_keys.name_of(key)).is_some());
-    if known { Ok(()) } else { Err(missing_or_wrong(headers)) }
+    let known = presented(headers).and_then(|key| app.user_keys.find(key).or_else(|| app.admin_keys.find(key)));
+    known.map(|key| key.caller.clone()).ok_or_else(|| missing_or_wrong(headers))
 }
 
 /// Lets management through: with admin keys one of them, without any only the loopback. Returns who it is, for the
@@ -121,11 +172,11 @@ pub fn require_admin<'a>(
         };
     }
     let key = presented(headers);
-    if let Some(name) = key.and_then(|key| app.admin_keys.name_of(key)) {
-        return Ok(name);
+    if let Some(admin) = key.and_then(|key| app.admin_keys.find(key)) {
+        return Ok(&admin.name);
     }
     match key {
-        Some(key) if app.user_keys.name_of(key).is_some() => {
+        Some(key) if app.user_keys.find(key).is_some() => {
             Err(ApiError::new(ErrorCode::Forbidden, "this key may classify, not manage"))
         }
         _ => Err(missing_or_wrong(headers)),
@@ -139,10 +190,26 @@ mod tests {
     #[test]
     fn keys_have_names_and_are_never_shown() {
         let keys = Keys::parse("# comment\n\nalice:secret-one\nsecret-two\n").unwrap();
-        assert_eq!(keys.name_of("secret-one"), Some("alice"));
-        assert_eq!(keys.name_of("secret-two"), Some("key-4"));
-        assert_eq!(keys.name_of("secret-three"), None);
+        let name = |key: &str| keys.find(key).map(|key| key.name.as_str());
+        assert_eq!(name("secret-one"), Some("alice"));
+        assert_eq!(name("secret-two"), Some("key-4"));
+        assert_eq!(name("secret-three"), None);
         assert!(!format!("{keys:?}").contains("secret"));
         assert_eq!(Keys::parse("ok-ok-ok\nshort").unwrap_err(), "line 2: a key needs at least 8 characters");
+    }
+
+    #[test]
+    fn each_key_has_a_rate_of_its_own() {
+        // Twenty images come back in twenty seconds, which no step of this test takes.
+        let (slow, burst) = (NonZeroU32::MIN, NonZeroU32::new(40).unwrap());
+        let keys = Keys::parse("a:secret-one\nb:secret-two").unwrap().with_rate(slow, burst);
+        let (a, b) = (&keys.find("secret-one").unwrap().caller, &keys.find("secret-two").unwrap().caller);
+        assert_eq!(a.charge(30), Ok(()));
+        assert_eq!(a.charge(0), Ok(()));
+        let refused = a.charge(30).unwrap_err();
+        assert_eq!(refused.code(), ErrorCode::RateLimited);
+        assert_eq!(b.charge(30), Ok(()), "another key's images are its own");
+        assert_eq!(b.charge(usize::MAX).unwrap_err().code(), ErrorCode::RateLimited);
+        assert_eq!(Caller::default().charge(usize::MAX), Ok(()));
     }
 }

@@ -29,7 +29,7 @@ pub struct Received {
 /// Reads a whole body, decompressing it when `Content-Encoding` says so.
 ///
 /// # Errors
-/// 413 over the limit, 429 when bodies take too much memory already, 504 when it comes too slowly, 415 for an unknown
+/// 413 over the limit, 429 when bodies take too much memory already, 408 when it comes too slowly, 415 for an unknown
 /// encoding, 400 when it breaks off or does not decompress.
 pub async fn receive(app: &AppState, headers: &HeaderMap, body: Body, deadline: Instant) -> Result<Received, ApiError> {
     let mut body = body;
@@ -72,7 +72,7 @@ async fn receive_limited(
     loop {
         let frame = tokio::time::timeout_at(deadline, body.frame())
             .await
-            .map_err(|_| ApiError::new(ErrorCode::DeadlineExceeded, "the request's body did not arrive in time"))?;
+            .map_err(|_| ApiError::new(ErrorCode::BodyTimeout, "the request's body did not arrive in time"))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| ApiError::invalid(format!("the request's body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
@@ -11,11 +12,13 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use model_core::image::RgbImage;
 use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::oneshot::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 
+use super::auth::{self, Caller};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
-use super::{auth, body, input};
+use super::{body, input};
 use crate::error::{ApiError, ErrorBody, ErrorCode};
 use crate::metrics::ImageResult;
 use crate::model::SetLease;
@@ -103,7 +106,7 @@ async fn classify_default(
     context: RequestContext,
     query: ApiQuery<ClassifyQuery>,
     headers: HeaderMap,
-    body: axum::body::Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
     classify(app, context, None, query.0, headers, body).await
 }
@@ -114,7 +117,7 @@ async fn classify_named(
     set: ApiPath<String>,
     query: ApiQuery<ClassifyQuery>,
     headers: HeaderMap,
-    body: axum::body::Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
     classify(app, context, Some(set.0), query.0, headers, body).await
 }
@@ -125,16 +128,9 @@ async fn classify(
     set: Option<String>,
     query: ClassifyQuery,
     headers: HeaderMap,
-    body: axum::body::Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    auth::require_user(&app, &headers)?;
-    let _admitted = match app.admit() {
-        Ok(permit) => permit,
-        Err(error) => {
-            body::linger(body).await;
-            return Err(error);
-        }
-    };
+    let (admitted, body) = admit(&app, &headers, body).await?;
     let received = body::receive(&app, &headers, body, context.deadline).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
     let top_k = match query.top_k {
@@ -148,11 +144,34 @@ async fn classify(
         routing: query.routing,
         started: context.started,
         deadline: context.deadline,
+        caller: admitted.caller.clone(),
     };
     let answers = answer_images(&app, request).await?;
     // The encoded bytes are not needed any more, and the answer may be slow to leave.
     drop(received);
     respond(answers, top_k.unwrap_or(DEFAULT_TOP_K), input.is_batch)
+}
+
+/// A request that may cost real work, until dropped.
+pub struct Admitted {
+    /// Whose images they are; the first is counted already.
+    pub caller: Caller,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Lets a request in and hands its body back; a refused one's is read away first.
+///
+/// # Errors
+/// 401, 429 and 503, before any work is spent.
+pub async fn admit(app: &AppState, headers: &HeaderMap, body: Body) -> Result<(Admitted, Body), ApiError> {
+    let caller = auth::require_user(app, headers)?;
+    match caller.charge(1).and_then(|()| app.admit()) {
+        Ok(_permit) => Ok((Admitted { caller, _permit }, body)),
+        Err(error) => {
+            body::linger(body).await;
+            Err(error)
+        }
+    }
 }
 
 /// An image to classify.
@@ -181,6 +200,8 @@ pub struct ImageRequest {
     pub started: Instant,
     /// When the answer must be there.
     pub deadline: Instant,
+    /// Whose images they are; the first is counted already.
+    pub caller: Caller,
 }
 
 /// One image's logits.
@@ -231,7 +252,8 @@ pub async fn answer_images(app: &AppState, request: ImageRequest) -> Result<Imag
 }
 
 async fn answer_in_time(app: &AppState, name: &str, request: ImageRequest) -> Result<ImageAnswers, ApiError> {
-    let ImageRequest { version, images, routing, started, deadline, .. } = request;
+    let ImageRequest { version, images, routing, started, deadline, caller, .. } = request;
+    caller.charge(images.len().saturating_sub(1))?;
     let wait = app.limits.load_wait.min(deadline.saturating_duration_since(Instant::now()));
     let lease = app.registry.acquire(name, version, wait).await?;
     let _admitted = app.admission.images(images.len(), lease.backbone.value.input_bytes())?;

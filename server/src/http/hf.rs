@@ -7,9 +7,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
 
-use super::classify::{DEFAULT_TOP_K, Image, ImageAnswer, ImageRequest, Prediction, answer_images, predictions};
+use super::classify::{DEFAULT_TOP_K, Image, ImageAnswer, ImageRequest, Prediction, admit, answer_images, predictions};
 use super::extract::{ApiPath, RequestContext};
-use super::{auth, body, input};
+use super::{body, input};
 use crate::error::ApiError;
 use crate::state::AppState;
 
@@ -25,8 +25,7 @@ async fn classify(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    auth::require_user(&app, &headers)?;
-    let _admitted = app.admit()?;
+    let (admitted, body) = admit(&app, &headers, body).await?;
     let received = body::receive(&app, &headers, body, context.deadline).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
     let request = ImageRequest {
@@ -36,6 +35,7 @@ async fn classify(
         routing: false,
         started: context.started,
         deadline: context.deadline,
+        caller: admitted.caller.clone(),
     };
     let answers = answer_images(&app, request).await?;
     let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);

@@ -195,7 +195,7 @@ async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result
     loop {
         let frame = timeout_at(deadline, body.frame())
             .await
-            .map_err(|_| ApiError::new(ErrorCode::DeadlineExceeded, "the upload did not arrive in time"))?;
+            .map_err(|_| ApiError::new(ErrorCode::BodyTimeout, "the upload did not arrive in time"))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| ApiError::invalid(format!("the upload broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };

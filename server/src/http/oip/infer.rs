@@ -12,9 +12,9 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 
-use super::super::classify::{Image, ImageAnswers, ImageRequest, answer_images, predictions};
+use super::super::body;
+use super::super::classify::{Image, ImageAnswers, ImageRequest, admit, answer_images, predictions};
 use super::super::extract::{ApiPath, RequestContext};
-use super::super::{auth, body};
 use super::ModelPath;
 use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
@@ -152,14 +152,7 @@ pub(super) async fn infer(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    auth::require_user(&app, &headers)?;
-    let _admitted = match app.admit() {
-        Ok(permit) => permit,
-        Err(error) => {
-            body::linger(body).await;
-            return Err(error);
-        }
-    };
+    let (admitted, body) = admit(&app, &headers, body).await?;
     let version = path.0.version()?;
     let received = body::receive(&app, &headers, body, context.deadline).await?;
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
@@ -173,6 +166,7 @@ pub(super) async fn infer(
             routing: false,
             started: context.started,
             deadline: context.deadline,
+            caller: admitted.caller.clone(),
         },
     )
     .await?;

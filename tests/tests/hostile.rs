@@ -1,0 +1,251 @@
+//! Clients that mean no good, or might as well: what they send, how slowly, and how many they are.
+
+use std::io::Read;
+use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
+
+use system_tests::server::{Answer, Connection, Server, image, request_head};
+
+const GOOD: &str = "GET /v2/health/live HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
+
+fn still_serves(server: &Server) {
+    assert_eq!(server.classify(&image("test-00.png")).status, 200, "the server still serves");
+}
+
+#[test]
+fn malformed_http_is_refused_and_the_connection_closed() {
+    let server = Server::start([] as [&str; 0]);
+    let long = "x".repeat(100_000);
+    let cases = [
+        "\r\n\r\n\r\nnonsense\r\n\r\n".to_owned(),
+        "GET\r\n\r\n".into(),
+        "GET /health\r\n\r\n".into(),
+        "GET /health HTTP/9.9\r\n\r\n".into(),
+        "GET /health HTTP/1.1\r\nno colon here\r\n\r\n".into(),
+        "GET /health HTTP/1.1\r\nHost : spaced\r\n\r\n".into(),
+        "GET /health HTTP/1.1\r\nA: b\r\n folded: c\r\n\r\n".into(),
+        "GET /health HTTP/1.1\r\nA: \0\r\n\r\n".into(),
+        "GET /he\0alth HTTP/1.1\r\nHost: test\r\n\r\n".into(),
+        "G\u{e9}T /health HTTP/1.1\r\nHost: test\r\n\r\n".into(),
+        format!("GET /{long} HTTP/1.1\r\nHost: test\r\n\r\n"),
+        format!("GET /health HTTP/1.1\r\nA: {long}\r\n\r\n"),
+        format!("GET /health HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(5000)),
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(),
+        "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0\u{1}\u{fc}\u{3}\u{3}".into(),
+        "POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: -1\r\n\r\n".into(),
+        "POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: +4\r\n\r\nabcd".into(),
+        "POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 99999999999999999999\r\n\r\n".into(),
+    ];
+    for case in cases {
+        // A second request behind the first must not be answered: who knows where it begins?
+        let (status, text) = server.connect().send(case.as_bytes()).send(GOOD.as_bytes()).read();
+        let shown = &case[..case.len().min(60)];
+        assert!(status == 0 || (400..500).contains(&status), "{shown:?}: {text}");
+        assert!(!text.contains(r#""live""#), "{shown:?}: {text}");
+    }
+    still_serves(&server);
+}
+
+/// Two parties that disagree where a request ends let one client's bytes become another's request. So whatever is
+/// ambiguous is refused, or ends the connection at its own end.
+#[test]
+fn no_request_is_smuggled_behind_an_ambiguous_one() {
+    let server = Server::start([] as [&str; 0]);
+    let post = "POST /v2/health/live HTTP/1.1\r\nHost: test\r\n";
+    let chunked = format!("0\r\n\r\n{GOOD}");
+    let whole = chunked.len();
+    let cases = [
+        // The body is empty by chunks and holds a request by length, in either order of the headers.
+        format!("{post}Content-Length: {whole}\r\nTransfer-Encoding: chunked\r\n\r\n{chunked}"),
+        format!("{post}Transfer-Encoding: chunked\r\nContent-Length: {whole}\r\n\r\n{chunked}"),
+        format!("{post}Content-Length: 0\r\nContent-Length: {}\r\n\r\n{GOOD}", GOOD.len()),
+        format!("{post}Content-Length: {}\r\nContent-Length: 0\r\n\r\n{GOOD}", GOOD.len()),
+        format!("{post}Content-Length: 0, {}\r\n\r\n{GOOD}", GOOD.len()),
+        format!("{post}Transfer-Encoding: identity\r\nContent-Length: {whole}\r\n\r\n{chunked}"),
+        format!("{post}Transfer-Encoding: xchunked\r\n\r\n{chunked}"),
+        format!("{post}Transfer-Encoding: chunked, identity\r\n\r\n{chunked}"),
+        format!("{post}Transfer-Encoding : chunked\r\n\r\n{chunked}"),
+        format!("{post}Transfer-Encoding:\x0bchunked\r\n\r\n{chunked}"),
+        format!("{post}X: y\r\n Transfer-Encoding: chunked\r\n\r\n{chunked}"),
+        format!("POST /v2/health/live HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n{chunked}"),
+        // Sizes of chunks that another party would read as something else.
+        format!("{post}Transfer-Encoding: chunked\r\n\r\n-0\r\n\r\n{GOOD}"),
+        format!("{post}Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n{GOOD}"),
+        format!("{post}Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n{GOOD}"),
+        format!("{post}Transfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n{GOOD}"),
+    ];
+    for case in cases {
+        let (_, text) = server.connect().send(case.as_bytes()).read();
+        assert!(!text.contains(r#""live""#), "{case:?} was taken for two requests: {text}");
+        assert!(text.matches("HTTP/1.1 ").count() <= 1, "{case:?}: {text}");
+    }
+    // What is not ambiguous goes on: two requests on one connection.
+    let two = format!("{post}Transfer-Encoding: chunked\r\n\r\n{chunked}");
+    let (status, text) = server.connect().send(two.as_bytes()).read();
+    assert!(status == 405 && text.contains(r#""live""#), "{text}");
+    still_serves(&server);
+}
+
+#[test]
+fn ten_thousand_connections_leave_those_that_were_there_alone() {
+    const CONNECTIONS: usize = 10_000;
+    let allowed = rlimit::increase_nofile_limit(CONNECTIONS as u64 + 1000).unwrap();
+    assert!(allowed > CONNECTIONS as u64 + 500, "this test needs more open files than {allowed}");
+    let server = Server::start(["--max-connections", "64", "--header-timeout", "60s"]);
+    let picture = image("test-00.png");
+    let classify = |connection: &mut Connection| {
+        connection.send(&request_head("POST /classify", picture.len())).send(&picture).read_one()
+    };
+    let mut early = server.connect();
+    assert_eq!(classify(&mut early).0, 200);
+    let before = server.memory().0;
+
+    let mut held: Vec<TcpStream> = Vec::with_capacity(CONNECTIONS);
+    for i in 0..CONNECTIONS {
+        held.push(TcpStream::connect(server.address).unwrap());
+        if i % 1000 == 0 {
+            let (status, text) = classify(&mut early);
+            assert_eq!(status, 200, "with {i} others: {text}");
+        }
+    }
+    // One more is told that there is no room, or closed without a word; it never waits.
+    let (status, text) = server.connect().send(GOOD.as_bytes()).read();
+    assert!(status == 0 || (status == 503 && text.contains("too_many_connections")), "{text}");
+    let metrics = early.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n").read_one().1;
+    assert!(metrics.contains("\nbvit_connections_open 64\n"), "{metrics}");
+    // 64 idle connections and as many refusals under way: some kilobytes each.
+    let grown = server.memory().1.saturating_sub(before);
+    assert!(grown < 8 << 20, "10,000 connections took {grown} bytes");
+    drop(held);
+    // The server notices that they are gone when it reads from them.
+    while server.connect().send(GOOD.as_bytes()).read().0 != 200 {
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(classify(&mut early).0, 200);
+    still_serves(&server);
+}
+
+#[test]
+fn a_refused_connection_says_why() {
+    let server = Server::start(["--max-connections", "1", "--header-timeout", "60s"]);
+    let mut only = server.connect();
+    assert_eq!(only.send(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n").read_one().0, 200);
+    let (status, text) = server.connect().send(GOOD.as_bytes()).read();
+    assert_eq!(status, 503, "{text}");
+    assert!(text.contains(r#""error_type":"too_many_connections""#) && text.contains("retry-after: 1"), "{text}");
+}
+
+#[test]
+fn connections_that_idle_or_do_not_read_are_closed() {
+    let server = Server::start(["--header-timeout", "300ms", "--write-timeout", "300ms"]);
+    let mut idle = server.connect();
+    assert_eq!(idle.send(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n").read_one().0, 200);
+    assert!(idle.0.read(&mut [0]).is_ok_and(|count| count == 0), "closed by the server");
+
+    let mut deaf = server.connect();
+    let ask = b"GET /console/uplot/uPlot.iife.min.js HTTP/1.1\r\nHost: test\r\n\r\n".repeat(1000);
+    // Neither does this write end in time, once the server takes no more.
+    deaf.0.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+    deaf.send(&ask);
+    // Only the connection that asks is left.
+    let gone = |text: &str| text.contains("\nbvit_connections_open 1\n");
+    let ask = || server.connect().send(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").read().1;
+    while !gone(&ask()) {
+        thread::sleep(Duration::from_millis(20));
+    }
+    drop(deaf);
+}
+
+#[test]
+fn bodies_of_64_mebibytes_are_refused_without_being_kept() {
+    const BODY: usize = 64 << 20;
+    let server = Server::start([] as [&str; 0]);
+    still_serves(&server);
+    let before = server.memory().0;
+    let chunk = vec![b'x'; 1 << 20];
+    let announced = || {
+        let mut connection = server.connect();
+        connection.send(&request_head("POST /classify", BODY));
+        for _ in 0..BODY / chunk.len() {
+            connection.send(&chunk);
+        }
+        connection.read_one()
+    };
+    let chunked = || {
+        let mut connection = server.connect();
+        connection.send(b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n");
+        for _ in 0..BODY / chunk.len() {
+            connection.send(b"100000\r\n").send(&chunk).send(b"\r\n");
+        }
+        connection.send(b"0\r\n\r\n").read_one()
+    };
+    thread::scope(|scope| {
+        let mut clients: Vec<_> = (0..4).map(|_| scope.spawn(announced)).collect();
+        clients.extend((0..4).map(|_| scope.spawn(chunked)));
+        for client in clients {
+            let (status, text) = client.join().unwrap();
+            // 429: bodies together are bounded too. 0: still sending after all patience, and cut off.
+            assert!([413, 429, 0].contains(&status), "{text}");
+        }
+    });
+    // `--body-memory`, 32 MiB, bounds what all bodies hold; growing buffers double, so old and new may meet.
+    let grown = server.memory().1.saturating_sub(before);
+    assert!(grown < 72 << 20, "eight bodies of 64 MiB took {grown} bytes");
+    still_serves(&server);
+}
+
+#[test]
+fn each_key_has_its_rate_and_is_told_when_to_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    std::fs::write(&keys, "busy:first-secret-key\ncalm:second-secret-key\n").unwrap();
+    // The rate is as low as it can be, so that what comes back during the test is far less than what is sent.
+    let server = Server::start(["--user-key-file", keys.to_str().unwrap(), "--key-rate", "1", "--key-burst", "32"]);
+    let picture = image("test-00.png");
+    let send = |key: &str| Answer::of(server.post("/classify").header("x-api-key", key).body(picture.clone()));
+    let answers: Vec<Answer> = (0..200).map(|_| send("first-secret-key")).collect();
+    assert!(answers[..32].iter().all(|answer| answer.status == 200), "the burst passes");
+    let refused = answers.iter().find(|answer| answer.status != 200).expect("more than the rate");
+    refused.assert_refused(429, "rate_limited");
+    assert_eq!(send("second-secret-key").status, 200, "one key's rate is not another's");
+    // Images count, not requests: a batch of 32 is more than a key that has just sent one has left.
+    let batch = serde_json::json!({"inputs": vec![""; 32]});
+    let batch = Answer::of(server.post("/classify").bearer_auth("second-secret-key").json(&batch));
+    batch.assert_refused(429, "rate_limited");
+    send("no-such-secret-key").assert_refused(401, "unauthorized");
+}
+
+#[test]
+fn the_log_shows_neither_keys_nor_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    std::fs::write(&keys, "camera:the-users-secret\n").unwrap();
+    let server = Server::start(["--user-key-file", keys.to_str().unwrap(), "--log", "trace"]);
+    let picture = image("test-00.png");
+    let base64 = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &picture);
+    let json = serde_json::json!({ "inputs": base64 });
+    assert_eq!(Answer::of(server.post("/classify").bearer_auth("the-users-secret").json(&json)).status, 200);
+    let wrong = server.post("/classify?key=in-a-query").bearer_auth("a-wrong-secret").body(picture);
+    Answer::of(wrong).assert_refused(401, "unauthorized");
+    let unknown = server.get("/no/such/route?token=in-a-query");
+    unknown.assert_refused(404, "route_not_found");
+    let log = server.log_so_far().join("\n");
+    assert!(log.contains("request refused"), "{log}");
+    for secret in ["the-users-secret", "a-wrong-secret", "in-a-query", &base64[..24], &base64[base64.len() - 24..]] {
+        assert!(!log.contains(secret), "{secret} is in the log");
+    }
+}
+
+#[test]
+fn every_answer_carries_the_headers_browsers_need() {
+    let server = Server::start([] as [&str; 0]);
+    for path in ["/", "/health", "/metrics", "/no/such/route", "/classify", "/console/main.js"] {
+        let answer = server.get(path);
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
+        let policy = answer.header("content-security-policy").expect(path);
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{path}: {policy}");
+        assert_eq!(answer.header("referrer-policy"), Some("no-referrer"), "{path}");
+        assert_eq!(answer.header("cross-origin-resource-policy"), Some("same-origin"), "{path}");
+    }
+}
