@@ -1,42 +1,80 @@
-//! Blocking work on a bounded number of threads, away from the async ones.
+//! Blocking work on threads of its own, away from the async ones.
 
+use std::io;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
+
+/// Added to the niceness of background threads. Beside busy compute threads they get about a quarter of a core: loads
+/// go on, and those who wait for answers of resident sets hardly notice.
+const BACKGROUND_NICENESS: i32 = 5;
 
 /// The work panicked: a bug, but one that must not take the server down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the blocking task panicked")]
 pub struct Panicked;
 
-/// Runs closures on the runtime's blocking threads, at most so many at a time. Each kind of work has its own pool, so
-/// that a slow load holds up no decoding and the other way round.
+/// How a pool's threads stand to the rest of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// A request waits for the outcome, and nothing but it does.
+    Normal,
+    /// Gives way to other threads.
+    Background,
+}
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Runs closures on a fixed number of threads, in the order in which they come. Each kind of work has its own pool, so
+/// that a slow load holds up no decoding and the other way round. The threads live as long as the pool, and number
+/// few: the C library's allocator keeps a heap per thread, and heaps that large buffers have passed through stay large.
 #[derive(Debug, Clone)]
 pub struct BlockingPool {
-    permits: Arc<Semaphore>,
+    queue: mpsc::Sender<Work>,
 }
 
 impl BlockingPool {
-    /// A pool that runs at most `threads` closures at a time.
-    pub fn new(threads: usize) -> Self {
-        Self { permits: Arc::new(Semaphore::new(threads.max(1))) }
+    /// Starts `threads` threads, at least one, named after `kind`.
+    ///
+    /// # Errors
+    /// When the operating system gives no thread.
+    pub fn start(kind: &str, threads: usize, priority: Priority) -> io::Result<Self> {
+        let (queue, work) = mpsc::channel::<Work>();
+        let work = Arc::new(Mutex::new(work));
+        for index in 0..threads.max(1) {
+            let work = Arc::clone(&work);
+            let run = move || {
+                if priority == Priority::Background {
+                    // Where it is not allowed, loads only disturb more.
+                    let _ = rustix::process::nice(BACKGROUND_NICENESS);
+                }
+                // The lock is held while waiting, and given up before the work is done.
+                let next = || work.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                while let Ok(work) = next() {
+                    work();
+                }
+            };
+            std::thread::Builder::new().name(format!("bvit-{kind}-{index}")).spawn(run)?;
+        }
+        Ok(Self { queue })
     }
 
-    /// Runs `work` once a thread is free. Work that has begun goes on to its end when the caller goes away, and keeps
-    /// its place among the `threads` until then.
+    /// Runs `work` once a thread is free. Work that has begun goes on to its end when the caller goes away; work that
+    /// has not is dropped.
     ///
     /// # Errors
     /// [`Panicked`].
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
-        let permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| Panicked)?;
-        tokio::task::spawn_blocking(move || {
-            let result = std::panic::catch_unwind(AssertUnwindSafe(work));
-            drop(permit);
-            result.map_err(|_| Panicked)
-        })
-        .await
-        .unwrap_or(Err(Panicked))
+        let (reply, answer) = oneshot::channel();
+        let guarded = move || {
+            if !reply.is_closed() {
+                // A caller that has gone meanwhile is no error.
+                let _ = reply.send(std::panic::catch_unwind(AssertUnwindSafe(work)));
+            }
+        };
+        self.queue.send(Box::new(guarded)).map_err(|_| Panicked)?;
+        answer.await.map_err(|_| Panicked)?.map_err(|_| Panicked)
     }
 }
 
@@ -48,7 +86,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_more_than_its_threads_run_at_once() {
-        let pool = BlockingPool::new(2);
+        let pool = BlockingPool::start("test", 2, Priority::Normal).unwrap();
         let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let tasks: Vec<_> = (0..8)
             .map(|_| {
@@ -71,8 +109,29 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_an_error_and_frees_the_thread() {
-        let pool = BlockingPool::new(1);
+        let pool = BlockingPool::start("test", 1, Priority::Background).unwrap();
         assert_eq!(pool.run(|| panic!("on purpose")).await, Err::<(), _>(Panicked));
         assert_eq!(pool.run(|| 7).await, Ok(7));
+    }
+
+    #[tokio::test]
+    async fn work_that_nobody_waits_for_any_more_is_not_begun() {
+        let pool = BlockingPool::start("test", 1, Priority::Normal).unwrap();
+        let (begun, blocked) = (Arc::new(AtomicUsize::new(0)), Arc::new(std::sync::Barrier::new(2)));
+        let first = tokio::spawn({
+            let (pool, blocked) = (pool.clone(), Arc::clone(&blocked));
+            async move { pool.run(move || blocked.wait()).await }
+        });
+        let second = tokio::spawn({
+            let (pool, begun) = (pool.clone(), Arc::clone(&begun));
+            async move { pool.run(move || begun.fetch_add(1, Ordering::SeqCst)).await }
+        });
+        tokio::task::yield_now().await;
+        second.abort();
+        assert!(second.await.is_err());
+        blocked.wait();
+        first.await.unwrap().unwrap();
+        pool.run(|| ()).await.unwrap();
+        assert_eq!(begun.load(Ordering::SeqCst), 0);
     }
 }

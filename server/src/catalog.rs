@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::blocking::BlockingPool;
+use crate::blocking::{BlockingPool, Priority};
 use crate::error::{ApiError, ErrorCode};
 use crate::model::{SetRegistry, check_set, describe_set};
 use crate::registry::{Location, SetDescriptor, SetError, SetState};
@@ -50,8 +50,10 @@ impl Catalog {
         for file in &broken {
             tracing::warn!(reason = file.reason, "a file of the model store is left out");
         }
+        let files =
+            BlockingPool::start("files", 1, Priority::Background).map_err(|error| format!("threads: {error}"))?;
         let shared = Shared { root, registry, broken: Mutex::new(broken) };
-        Ok(Self { shared: Arc::new(shared), files: BlockingPool::new(1) })
+        Ok(Self { shared: Arc::new(shared), files })
     }
 
     /// Files of the store that are not registered, with the reason.

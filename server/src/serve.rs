@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Admission;
-use crate::blocking::BlockingPool;
+use crate::blocking::{BlockingPool, Priority};
 use crate::catalog::{self, Catalog};
 use crate::config::{ServeArgs, threads_or_cores};
 use crate::connection::{ConnectionSettings, serve};
@@ -95,12 +95,19 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
     let metrics = Arc::new(Metrics::new(args.per_set_metrics).map_err(|error| error.to_string())?);
     http::ROUTES.iter().for_each(|route| metrics.declare_route(route));
     let compute_threads = threads_or_cores(args.pipeline.compute_threads);
+    let no_threads = |error: std::io::Error| format!("threads: {error}");
     let registry = new_registry(args, compute_threads, &metrics)?;
     let catalog = Catalog::open(args.models.model_store.clone(), registry.clone())?;
     if let Some(first) = catalog.broken().first().filter(|_| args.registry.strict) {
         return Err(first.reason.clone());
     }
-    let pipeline = start_pipeline(args, compute_threads, &metrics).map_err(|error| format!("threads: {error}"))?;
+    let pipeline = start_pipeline(args, compute_threads, &metrics).map_err(no_threads)?;
+    let decoder = Decoder::start(
+        threads_or_cores(args.pipeline.decode_threads),
+        args.pipeline.decode_memory.0,
+        DecodeLimits { max_pixels: args.limits.max_pixels },
+        Arc::clone(&metrics),
+    );
 
     Ok(AppState::new(App {
         limits: Limits {
@@ -114,13 +121,8 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
         },
         default_set: OnceLock::new(),
         registry,
-        decoder: Decoder::new(
-            threads_or_cores(args.pipeline.decode_threads),
-            args.pipeline.decode_memory.0,
-            DecodeLimits { max_pixels: args.limits.max_pixels },
-            Arc::clone(&metrics),
-        ),
-        decompression: BlockingPool::new(1),
+        decoder: decoder.map_err(no_threads)?,
+        decompression: BlockingPool::start("inflate", 1, Priority::Normal).map_err(no_threads)?,
         pipeline,
         admission: Admission::new(
             args.limits.max_requests,
@@ -170,13 +172,14 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
     let settings = registry::Settings {
         budget_bytes: args.registry.memory_budget.0,
         queue_bytes: args.pipeline.queue_bytes.0,
-        load_threads: args.registry.load_threads,
         room_wait: args.registry.load_wait,
         drop_idle_backbones: args.registry.drop_idle_backbones,
         ..registry::Settings::default()
     };
     let source = ArtifactSource { compute_threads, max_batch: args.pipeline.max_batch };
-    Registry::new(source, settings, metrics.sets.clone()).map_err(|_| {
+    let loader = BlockingPool::start("load", args.registry.load_threads, Priority::Background);
+    let loader = loader.map_err(|error| format!("threads: {error}"))?;
+    Registry::new(source, settings, loader, metrics.sets.clone()).map_err(|_| {
         let (budget, queue) = (args.registry.memory_budget, args.pipeline.queue_bytes);
         format!("--memory-budget {budget} does not even hold --queue-bytes {queue}")
     })
@@ -224,7 +227,7 @@ async fn warm_up(lease: SetLease, compute_threads: usize) -> Result<(), String> 
         let row = [Row { set: &lease.value, pixels: &pixels, routing: false }];
         (0..compute_threads).try_for_each(|thread| backbone.forward(thread, &row, None).map(drop))
     };
-    let result = BlockingPool::new(1).run(run).await.map_err(|error| error.to_string()).flatten();
+    let result = tokio::task::spawn_blocking(run).await.map_err(|error| error.to_string()).flatten();
     result.map_err(|error| format!("the model does not run: {error}"))
 }
 

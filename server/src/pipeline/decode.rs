@@ -7,7 +7,7 @@ use bytes::Bytes;
 use model_core::image::{DecodeLimits, ImageError, Preprocess, RgbImage, decode, probe};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::blocking::BlockingPool;
+use crate::blocking::{BlockingPool, Priority};
 use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
 
@@ -33,15 +33,23 @@ enum Attempt {
 
 impl Decoder {
     /// A decoder with so many threads and bytes.
-    pub fn new(threads: usize, memory_bytes: usize, limits: DecodeLimits, metrics: Arc<Metrics>) -> Self {
+    ///
+    /// # Errors
+    /// When the operating system gives no thread.
+    pub fn start(
+        threads: usize,
+        memory_bytes: usize,
+        limits: DecodeLimits,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<Self> {
         let grains = (memory_bytes as u64 / GRAIN).clamp(1, 1 << 28) as u32;
-        Self {
-            pool: BlockingPool::new(threads),
+        Ok(Self {
+            pool: BlockingPool::start("decode", threads, Priority::Normal)?,
             memory: Arc::new(Semaphore::new(grains as usize)),
             memory_grains: grains,
             limits,
             metrics,
-        }
+        })
     }
 
     /// The model's input `[side, side, 3]`.

@@ -3,9 +3,11 @@
 //! Bytes are reserved before they are allocated and given back when the owner of the memory is dropped, so what is
 //! accounted is never less than what is held.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
+
+use super::sync;
 
 /// What accounted bytes are used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +127,7 @@ impl Ledger {
     }
 
     fn lock(&self) -> MutexGuard<'_, Budget> {
-        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.budget)
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::lru::{self, Usage};
 use super::{
     Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetDescriptor,
-    SetError, Slot, Source, State, unknown,
+    SetError, Slot, Source, State, sync, unknown,
 };
 
 /// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
@@ -49,7 +49,7 @@ impl<S: Source> Inner<S> {
         slot.loading = Some(receiver.clone());
         slot.load_id = load_id;
         let guard = LoadGuard { inner: Arc::clone(self), key: key.clone(), load_id };
-        tokio::spawn(async move {
+        sync::spawn(async move {
             let started = Instant::now();
             let outcome = guard.inner.load_set(&guard.key, load_id).await;
             let metrics = &guard.inner.metrics;
@@ -70,7 +70,8 @@ impl<S: Source> Inner<S> {
             self.reserve(Kind::Sets, descriptor.resident_bytes, key, &descriptor.backbone, deadline).await?;
         let (inner, source_descriptor, source_backbone) =
             (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
-        let loaded = self.loader.run(move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
+        let loaded =
+            sync::run_blocking(&self.loader, move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
         let Loaded { value, bytes, .. } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, bytes, key)?;
         Ok(Resident { value, descriptor, backbone, served: false.into(), memory })
@@ -84,7 +85,8 @@ impl<S: Source> Inner<S> {
             Arc::clone(&slot.descriptor)
         };
         let location = known.location.clone();
-        let stamp = self.loader.run(move || location.stamp().map_err(|error| format!("{location}: {error}"))).await;
+        let stamp = move || location.stamp().map_err(|error| format!("{location}: {error}"));
+        let stamp = sync::run_blocking(&self.loader, stamp).await;
         let stamp = flatten(stamp);
         if let Some(slot) = self.lock().slot_mut(key).filter(|slot| slot.load_id == load_id) {
             slot.tried = stamp.as_ref().ok().copied();
@@ -94,7 +96,8 @@ impl<S: Source> Inner<S> {
         }
         let inner = Arc::clone(self);
         let describe = move || inner.source.describe_set(&known.name, known.version, &known.location);
-        let fresh = flatten(self.loader.run(describe).await).map_err(|reason| self.failed(key, reason))?;
+        let fresh =
+            flatten(sync::run_blocking(&self.loader, describe).await).map_err(|reason| self.failed(key, reason))?;
         let fresh = Arc::new(fresh);
         let mut state = self.lock();
         if !state.backbones.contains_key(&fresh.backbone) {
@@ -133,7 +136,8 @@ impl<S: Source> Inner<S> {
         };
         let mut memory = self.reserve(Kind::Backbone, descriptor.resident_bytes, key, digest, deadline).await?;
         let (inner, source_descriptor) = (Arc::clone(self), Arc::clone(&descriptor));
-        let loaded = self.loader.run(move || inner.source.load_backbone(&source_descriptor)).await;
+        let load = move || inner.source.load_backbone(&source_descriptor);
+        let loaded = sync::run_blocking(&self.loader, load).await;
         let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, bytes, key)?;
         let scratch = self.reserve(Kind::Scratch, scratch, key, digest, deadline).await?;
@@ -181,7 +185,7 @@ impl<S: Source> Inner<S> {
             if Instant::now() >= deadline {
                 return Err(SetError::NoRoom { name: key.name.clone() });
             }
-            let _ = tokio::time::timeout(ROOM_POLL, released).await;
+            let _ = sync::wait_at_most(ROOM_POLL, released).await;
         }
     }
 

@@ -11,13 +11,16 @@
 mod budget;
 mod load;
 mod lru;
+#[cfg(test)]
+mod model;
 mod source;
+mod sync;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use model_core::artifact::Digest;
@@ -37,8 +40,6 @@ pub struct Settings {
     pub budget_bytes: usize,
     /// Bytes of the budget set aside for queued images.
     pub queue_bytes: usize,
-    /// Loads at a time.
-    pub load_threads: usize,
     /// How long a load may wait for others to leave memory.
     pub room_wait: Duration,
     /// How long a set that was loaded and not used yet is safe from eviction. Without it, two sets that do not fit
@@ -57,7 +58,6 @@ impl Default for Settings {
         Self {
             budget_bytes: 64 << 20,
             queue_bytes: 0,
-            load_threads: 2,
             room_wait: Duration::from_secs(5),
             protect_unused: Duration::from_secs(5),
             backoff: Duration::from_millis(500),
@@ -304,8 +304,7 @@ struct Inner<S: Source> {
 
 impl<S: Source> Inner<S> {
     fn lock(&self) -> MutexGuard<'_, State<S>> {
-        // Every change under the lock leaves the state consistent at each step, so a poisoned lock is usable.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.state)
     }
 
     fn lease(&self, resident: &Arc<Resident<S>>) -> Lease<S> {
@@ -386,11 +385,11 @@ impl<S: Source> Clone for Registry<S> {
 }
 
 impl<S: Source> Registry<S> {
-    /// An empty registry.
+    /// An empty registry whose loads run on the threads of `loader`.
     ///
     /// # Errors
     /// [`SetError::TooLarge`] when the budget does not even hold the queue.
-    pub fn new(source: S, settings: Settings, metrics: SetMetrics) -> Result<Self, SetError> {
+    pub fn new(source: S, settings: Settings, loader: BlockingPool, metrics: SetMetrics) -> Result<Self, SetError> {
         let ledger = Ledger::new(settings.budget_bytes);
         let queue = ledger.try_reserve(Kind::Queue, settings.queue_bytes).ok_or_else(|| SetError::TooLarge {
             name: "(queue)".into(),
@@ -398,7 +397,6 @@ impl<S: Source> Registry<S> {
             available: settings.budget_bytes,
         })?;
         let state = State { names: BTreeMap::new(), backbones: HashMap::new(), tick: 0, load_ids: 0 };
-        let loader = BlockingPool::new(settings.load_threads);
         let inner = Inner { source, settings, ledger, state: Mutex::new(state), loader, metrics, _queue: queue };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -663,7 +661,7 @@ impl<S: Source> Registry<S> {
             wanted.filter_map(|(_, slot)| failed(slot)).collect()
         };
         for (key, location, old) in failed {
-            let now = self.inner.loader.run(move || location.stamp().ok()).await.unwrap_or(old);
+            let now = sync::run_blocking(&self.inner.loader, move || location.stamp().ok()).await.unwrap_or(old);
             if now != old
                 && let Some(slot) = self.inner.lock().slot_mut(&key)
             {
@@ -755,19 +753,19 @@ fn unknown(name: &str, version: Option<u64>) -> SetError {
 
 /// The outcome of a load, whoever started it.
 async fn wait_for<S: Source>(mut watch: LoadWatch<S>, name: &str, wait: Duration) -> Outcome<S> {
-    let done = tokio::time::timeout(wait, watch.wait_for(Option::is_some)).await;
+    let done = sync::wait_at_most(wait, watch.wait_for(Option::is_some)).await;
     let name = || name.to_owned();
     match done {
-        Ok(Ok(outcome)) => match &*outcome {
+        Some(Ok(outcome)) => match &*outcome {
             Some(outcome) => outcome.clone(),
             None => Err(SetError::StillLoading { name: name() }),
         },
         // The loading task ended without an outcome: it panicked.
-        Ok(Err(_)) => Err(SetError::Failed {
+        Some(Err(_)) => Err(SetError::Failed {
             name: name(),
             reason: "its load was abandoned".into(),
             retry_after: Duration::from_secs(1),
         }),
-        Err(_) => Err(SetError::StillLoading { name: name() }),
+        None => Err(SetError::StillLoading { name: name() }),
     }
 }

@@ -8,15 +8,22 @@ use model_core::artifact::Digest;
 use proptest::prelude::*;
 
 use super::*;
+use crate::blocking::Priority;
 
-const WAIT: Duration = Duration::from_secs(5);
+pub(super) const WAIT: Duration = Duration::from_secs(5);
 
 /// A source whose sets are numbers: their size. It counts loads and can be told to be slow or to fail.
 #[derive(Default)]
-struct Fake {
+pub(super) struct Fake {
     loads: AtomicUsize,
     failing: Mutex<HashMap<String, String>>,
     slow: Mutex<HashMap<String, Duration>>,
+}
+
+impl Fake {
+    pub(super) fn loads(&self) -> usize {
+        self.loads.load(Ordering::SeqCst)
+    }
 }
 
 impl Source for Fake {
@@ -51,7 +58,7 @@ fn digest(of: &str) -> Digest {
     Digest::of(of, &[])
 }
 
-fn set(name: &str, version: u64, resident_bytes: usize) -> SetDescriptor {
+pub(super) fn set(name: &str, version: u64, resident_bytes: usize) -> SetDescriptor {
     SetDescriptor {
         name: name.to_owned(),
         version,
@@ -76,7 +83,7 @@ fn backbone(name: &str) -> BackboneDescriptor {
 }
 
 /// A registry whose backbone and scratch take 100 bytes, with `room` bytes left for sets.
-fn registry(room: usize, adjust: impl FnOnce(&mut Settings)) -> Registry<Fake> {
+pub(super) fn registry(room: usize, adjust: impl FnOnce(&mut Settings)) -> Registry<Fake> {
     let mut settings = Settings {
         budget_bytes: 100 + room,
         room_wait: Duration::from_millis(200),
@@ -85,13 +92,14 @@ fn registry(room: usize, adjust: impl FnOnce(&mut Settings)) -> Registry<Fake> {
         ..Settings::default()
     };
     adjust(&mut settings);
-    let registry = Registry::new(Fake::default(), settings, SetMetrics::new().unwrap()).unwrap();
+    let loader = BlockingPool::start("load", 2, Priority::Normal).unwrap();
+    let registry = Registry::new(Fake::default(), settings, loader, SetMetrics::new().unwrap()).unwrap();
     registry.register_backbone(backbone("backbone"));
     registry
 }
 
 /// Uses a set as a batch would.
-async fn serve(registry: &Registry<Fake>, name: &str) -> Result<u64, SetError> {
+pub(super) async fn serve(registry: &Registry<Fake>, name: &str) -> Result<u64, SetError> {
     let lease = registry.acquire(name, None, WAIT).await?;
     lease.mark_served();
     Ok(lease.descriptor.version)
@@ -189,7 +197,7 @@ async fn guarantee_4_many_requests_for_a_cold_set_cause_one_load() {
     for request in requests {
         assert_eq!(request.await.unwrap(), Ok(1));
     }
-    assert_eq!(registry.source().loads.load(Ordering::SeqCst), 1);
+    assert_eq!(registry.source().loads(), 1);
 }
 
 #[tokio::test]
@@ -223,11 +231,10 @@ async fn guarantee_6_a_failed_load_keeps_the_old_version_and_is_remembered() {
 
     registry.register(set("cold", 1, 10)).unwrap();
     registry.source().failing.lock().unwrap().insert("cold".into(), "torn".into());
-    let loads = || registry.source().loads.load(Ordering::SeqCst);
     assert!(serve(&registry, "cold").await.is_err());
-    let before = loads();
+    let before = registry.source().loads();
     assert!(serve(&registry, "cold").await.is_err(), "refused at once");
-    assert_eq!(loads(), before);
+    assert_eq!(registry.source().loads(), before);
     registry.source().failing.lock().unwrap().clear();
     tokio::time::sleep(Duration::from_millis(60)).await;
     assert_eq!(serve(&registry, "cold").await, Ok(1), "tried again after the delay");

@@ -43,12 +43,14 @@ impl PackedAngles {
             return Err(KernelError::Length { what: "stages", expected: order.max_stages(), got: stages });
         }
         let expert_bytes = (stages * pairs * bits as usize).div_ceil(8);
+        // Asked for once for all experts: the answer takes several divisions.
+        let position = |stage| move |pair| stage * pairs + order.angle_position(stage, pair);
+        let positions: Vec<usize> = (0..stages).flat_map(|stage| (0..pairs).map(position(stage))).collect();
         let mut bytes = vec![0; experts * expert_bytes];
         for (expert, bytes) in bytes.chunks_exact_mut(expert_bytes.max(1)).enumerate() {
             let codes = &codes[expert * stages * pairs..][..stages * pairs];
-            for (i, &code) in codes.iter().enumerate() {
-                let (stage, pair) = (i / pairs, i % pairs);
-                let bit = (stage * pairs + order.angle_position(stage, pair)) * bits as usize;
+            for (&position, &code) in positions.iter().zip(codes) {
+                let bit = position * bits as usize;
                 // A code straddles two bytes at most: 16 bits start at a byte, and fewer fit in two.
                 let word = (u32::from(code) & ((1 << bits) - 1)) << (bit % 8);
                 bytes[bit / 8] |= word as u8;
