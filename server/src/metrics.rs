@@ -325,6 +325,15 @@ impl Metrics {
         self.request_duration.with_label_values(&[route]);
     }
 
+    /// Makes the series of a model's blocks exist before its first batch.
+    pub fn declare_layers(&self, num_layers: usize) {
+        for layer in 0..num_layers {
+            let label = layer.to_string();
+            self.expert_tokens.with_label_values(&[label.as_str()]);
+            self.expert_load_imbalance.with_label_values(&[label.as_str()]);
+        }
+    }
+
     /// Forgets the series of sets that are not registered any more.
     pub fn forget_other_sets(&self, registered: &HashSet<String>) {
         let results = [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed];

@@ -147,6 +147,7 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
 /// A sentence that names file and reason.
 pub async fn make_ready(app: &AppState, args: &ServeArgs) -> Result<(), String> {
     let default = default_set(args, app).await?;
+    app.metrics.declare_layers(default.backbone.value.config().num_layers);
     // Nobody else sets it.
     let _ = app.default_set.set(default.descriptor.name.clone());
     for name in &args.registry.pin {

@@ -68,9 +68,21 @@ impl Server {
     /// # Panics
     /// When it does not become ready, which fails the test.
     pub fn start<S: AsRef<OsStr>>(flags: impl IntoIterator<Item = S>) -> Self {
+        Self::start_with(flags, [])
+    }
+
+    /// As [`Server::start`], with more environment variables.
+    ///
+    /// # Panics
+    /// When it does not become ready, which fails the test.
+    pub fn start_with<S: AsRef<OsStr>, const N: usize>(
+        flags: impl IntoIterator<Item = S>,
+        variables: [(&str, &str); N],
+    ) -> Self {
         let mut child = Command::new(binary("butterflyvit"))
             .args(["--listen", "127.0.0.1:0"])
             .args(flags)
+            .envs(variables)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
 use serde_json::Value;
-use system_tests::fixtures::{backbone_artifact, expert_set_artifact, write_store};
-use system_tests::server::{Answer, Server, image};
+use system_tests::fixtures::{backbone_artifact, expert_set_artifact, write, write_store};
+use system_tests::server::{Answer, PATIENCE, Server, image};
 use tempfile::TempDir;
 
 /// A store of tiny random models and the server on it.
@@ -58,6 +59,26 @@ fn config() -> ViTConfig {
 
 fn serve(store: &Path, flags: &[&str]) -> Server {
     Server::start(["--model-store", store.to_str().unwrap()].iter().chain(flags))
+}
+
+/// Accounted bytes by kind.
+fn accounted(server: &Server) -> Value {
+    server.get("/sets").json()["memory"]["kinds"].clone()
+}
+
+/// The value of one series of `/metrics`.
+fn metric(server: &Server, series: &str) -> f64 {
+    let text = server.get("/metrics").text;
+    let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("{series} is missing")).parse().unwrap()
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what}: not so");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn files(root: &Path, folder: &Path) -> Vec<PathBuf> {
@@ -200,11 +221,7 @@ fn a_kill_in_the_middle_of_an_upload_leaves_a_clean_store() {
     let head = format!("PUT /sets/alpha/1 HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n\r\n", good.len());
     connection.send(head.as_bytes()).send(&good[..good.len() - 1]);
     // The temporary file shows that the upload has begun.
-    let start = std::time::Instant::now();
-    while gateway.files() == before {
-        assert!(start.elapsed() < system_tests::server::PATIENCE, "the upload did not begin");
-        thread::sleep(std::time::Duration::from_millis(5));
-    }
+    wait_until("the upload has begun", || gateway.files() != before);
     gateway.server.signal("KILL");
     gateway.server.wait();
 
@@ -242,4 +259,145 @@ fn management_needs_the_admin_key_and_classification_the_user_key() {
     }
     send("PUT", "/sets/beta/1", user).assert_refused(403, "forbidden");
     send("DELETE", "/sets/alpha", "").assert_refused(401, "unauthorized");
+}
+
+/// The key is read from the environment too, has a name there, and is in no line of the log, where the name is.
+#[test]
+fn keys_come_from_the_environment_and_are_never_logged() {
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["alpha"]);
+    let key = "admin-key-0123456789";
+    let keys = format!("ops:{key},night:another-key-0123456789");
+    let flags = ["--model-store", store.path().to_str().unwrap(), "--log", "trace"];
+    let server = Server::start_with(flags, [("BVIT_ADMIN_KEYS", keys.as_str())]);
+    for (key, status) in [(key, 200), ("another-key-0123456789", 200), ("wrong-key-0123456789", 401)] {
+        assert_eq!(Answer::of(server.post("/sets/alpha/load").bearer_auth(key)).status, status);
+        assert_eq!(Answer::of(server.post("/sets/alpha/load").header("x-api-key", key)).status, status);
+    }
+    let mut logged = server.log_so_far();
+    let start = Instant::now();
+    while !logged.iter().any(|line| line.contains("by=\"night\"")) {
+        assert!(start.elapsed() < PATIENCE, "who loaded the set is not in {logged:#?}");
+        logged.extend(server.log_so_far());
+    }
+    let telling: Vec<_> = logged.iter().filter(|line| line.contains("key-0123456789")).collect();
+    assert!(telling.is_empty(), "{telling:#?}");
+}
+
+#[test]
+fn a_name_may_have_200_characters() {
+    let gateway = Gateway::start(&["alpha"], &[]);
+    let (name, artifact) = ("n".repeat(200), gateway.artifact("n", 9));
+    assert_eq!(gateway.put(&format!("/sets/{name}/1"), &artifact).status, 201);
+    assert_eq!(gateway.classify(&name).json()["set"], name);
+    assert_eq!(Answer::of(gateway.server.request("DELETE", &format!("/sets/{name}"))).status, 200);
+    gateway.put(&format!("/sets/{name}n/1"), &artifact).assert_refused(400, "invalid_request");
+}
+
+/// Guarantees 1 and 3, by the real server: what is pinned stays, a set that cannot fit beside it is 507, and without
+/// the pin the two take turns.
+#[test]
+fn a_pinned_set_stays_and_what_cannot_fit_beside_it_is_507() {
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["alpha", "beta"]);
+    let roomy = serve(store.path(), &["--pin", "alpha"]);
+    let used = roomy.get("/sets").json()["memory"]["accounted_bytes"].as_u64().unwrap();
+    let set = accounted(&roomy)["sets"].as_u64().unwrap();
+    let budget = (used + set / 2).to_string();
+    let classify =
+        |server: &Server, set: &str| Answer::of(server.post(&format!("/classify/{set}")).body(image("test-00.png")));
+
+    let pinned = serve(store.path(), &["--memory-budget", &budget, "--pin", "alpha"]);
+    classify(&pinned, "beta").assert_refused(507, "set_too_large");
+    assert_eq!(classify(&pinned, "alpha").status, 200);
+    assert_eq!(metric(&pinned, "bvit_set_resident{pinned=\"true\",set=\"alpha\"}"), 1.0);
+    Answer::of(pinned.post("/sets/alpha/unload")).assert_refused(409, "conflict");
+
+    let free = serve(store.path(), &["--memory-budget", &budget]);
+    for set in ["alpha", "beta", "alpha", "beta"] {
+        assert_eq!(classify(&free, set).status, 200);
+        let total = free.get("/sets").json()["memory"]["accounted_bytes"].as_u64().unwrap();
+        assert!(total <= budget.parse().unwrap());
+    }
+    assert_eq!(metric(&free, "bvit_set_evictions_total{reason=\"budget\"}"), 3.0);
+    assert_eq!(metric(&free, "bvit_sets_resident"), 1.0);
+}
+
+/// Guarantee 13, by the real server.
+#[test]
+fn one_bad_file_stops_nothing_unless_strict() {
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["alpha"]);
+    write(&store.path().join("expert-sets/torn/1.safetensors"), b"no artifact");
+    let server = serve(store.path(), &[]);
+    assert_eq!(server.get("/v2/health/ready").status, 200);
+    assert_eq!(server.classify(&image("test-00.png")).status, 200);
+    assert_eq!(server.get("/sets").json()["broken"][0]["file"], "torn/1.safetensors");
+    assert_eq!(metric(&server, "bvit_sets_failed"), 1.0);
+    let strict = std::process::Command::new(system_tests::server::binary("butterflyvit"))
+        .args(["--listen", "127.0.0.1:0", "--strict", "--model-store"])
+        .arg(store.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&strict.stderr);
+    assert_eq!(strict.status.code(), Some(2), "{said}");
+    assert!(said.contains("torn/1.safetensors"), "{said}");
+}
+
+#[test]
+fn two_backbones_serve_side_by_side_and_leave_with_their_last_set_when_asked() {
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["alpha"]);
+    let (bytes, other) = backbone_artifact(&config().backbone, 77);
+    write(&store.path().join("backbones/other.safetensors"), &bytes);
+    for (name, seed) in [("beta", 21), ("gamma", 22)] {
+        let bytes = expert_set_artifact(&config(), other, name, seed);
+        write(&store.path().join(format!("expert-sets/{name}/1.safetensors")), &bytes);
+    }
+    let server = serve(store.path(), &["--drop-idle-backbones"]);
+    let backbones = || accounted(&server)["backbone"].as_u64().unwrap();
+    let classify = |set: &str| {
+        let answer = Answer::of(server.post(&format!("/classify/{set}")).body(image("test-00.png")));
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    };
+    let one = backbones();
+    for set in ["beta", "gamma", "alpha"] {
+        classify(set);
+        assert_eq!(backbones(), 2 * one, "each once, whatever the number of its sets");
+    }
+    for (set, left) in [("beta", 2), ("gamma", 1)] {
+        assert_eq!(Answer::of(server.post(&format!("/sets/{set}/unload"))).status, 200);
+        wait_until("the backbone stays exactly as long as a set of it", || backbones() == left * one);
+    }
+    classify("gamma");
+    assert_eq!(backbones(), 2 * one);
+}
+
+/// One batch, many sets: what shares a forward pass with others is answered as it is alone, to the last bit.
+#[test]
+fn images_of_different_sets_share_batches_and_answer_as_alone() {
+    let names = ["alpha", "beta", "gamma", "delta"];
+    let gateway = Gateway::start(&names, &["--compute-threads", "1", "--max-wait", "30ms"]);
+    let alone: Vec<Value> = names.iter().map(|name| gateway.classify(name).json()["predictions"].clone()).collect();
+    let (gateway, start) = (&gateway, Instant::now());
+    let sum = |of: &str| metric(&gateway.server, &format!("bvit_batch_distinct_sets_{of}"));
+    while sum("sum") < sum("count") + 20.0 {
+        assert!(start.elapsed() < PATIENCE, "batches are hardly mixed");
+        thread::scope(|scope| {
+            for (name, alone) in names.iter().zip(&alone) {
+                scope.spawn(move || assert_eq!(gateway.classify(name).json()["predictions"], *alone, "{name}"));
+            }
+        });
+    }
+}
+
+#[test]
+fn a_watched_store_notices_files_put_there_by_hand() {
+    let gateway = Gateway::start(&["alpha"], &["--watch-store", "20ms"]);
+    let path = gateway.store.path().join("expert-sets/flowers/1.safetensors");
+    write(&path, &gateway.artifact("flowers", 9));
+    wait_until("the set is known", || gateway.server.get("/sets/flowers").status == 200);
+    assert_eq!(gateway.classify("flowers").status, 200);
+    std::fs::remove_file(path).unwrap();
+    wait_until("the set is forgotten", || gateway.server.get("/sets/flowers").status == 404);
 }

@@ -16,6 +16,19 @@ use super::{
 /// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
+/// Bytes that a load needs.
+struct Want<'a> {
+    kind: Kind,
+    bytes: usize,
+    /// Bytes that the same load holds already and keeps while it waits for these.
+    held: usize,
+    /// What is loaded, and the backbone it runs on.
+    key: &'a Key,
+    backbone: &'a Digest,
+    /// When to give up waiting.
+    deadline: Instant,
+}
+
 /// What making room came to.
 enum Room<S: Source> {
     /// These left the registry; dropping them frees enough, unless someone else takes it first.
@@ -66,8 +79,9 @@ impl<S: Source> Inner<S> {
         let descriptor = self.current_descriptor(key, load_id).await?;
         let deadline = Instant::now() + self.settings.room_wait;
         let backbone = self.acquire_backbone(key, &descriptor.backbone, deadline).await?;
-        let mut memory =
-            self.reserve(Kind::Sets, descriptor.resident_bytes, key, &descriptor.backbone, deadline).await?;
+        let bytes = descriptor.resident_bytes;
+        let want = Want { kind: Kind::Sets, bytes, held: 0, key, backbone: &descriptor.backbone, deadline };
+        let mut memory = self.reserve(&want).await?;
         let (inner, source_descriptor, source_backbone) =
             (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
         let loaded =
@@ -134,13 +148,16 @@ impl<S: Source> Inner<S> {
             }
             Arc::clone(&slot.descriptor)
         };
-        let mut memory = self.reserve(Kind::Backbone, descriptor.resident_bytes, key, digest, deadline).await?;
+        let bytes = descriptor.resident_bytes;
+        let want = Want { kind: Kind::Backbone, bytes, held: 0, key, backbone: digest, deadline };
+        let mut memory = self.reserve(&want).await?;
         let (inner, source_descriptor) = (Arc::clone(self), Arc::clone(&descriptor));
         let load = move || inner.source.load_backbone(&source_descriptor);
         let loaded = sync::run_blocking(&self.loader, load).await;
         let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, bytes, key)?;
-        let scratch = self.reserve(Kind::Scratch, scratch, key, digest, deadline).await?;
+        let want = Want { kind: Kind::Scratch, bytes: scratch, held: memory.bytes(), ..want };
+        let scratch = self.reserve(&want).await?;
         let resident = Arc::new(ResidentBackbone { value: Arc::new(value), memory, scratch });
         if let Some(slot) = self.lock().backbones.get_mut(digest) {
             slot.resident = Arc::downgrade(&resident);
@@ -155,22 +172,16 @@ impl<S: Source> Inner<S> {
     }
 
     /// Takes bytes, evicting what may be evicted, waiting while too much is in use.
-    async fn reserve(
-        &self,
-        kind: Kind,
-        bytes: usize,
-        key: &Key,
-        backbone: &Digest,
-        deadline: Instant,
-    ) -> Result<Reservation, SetError> {
+    async fn reserve(&self, want: &Want<'_>) -> Result<Reservation, SetError> {
+        let name = || want.key.name.clone();
         loop {
             // Registered before looking, so that bytes released in between are not missed.
             let mut released = std::pin::pin!(self.ledger.released());
             released.as_mut().enable();
-            if let Some(reservation) = self.ledger.try_reserve(kind, bytes) {
+            if let Some(reservation) = self.ledger.try_reserve(want.kind, want.bytes) {
                 return Ok(reservation);
             }
-            match self.make_room(bytes, key, backbone) {
+            match self.make_room(want) {
                 Room::Evicted(sets, backbones) => {
                     self.count_evictions("budget", &sets);
                     // Sets before the backbones they refer to.
@@ -178,24 +189,25 @@ impl<S: Source> Inner<S> {
                     continue;
                 }
                 Room::Never(available) => {
-                    return Err(SetError::TooLarge { name: key.name.clone(), needed: bytes, available });
+                    return Err(SetError::TooLarge { name: name(), needed: want.bytes, available });
                 }
                 Room::Busy => {}
             }
-            if Instant::now() >= deadline {
-                return Err(SetError::NoRoom { name: key.name.clone() });
+            if Instant::now() >= want.deadline {
+                return Err(SetError::NoRoom { name: name() });
             }
             let _ = sync::wait_at_most(ROOM_POLL, released).await;
         }
     }
 
     /// Chooses and removes victims. Never: pinned, in use, loading, protected, and what `key` is about to replace.
-    fn make_room(&self, bytes: usize, key: &Key, own_backbone: &Digest) -> Room<S> {
+    fn make_room(&self, want: &Want<'_>) -> Room<S> {
+        let Want { bytes, key, .. } = *want;
         let now = Instant::now();
         let mut state = self.lock();
         let budget = self.ledger.snapshot();
-        let mut fixed = budget.used(Kind::Queue);
-        let mut fixed_backbones = std::collections::HashSet::from([*own_backbone]);
+        let mut fixed = budget.used(Kind::Queue) + want.held;
+        let mut fixed_backbones = std::collections::HashSet::from([*want.backbone]);
         let mut backbone_users: std::collections::HashMap<Digest, usize> = std::collections::HashMap::new();
         let mut candidates = Vec::new();
         for (name_key, name, slot) in state.slots() {

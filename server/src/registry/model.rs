@@ -62,6 +62,20 @@ fn within_budget(registry: &Registry<Fake>) {
     assert!(budget.total() <= budget.limit(), "{budget:?}");
 }
 
+/// The checker itself: a wait that nothing ends is found.
+#[test]
+#[should_panic(expected = "deadlock")]
+fn whoever_is_never_woken_is_reported() {
+    check(1, || async {
+        let registry = timeless(50);
+        for name in ["a", "b"] {
+            registry.register(set(name, 1, 40)).unwrap();
+        }
+        let _held = registry.acquire("a", None, WAIT).await.unwrap();
+        let _ = registry.acquire("b", None, WAIT).await;
+    });
+}
+
 #[test]
 fn guarantees_1_to_3_hold_in_every_schedule_of_calls() {
     check(1500, || async {
@@ -154,20 +168,24 @@ fn guarantee_3_those_who_wait_for_room_are_woken_in_every_schedule() {
 }
 
 #[test]
-fn guarantee_4_every_schedule_of_requests_for_a_cold_set_loads_it_once() {
+fn guarantee_4_every_schedule_of_requests_loads_cold_sets_and_their_backbone_once() {
     check(1000, || async {
         let registry = timeless(100);
-        registry.register(set("s", 1, 10)).unwrap();
-        let tasks: Vec<_> = (0..4)
-            .map(|_| {
+        let names = ["a", "b", "a", "b"];
+        for name in &names[..2] {
+            registry.register(set(name, 1, 10)).unwrap();
+        }
+        let tasks: Vec<_> = names
+            .into_iter()
+            .map(|name| {
                 let registry = registry.clone();
-                shuttle::future::spawn(async move { serve(&registry, "s").await })
+                shuttle::future::spawn(async move { serve(&registry, name).await })
             })
             .collect();
         for task in tasks {
             assert_eq!(task.await.unwrap(), Ok(1));
         }
-        assert_eq!(registry.source().loads(), 1);
+        assert_eq!((registry.source().loads(), registry.source().backbone_loads()), (2, 1));
     });
 }
 

@@ -16,6 +16,7 @@ pub(super) const WAIT: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(super) struct Fake {
     loads: AtomicUsize,
+    backbone_loads: AtomicUsize,
     failing: Mutex<HashMap<String, String>>,
     slow: Mutex<HashMap<String, Duration>>,
 }
@@ -23,6 +24,10 @@ pub(super) struct Fake {
 impl Fake {
     pub(super) fn loads(&self) -> usize {
         self.loads.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn backbone_loads(&self) -> usize {
+        self.backbone_loads.load(Ordering::SeqCst)
     }
 }
 
@@ -37,6 +42,7 @@ impl Source for Fake {
     }
 
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<()>, String> {
+        self.backbone_loads.fetch_add(1, Ordering::SeqCst);
         Ok(Loaded { value: (), bytes: descriptor.resident_bytes, scratch: 10 })
     }
 
@@ -130,6 +136,17 @@ async fn guarantee_1_a_replacement_that_does_not_fit_beside_the_old_is_507_and_k
     registry.register(set("s", 2, 60)).unwrap();
     assert!(matches!(registry.load("s", None, WAIT).await, Err(SetError::TooLarge { .. })));
     assert_eq!(serve(&registry, "s").await, Ok(1));
+}
+
+#[tokio::test]
+async fn guarantee_1_a_backbone_that_cannot_fit_with_its_scratch_is_507() {
+    let registry = registry(0, |settings| settings.budget_bytes = 95);
+    registry.register(set("s", 1, 1)).unwrap();
+    assert!(matches!(
+        registry.acquire("s", None, WAIT).await,
+        Err(SetError::TooLarge { needed: 10, available: 5, .. })
+    ));
+    assert_eq!(registry.budget().total(), 0);
 }
 
 #[tokio::test]
