@@ -12,6 +12,7 @@ command -v cc >/dev/null || missing+=(build-essential)
 /usr/bin/python3 -c 'import numpy, prometheus_client' 2>/dev/null ||
     missing+=(python3 python3-numpy python3-prometheus-client)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+command -v valgrind >/dev/null || missing+=(valgrind)
 if [ ${#missing[@]} -gt 0 ]; then
     step "installing ${missing[*]}"
     sudo=$([ "$(id -u)" -eq 0 ] || echo sudo)
@@ -32,5 +33,14 @@ RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 step "the binaries the system tests drive"
 cargo build --release --locked -p butterflyvit -p butterflyvit-trainer
 step "tests"
+# Instruction sets that this CPU has, so that none is skipped without anybody noticing.
+case $(uname -m) in
+    x86_64) isas=scalar,avx2$(grep -q avx512_vnni /proc/cpuinfo && echo ,avx512 || true) ;;
+    *) isas=scalar ;;
+esac
 # A test that hangs should name itself here rather than use up the machine.
-timeout --foreground 45m cargo test --workspace --locked
+REQUIRE_ISA=$isas timeout --foreground 45m cargo test --workspace --locked
+
+step "packing and kernels under valgrind, which emulates no AVX-512"
+CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" PROPTEST_CASES=8 \
+    cargo test --workspace --locked --lib -- --test-threads=1 kernels:: artifact::pack

@@ -6,9 +6,9 @@ use crate::weights;
 /// A dense layer as held in memory.
 #[derive(Debug, Clone)]
 pub(super) enum Linear {
-    /// int8 weights and activations: qkv and projection.
+    /// int8 weights and activations: qkv, projection, and all of the stem but its first layer.
     Int8(PackedInt8),
-    /// f32 throughout: stem.
+    /// f32 throughout: what sees pixels.
     F32(PackedF32),
 }
 

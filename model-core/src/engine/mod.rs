@@ -1,5 +1,5 @@
-//! The integer forward pass that serves: int8 activations against packed substrates and int8 attention weights, f32 for
-//! stem, rotations, router, softmax, norms and head.
+//! The integer forward pass that serves: int8 activations against packed substrates and int8 weights of attention and
+//! stem, f32 for the stem's first layer, rotations, router, softmax, norms and head.
 //!
 //! Reads like [`crate::vit`], which is its float reference:
 //! ```text
@@ -87,12 +87,12 @@ impl Backbone {
         expect_len("blocks", weights.blocks.len(), config.num_layers)?;
         expect_len("pos_embed", weights.pos_embed.len(), config.num_tokens() * config.d_model)?;
         let mut stem = Vec::with_capacity(config.stem.len());
-        for (weights, shape) in weights.stem.iter().zip(config.stem_inputs()) {
+        for (i, (weights, shape)) in weights.stem.iter().zip(config.stem_inputs()).enumerate() {
             match &weights.norm {
                 Some(norm) if shape.0.norm_gelu => _ = expect_norm("stem norm", norm, shape.0.channels)?,
                 norm => expect_len("stem norm", usize::from(norm.is_some()), usize::from(shape.0.norm_gelu))?,
             }
-            stem.push(Convolution::pack(isa, weights, shape)?);
+            stem.push(Convolution::pack(isa, weights, shape, i == 0)?);
         }
         let blocks = weights.blocks.iter().map(|block| Block::pack(block, &config, isa));
         let blocks = blocks.collect::<Result<_, ModelError>>()?;

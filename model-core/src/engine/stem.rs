@@ -24,8 +24,12 @@ impl Convolution {
         isa: Isa,
         weights: &StemWeights,
         (layer, side, channels): (StemLayer, usize, usize),
+        first: bool,
     ) -> Result<Self, KernelError> {
-        let conv = Linear::f32(isa, &weights.conv, layer.channels, layer.kernel.pow(2) * channels)?;
+        let window = layer.kernel.pow(2) * channels;
+        // Pixels stay f32: their layer is small, and what it rounds away no later one brings back.
+        let pack = if first { Linear::f32 } else { Linear::int8 };
+        let conv = pack(isa, &weights.conv, layer.channels, window)?;
         let output_side = layer.output_side(side).unwrap_or(0);
         Ok(Self { layer, input: (side, channels), output_side, conv, norm: weights.norm.clone() })
     }
