@@ -108,6 +108,20 @@ pub struct ExpertConfig {
     pub router_bits: u32,
 }
 
+/// What stands in the feed-forward place of every block. Artifacts hold [`FeedForwardKind::Butterfly`]; the others exist
+/// in training only, to be compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeedForwardKind {
+    /// Experts that are rotations of a shared ternary substrate.
+    #[default]
+    Butterfly,
+    /// As many experts behind the same router, each with fp32 matrices of its own.
+    DenseExperts,
+    /// A single fp32 feed-forward layer, no router.
+    Dense,
+}
+
 /// A whole model: backbone and one expert set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -323,12 +337,25 @@ impl ViTConfig {
                 experts: experts(64, 2, 3, 2, 4),
                 num_classes: 100,
             },
+            // For `compare`: small enough that several variants and seeds finish within hours on one core.
+            "study" => Self {
+                backbone: BackboneConfig {
+                    image_size: 32,
+                    stem: vec![StemLayer::conv3(32, 2), StemLayer::conv3(64, 2)],
+                    d_model: 64,
+                    d_ff: 256,
+                    num_layers: 3,
+                    num_heads: 2,
+                },
+                experts: experts(64, 2, 3, 2, 4),
+                num_classes: 100,
+            },
             _ => return None,
         })
     }
 
-    /// Names that [`ViTConfig::preset`] knows: the paper's, one for tests, and the shipped one.
-    pub const PRESETS: [&'static str; 3] = ["paper", "tiny", "cifar"];
+    /// Names that [`ViTConfig::preset`] knows: the paper's, one for tests, the shipped one, and one for `compare`.
+    pub const PRESETS: [&'static str; 4] = ["paper", "tiny", "cifar", "study"];
 }
 
 #[cfg(test)]

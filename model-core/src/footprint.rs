@@ -10,7 +10,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::artifact::{Contents, Encoding, TensorSize};
-use crate::config::{BackboneConfig, ExpertConfig, ViTConfig};
+use crate::config::{BackboneConfig, ExpertConfig, FeedForwardKind, ViTConfig};
 use crate::kernels::dense::panels_len;
 
 const F32_BYTES: u64 = 4;
@@ -166,6 +166,20 @@ pub fn runtime_compression(backbone: &BackboneConfig, experts: &ExpertConfig) ->
     Compression { dense_bytes: dense as f64, butterfly_bytes: LayerBytes::resident(backbone, experts).total() as f64 }
 }
 
+/// Bytes of one feed-forward layer of any kind, by the paper's accounting and by ours. The router of dense experts is
+/// fp32 and counts in ours only.
+pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &ExpertConfig) -> (f64, f64) {
+    let (paper, runtime) = (paper_compression(backbone, experts), runtime_compression(backbone, experts));
+    match kind {
+        FeedForwardKind::Butterfly => (paper.butterfly_bytes, runtime.butterfly_bytes),
+        FeedForwardKind::DenseExperts => (paper.dense_bytes, runtime.dense_bytes),
+        FeedForwardKind::Dense => {
+            let one = paper.dense_bytes / experts.num_experts as f64;
+            (one, one)
+        }
+    }
+}
+
 /// Everything `butterflyvit inspect` says of the memory of one artifact.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Footprint {
@@ -301,6 +315,16 @@ mod tests {
         let runtime = runtime_compression(&config.backbone, &config.experts);
         assert_eq!(runtime.dense_bytes, 134_283_264.0);
         assert!((runtime.ratio() - 424.0).abs() < 0.05, "{}", runtime.ratio());
+    }
+
+    #[test]
+    fn dense_kinds_count_fp32_matrices() {
+        let config = paper();
+        let bytes = |kind| layer_bytes(kind, &config.backbone, &config.experts);
+        // 2 x 256 x 1024 weights x 4 bytes, times 64, plus a router of 64 x 256 x 4 bytes.
+        assert_eq!(bytes(FeedForwardKind::Dense), (2_097_152.0, 2_097_152.0));
+        assert_eq!(bytes(FeedForwardKind::DenseExperts), (134_217_728.0, 134_283_264.0));
+        assert_eq!(bytes(FeedForwardKind::Butterfly).1, 316_672.0);
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Result, Tensor, Var};
 
-use crate::config::{ConfigError, ViTConfig};
-use crate::layers::{Attention, ButterflyMoe, LayerNorm, Linear, Routing, Stem};
+use crate::config::{ConfigError, FeedForwardKind, ViTConfig};
+use crate::layers::{Attention, FeedForward, LayerNorm, Linear, Routing, Stem};
 use crate::ops::Activations;
 use crate::train::quantize;
 use crate::weights::{
@@ -92,13 +92,13 @@ pub fn is_expert_set_parameter(name: &str) -> bool {
     name.starts_with("head.") || name.contains(".moe.r")
 }
 
-/// A block: `x += attention(norm1(x))`, `x += experts(norm2(x))`.
+/// A block: `x += attention(norm1(x))`, `x += feed_forward(norm2(x))`.
 #[derive(Debug, Clone)]
 struct Block {
     norm1: LayerNorm,
     attention: Attention,
     norm2: LayerNorm,
-    experts: ButterflyMoe,
+    feed_forward: FeedForward,
 }
 
 /// What a forward pass gives.
@@ -106,7 +106,7 @@ struct Block {
 pub struct Output {
     /// `[batch, classes]`.
     pub logits: Tensor,
-    /// One per block.
+    /// One per block, where there are routers.
     pub routing: Vec<Routing>,
 }
 
@@ -114,6 +114,7 @@ pub struct Output {
 #[derive(Debug, Clone)]
 pub struct ViT {
     config: ViTConfig,
+    kind: FeedForwardKind,
     parameters: Parameters,
     stem: Stem,
     blocks: Vec<Block>,
@@ -148,6 +149,14 @@ impl ViT {
     /// # Errors
     /// When `config` is invalid.
     pub fn init(config: &ViTConfig, seed: u64) -> Result<Self> {
+        Self::init_kind(config, FeedForwardKind::Butterfly, seed)
+    }
+
+    /// [`ViT::init`] with feed-forward layers of another kind. The other parameters are the same for every kind.
+    ///
+    /// # Errors
+    /// When `config` is invalid.
+    pub fn init_kind(config: &ViTConfig, kind: FeedForwardKind, seed: u64) -> Result<Self> {
         config.validate().map_err(invalid)?;
         let mut rng = InitStream(seed);
         let mut p = Parameters::default();
@@ -183,9 +192,17 @@ impl ViT {
             let mut matrix = |part: &str, std: f64, shape: &[usize]| {
                 p.insert(format!("blocks.{l}.moe.{part}"), rng.normals(shape.iter().product(), std), shape)
             };
-            matrix("up", (b.d_model as f64).powf(-0.5), &[b.d_ff, b.d_model])?;
-            matrix("down", 0.5 * (b.d_ff as f64).powf(-0.5), &[b.d_model, b.d_ff])?;
+            // Dense experts own their matrices, so there is one of each per expert.
+            let own: &[usize] = if kind == FeedForwardKind::DenseExperts { &[e.num_experts] } else { &[] };
+            matrix("up", (b.d_model as f64).powf(-0.5), &[own, &[b.d_ff, b.d_model]].concat())?;
+            matrix("down", 0.5 * (b.d_ff as f64).powf(-0.5), &[own, &[b.d_model, b.d_ff]].concat())?;
+            if kind == FeedForwardKind::Dense {
+                continue;
+            }
             matrix("router", (b.d_model as f64).powf(-0.5), &[e.num_experts, b.d_model])?;
+            if kind == FeedForwardKind::DenseExperts {
+                continue;
+            }
             // Experts begin as slight turns of one another, wide enough to spread over several codes.
             let angle_std = INITIAL_ANGLE_STD.max(std::f64::consts::TAU / f64::from(1u32 << e.angle_bits));
             matrix("rotation_in", angle_std, &[e.num_experts, e.stages_in, b.d_model / 2])?;
@@ -194,7 +211,7 @@ impl ViT {
                 matrix("rotation_out", angle_std, &[e.num_experts, e.stages_out, b.d_model / 2])?;
             }
         }
-        Self::assemble(config.clone(), p)
+        Self::assemble(config.clone(), kind, p)
     }
 
     /// The values an artifact stands for. Meant for [`Quantizers::NONE`]: its substrates are already ternary.
@@ -244,17 +261,21 @@ impl ViT {
         }
         norm(&mut p, "norm", &backbone.norm)?;
         linear(&mut p, "head", &set.head)?;
-        Self::assemble(config, p)
+        Self::assemble(config, FeedForwardKind::Butterfly, p)
     }
 
     /// The codes that latent parameters round to, ready for an artifact.
     ///
     /// # Errors
-    /// When the number of `labels` is not the number of classes.
+    /// When the number of `labels` is not the number of classes, or the feed-forward layers are of a kind that
+    /// artifacts do not hold.
     pub fn to_weights(&self, labels: &[String]) -> Result<(BackboneWeights, ExpertSetWeights)> {
         let (b, e) = (&self.config.backbone, &self.config.experts);
         if labels.len() != self.config.num_classes {
             candle_core::bail!("{} labels for {} classes", labels.len(), self.config.num_classes);
+        }
+        if self.kind != FeedForwardKind::Butterfly {
+            candle_core::bail!("artifacts hold butterfly experts, not {:?}", self.kind);
         }
         let p = &self.parameters;
         let linear = |name: &str| -> Result<weights::Linear> {
@@ -316,14 +337,14 @@ impl ViT {
         Ok((backbone, set))
     }
 
-    fn assemble(config: ViTConfig, parameters: Parameters) -> Result<Self> {
+    fn assemble(config: ViTConfig, kind: FeedForwardKind, parameters: Parameters) -> Result<Self> {
         let p = &parameters;
         let blocks = (0..config.backbone.num_layers).map(|l| {
             Ok(Block {
                 norm1: LayerNorm::new(p, &format!("blocks.{l}.norm1"))?,
                 attention: Attention::new(p, &format!("blocks.{l}.attention"), config.backbone.num_heads)?,
                 norm2: LayerNorm::new(p, &format!("blocks.{l}.norm2"))?,
-                experts: ButterflyMoe::new(p, &format!("blocks.{l}.moe"), &config.experts)?,
+                feed_forward: FeedForward::new(p, &format!("blocks.{l}.moe"), kind, &config.experts)?,
             })
         });
         Ok(Self {
@@ -332,6 +353,7 @@ impl ViT {
             norm: LayerNorm::new(p, "norm")?,
             head: Linear::new(p, "head")?,
             config,
+            kind,
             parameters,
         })
     }
@@ -341,9 +363,9 @@ impl ViT {
     /// # Errors
     /// Never for a model that was built.
     pub fn freeze(self, frozen: impl Fn(&str) -> bool) -> Result<Self> {
-        let Self { config, mut parameters, .. } = self;
+        let Self { config, kind, mut parameters, .. } = self;
         parameters.frozen = parameters.vars.keys().filter(|name| frozen(name)).cloned().collect();
-        Self::assemble(config, parameters)
+        Self::assemble(config, kind, parameters)
     }
 
     /// The model's shapes.
@@ -365,9 +387,9 @@ impl ViT {
         let mut routing = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
             x = (&x + block.attention.forward(&block.norm1.forward(&x)?)?)?;
-            let (y, chosen) = block.experts.forward(&block.norm2.forward(&x)?, quantizers)?;
+            let (y, chosen) = block.feed_forward.forward(&block.norm2.forward(&x)?, quantizers)?;
             x = (x + y)?;
-            routing.push(chosen);
+            routing.extend(chosen);
         }
         let pooled = self.norm.forward(&x)?.mean(1)?;
         Ok(Output { logits: self.head.forward(&pooled)?, routing })

@@ -1,7 +1,7 @@
 //! The candle model as a whole: determinism, gradients, and what rounding to an artifact keeps.
 
 use candle_core::{Device, Tensor};
-use model_core::config::ViTConfig;
+use model_core::config::{FeedForwardKind, ViTConfig};
 use model_core::ops::Activations;
 use model_core::train::{AdamW, AdamWConfig, Batch, LossWeights, gradients};
 use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
@@ -55,21 +55,62 @@ fn loss_gradient_matches_finite_differences_through_the_whole_model() {
         "head.bias",
     ];
     for name in names {
-        let values = vit.parameters().var(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let largest = |best: (usize, f32), (i, g): (usize, &f32)| if g.abs() > best.1.abs() { (i, *g) } else { best };
-        let (at, gradient) = analytic[name].iter().enumerate().fold((0, 0.0), largest);
-        let step = 5e-3;
-        let shifted = |delta: f32| {
-            let mut moved = values.clone();
-            moved[at] += delta;
-            vit.parameters().set(name, &moved).unwrap();
-            loss(&vit).1.loss
-        };
-        let numeric = (shifted(step) - shifted(-step)) / f64::from(2.0 * step);
-        vit.parameters().set(name, &values).unwrap();
-        // f32 rounding of a loss near 2 is about 2e-7 times a few dozen operations, over 2 * step = 1e-2: 1e-3. The
-        // truncation error, of order step^2, is below that.
-        assert!((numeric - f64::from(gradient)).abs() < 2e-3, "{name}[{at}]: {gradient} but numerically {numeric}");
+        check_largest(&vit, name, &analytic[name], |vit| loss(vit).1.loss);
+    }
+}
+
+/// Checks the largest element of a parameter's gradient against a central difference of `loss`.
+fn check_largest(vit: &ViT, name: &str, analytic: &[f32], loss: impl Fn(&ViT) -> f64) {
+    let values = vit.parameters().var(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let largest = |best: (usize, f32), (i, g): (usize, &f32)| if g.abs() > best.1.abs() { (i, *g) } else { best };
+    let (at, gradient) = analytic.iter().enumerate().fold((0, 0.0), largest);
+    let step = 5e-3;
+    let shifted = |delta: f32| {
+        let mut moved = values.clone();
+        moved[at] += delta;
+        vit.parameters().set(name, &moved).unwrap();
+        loss(vit)
+    };
+    let numeric = (shifted(step) - shifted(-step)) / f64::from(2.0 * step);
+    vit.parameters().set(name, &values).unwrap();
+    // f32 rounding of a loss near 2 is about 2e-7 times a few dozen operations, over 2 * step = 1e-2: 1e-3. The
+    // truncation error, of order step^2, is below that.
+    assert!((numeric - f64::from(gradient)).abs() < 2e-3, "{name}[{at}]: {gradient} but numerically {numeric}");
+}
+
+#[test]
+fn dense_kinds_have_their_parameters_and_a_gradient_that_finite_differences_confirm() {
+    let config = tiny();
+    let batch = batch(&config, 4);
+    for (kind, has_router) in [(FeedForwardKind::DenseExperts, true), (FeedForwardKind::Dense, false)] {
+        let vit = ViT::init_kind(&config, kind, 7).unwrap();
+        let loss = |vit: &ViT| gradients(vit, Quantizers::ALL, &batch, LossWeights::default(), 4, 1).unwrap();
+        let (analytic, stats) = loss(&vit);
+        assert_eq!(stats.balance > 0.0, has_router);
+        assert!(analytic.keys().all(|name| !name.contains("rotation")));
+        assert_eq!(analytic.contains_key("blocks.0.moe.router"), has_router);
+        let experts = if has_router { config.experts.num_experts } else { 1 };
+        assert_eq!(analytic["blocks.0.moe.up"].len(), experts * config.backbone.d_ff * config.backbone.d_model);
+        let names = ["blocks.0.moe.up", "blocks.1.moe.down", "stem.0.conv.weight", "blocks.0.moe.router"];
+        for name in names.into_iter().take(3 + usize::from(has_router)) {
+            check_largest(&vit, name, &analytic[name], |vit| loss(vit).1.loss);
+        }
+        let labels: Vec<String> = (0..config.num_classes).map(|i| i.to_string()).collect();
+        assert!(vit.to_weights(&labels).unwrap_err().to_string().contains("butterfly experts"));
+    }
+}
+
+#[test]
+fn every_kind_shares_the_rest_of_its_initial_parameters() {
+    let config = tiny();
+    let [butterfly, experts, dense] =
+        [FeedForwardKind::Butterfly, FeedForwardKind::DenseExperts, FeedForwardKind::Dense]
+            .map(|kind| ViT::init_kind(&config, kind, 8).unwrap());
+    let values =
+        |vit: &ViT, name: &str| vit.parameters().var(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for name in butterfly.parameters().all().keys().filter(|name| !name.contains(".moe.")) {
+        assert_eq!(values(&butterfly, name), values(&experts, name), "{name}");
+        assert_eq!(values(&butterfly, name), values(&dense, name), "{name}");
     }
 }
 

@@ -48,7 +48,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct ModelArgs {
-    /// A built-in configuration: paper, tiny or cifar [default: cifar].
+    /// A built-in configuration: paper, tiny, cifar or study [default: cifar].
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
     /// A configuration from a JSON file.
@@ -311,7 +311,7 @@ pub struct CompareArgs {
     #[command(flatten)]
     pub run: LoopArgs,
     /// Variants to train.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Variant::Butterfly, Variant::NoSmoothness])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Variant::Butterfly, Variant::DenseExperts, Variant::Dense, Variant::NoSmoothness])]
     pub variants: Vec<Variant>,
     /// Seeds to train each with.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2])]

@@ -80,7 +80,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         recipe.model.num_classes = dataset.num_classes();
     }
     recipe.validate()?;
-    let vit = ViT::init(&recipe.model, recipe.seed)?;
+    let vit = recipe.init_model()?;
     let preprocess = dataset.preprocess();
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
@@ -135,7 +135,7 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
             let out = args.run.out.join(format!("{}-seed-{seed}", variant.name()));
             say(&format!("{variant:?}, seed {seed}"));
             let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
-            let vit = ViT::init(&recipe.model, seed)?;
+            let vit = recipe.init_model()?;
             let settings = Settings { out: out.clone(), ..args.run.settings() };
             let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess())?;
             let mut outcome = None;
@@ -153,24 +153,29 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     Ok(Ended::Finished)
 }
 
-/// Exports a finished run in memory and measures it on the test part.
+/// Measures a finished run on the test part: through an artifact and the integer engine where it can be served.
 fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, threads: usize) -> Result<Outcome> {
     let state = &checkpoint.state;
-    let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
-    let (backbone, set) = vit.to_weights(&state.labels)?;
-    let backbone = read_backbone(&write_backbone("run", &backbone, &state.preprocess, &Value::Null)?)?;
-    let bound_to = (&backbone.weights.config, backbone.digest);
-    let set = read_expert_set(&write_expert_set("run", &set, bound_to, &Value::Null)?)?;
-    let model = Integer::new(&backbone, &set)?;
-    let scores = measure(&model, &state.recipe.model, test, test.len(), &state.preprocess, threads)?.scores();
+    let recipe = &state.recipe;
+    let vit = averaged(recipe, &checkpoint.parameters, &checkpoint.average)?;
+    let model: Box<dyn Predictor> = if recipe.is_servable() {
+        let (backbone, set) = vit.to_weights(&state.labels)?;
+        let backbone = read_backbone(&write_backbone("run", &backbone, &state.preprocess, &Value::Null)?)?;
+        let bound_to = (&backbone.weights.config, backbone.digest);
+        let set = read_expert_set(&write_expert_set("run", &set, bound_to, &Value::Null)?)?;
+        Box::new(Integer::new(&backbone, &set)?)
+    } else {
+        Box::new(Candle { vit, quantizers: recipe.quantizers() })
+    };
+    let scores = measure(&*model, &recipe.model, test, test.len(), &state.preprocess, threads)?.scores();
     Ok(Outcome {
         variant,
-        recipe: state.recipe.clone(),
+        recipe: recipe.clone(),
         parameters: checkpoint.parameters.values().map(Vec::len).sum(),
         top1: scores.top1,
         top5: scores.top5,
         routing_agreement: scores.routing_agreement,
-        images_per_second: state.step as f64 * state.recipe.batch_size as f64 / state.seconds.max(1e-9),
+        images_per_second: state.step as f64 * recipe.batch_size as f64 / state.seconds.max(1e-9),
     })
 }
 

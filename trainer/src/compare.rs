@@ -9,7 +9,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use model_core::footprint::{paper_compression, runtime_compression};
+use model_core::config::FeedForwardKind;
+use model_core::footprint::{layer_bytes, runtime_compression};
+use model_core::ops::Activations;
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +25,10 @@ use crate::recipe::Recipe;
 pub enum Variant {
     /// The recipe as it is.
     Butterfly,
+    /// As many experts behind the same router, each with fp32 matrices of its own.
+    DenseExperts,
+    /// A single fp32 feed-forward layer in each block, no router.
+    Dense,
     /// Without the spatial smoothness loss.
     NoSmoothness,
     /// Two stages in both rotations.
@@ -45,6 +51,8 @@ pub enum Variant {
     Router8,
     /// 16-bit router codes.
     Router16,
+    /// Float activations at the substrates instead of int8. Cannot be served.
+    FloatActivations,
 }
 
 impl Variant {
@@ -58,6 +66,8 @@ impl Variant {
         };
         match self {
             Self::Butterfly => {}
+            Self::DenseExperts => recipe.feed_forward = FeedForwardKind::DenseExperts,
+            Self::Dense => recipe.feed_forward = FeedForwardKind::Dense,
             Self::NoSmoothness => recipe.losses.smoothness = 0.0,
             Self::Stages2 => stages(2),
             Self::Stages4 => stages(4),
@@ -69,6 +79,7 @@ impl Variant {
             Self::Angles16 => experts.angle_bits = 16,
             Self::Router8 => experts.router_bits = 8,
             Self::Router16 => experts.router_bits = 16,
+            Self::FloatActivations => recipe.activations = Activations::Float,
         }
     }
 
@@ -87,12 +98,12 @@ pub struct Outcome {
     pub recipe: Recipe,
     /// Trained numbers.
     pub parameters: usize,
-    /// On the test part, integer path.
+    /// On the test part, by the integer path where the variant can be served.
     pub top1: f64,
-    /// On the test part, integer path.
+    /// As `top1`.
     pub top5: f64,
-    /// Share of chosen experts that neighbouring patches have in common, on the test part.
-    pub routing_agreement: f64,
+    /// Share of chosen experts that neighbouring patches have in common, on the test part; none without routers.
+    pub routing_agreement: Option<f64>,
     /// Training speed, over the whole run.
     pub images_per_second: f64,
 }
@@ -111,7 +122,9 @@ pub struct Row {
     /// Mean over seeds.
     pub top5: f64,
     /// Mean over seeds.
-    pub routing_agreement: f64,
+    pub routing_agreement: Option<f64>,
+    /// What was measured: the integer engine, or the candle model.
+    pub path: &'static str,
     /// Trained numbers.
     pub parameters: usize,
     /// Bytes of all feed-forward layers as the paper counts them.
@@ -132,20 +145,22 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
         let mean = |value: fn(&Outcome) -> f64| runs.iter().map(|run| value(run)).sum::<f64>() / runs.len() as f64;
         let highest = runs.iter().map(|run| run.top1).fold(f64::MIN, f64::max);
         let lowest = runs.iter().map(|run| run.top1).fold(f64::MAX, f64::min);
-        let model = &runs[0].recipe.model;
-        let layers = model.backbone.num_layers as f64;
-        let runtime = runtime_compression(&model.backbone, &model.experts);
+        let recipe = &runs[0].recipe;
+        let (backbone, experts) = (&recipe.model.backbone, &recipe.model.experts);
+        let layers = backbone.num_layers as f64;
+        let (paper_bytes, runtime_bytes) = layer_bytes(recipe.feed_forward, backbone, experts);
         Row {
             variant,
             seeds: runs.len(),
             top1: mean(|run| run.top1),
             top1_spread: highest - lowest,
             top5: mean(|run| run.top5),
-            routing_agreement: mean(|run| run.routing_agreement),
+            routing_agreement: runs[0].routing_agreement.map(|_| mean(|run| run.routing_agreement.unwrap_or(f64::NAN))),
+            path: if recipe.is_servable() { "integer" } else { "float" },
             parameters: runs[0].parameters,
-            paper_bytes: layers * paper_compression(&model.backbone, &model.experts).butterfly_bytes,
-            runtime_bytes: layers * runtime.butterfly_bytes,
-            runtime_ratio: runtime.ratio(),
+            paper_bytes: layers * paper_bytes,
+            runtime_bytes: layers * runtime_bytes,
+            runtime_ratio: runtime_compression(backbone, experts).dense_bytes / runtime_bytes,
             images_per_second: mean(|run| run.images_per_second),
         }
     };
@@ -159,19 +174,21 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
 pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
     let rows = rows(outcomes);
     let mut table = String::from(
-        "| variant | seeds | top-1 % | spread | top-5 % | neighbours agree % | parameters | feed-forward kB (paper) | \
-         feed-forward kB (all counted) | smaller than dense | images/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+        "| variant | path | seeds | top-1 % | spread | top-5 % | neighbours agree % | parameters | \
+         expert kB (paper) | expert kB (all counted) | smaller than dense | images/s |\n\
+         |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     for row in &rows {
         writeln!(
             table,
-            "| {} | {} | {:.2} | {:.2} | {:.2} | {:.1} | {} | {:.1} | {:.1} | {:.0}x | {:.0} |",
+            "| {} | {} | {} | {:.2} | {:.2} | {:.2} | {} | {} | {:.1} | {:.1} | {:.0}x | {:.0} |",
             row.variant.name(),
+            row.path,
             row.seeds,
             100.0 * row.top1,
             100.0 * row.top1_spread,
             100.0 * row.top5,
-            100.0 * row.routing_agreement,
+            row.routing_agreement.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share)),
             row.parameters,
             row.paper_bytes / 1e3,
             row.runtime_bytes / 1e3,
@@ -239,7 +256,15 @@ mod tests {
         let outcome = |variant: Variant, top1| {
             let mut recipe = Recipe::scratch(ViTConfig::preset("tiny").unwrap());
             variant.apply(&mut recipe);
-            Outcome { variant, recipe, parameters: 7, top1, top5: 0.9, routing_agreement: 0.5, images_per_second: 10.0 }
+            Outcome {
+                variant,
+                recipe,
+                parameters: 7,
+                top1,
+                top5: 0.9,
+                routing_agreement: Some(0.5),
+                images_per_second: 10.0,
+            }
         };
         let outcomes =
             [outcome(Variant::Butterfly, 0.5), outcome(Variant::Angles4, 0.25), outcome(Variant::Butterfly, 0.75)];
@@ -248,7 +273,7 @@ mod tests {
         assert!(rows[1].runtime_bytes < rows[0].runtime_bytes);
         let folder = tempfile::tempdir().unwrap();
         let table = write(folder.path(), &outcomes).unwrap();
-        assert!(table.contains("| butterfly | 2 | 62.50 | 25.00 |"), "{table}");
+        assert!(table.contains("| butterfly | integer | 2 | 62.50 | 25.00 |"), "{table}");
         assert!(folder.path().join("accuracy-memory.png").is_file());
     }
 }

@@ -20,7 +20,25 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// As shells count a program that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
 
+/// Settings of libraries that they read from the environment once. candle and `gemm` split small operations over
+/// rayon's threads, where a run is faster with a thread per shard and nothing below; and the allocator must not give
+/// back memory that the next step asks for again.
+const ENVIRONMENT: [(&str, &str); 2] = [("RAYON_NUM_THREADS", "1"), ("MIMALLOC_PURGE_DELAY", "-1")];
+
+/// Starts the program over with [`ENVIRONMENT`], unless it is there: by the time `main` runs, the allocator has read its
+/// settings. Where that is impossible the program goes on as it is, only slower.
+fn ensure_environment() {
+    let missing: Vec<_> = ENVIRONMENT.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    #[cfg(unix)]
+    if let (false, Ok(program)) = (missing.is_empty(), std::env::current_exe()) {
+        use std::os::unix::process::CommandExt;
+        let error = std::process::Command::new(program).args(std::env::args_os().skip(1)).envs(missing).exec();
+        eprintln!("warning: training will be slow: {error}");
+    }
+}
+
 fn main() -> ExitCode {
+    ensure_environment();
     match run(&Cli::parse()) {
         Ok(Ended::Interrupted) => ExitCode::from(INTERRUPTED),
         Ok(Ended::Finished | Ended::OutOfTime) => ExitCode::SUCCESS,

@@ -7,8 +7,10 @@
 use std::f64::consts::PI;
 
 use anyhow::{Result, bail, ensure};
-use model_core::config::ViTConfig;
+use model_core::config::{FeedForwardKind, ViTConfig};
+use model_core::ops::Activations;
 use model_core::train::{AdamWConfig, LossWeights};
+use model_core::vit::{Quantizers, ViT};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -37,6 +39,12 @@ pub enum Origin {
 pub struct Recipe {
     /// Shapes.
     pub model: ViTConfig,
+    /// What stands in the feed-forward place; all but butterfly experts are there to be compared with.
+    #[serde(default)]
+    pub feed_forward: FeedForwardKind,
+    /// How activations meet the substrates; float is there to be compared with.
+    #[serde(default)]
+    pub activations: Activations,
     /// Where the parameters come from.
     pub origin: Origin,
     /// Decides initial weights, the held-out part, order and variation of the images.
@@ -76,6 +84,8 @@ impl Recipe {
     pub fn scratch(model: ViTConfig) -> Self {
         Self {
             model,
+            feed_forward: FeedForwardKind::Butterfly,
+            activations: Activations::Int8,
             origin: Origin::Scratch,
             seed: 1,
             epochs: 60,
@@ -106,6 +116,32 @@ impl Recipe {
             mixing: Mixing::NONE,
             ..Self::scratch(model)
         }
+    }
+
+    /// A model with fresh parameters.
+    ///
+    /// # Errors
+    /// When the configuration is invalid.
+    pub fn init_model(&self) -> Result<ViT> {
+        Ok(ViT::init_kind(&self.model, self.feed_forward, self.seed)?)
+    }
+
+    /// The roundings that training makes.
+    pub fn quantizers(&self) -> Quantizers {
+        let quantizers = match (self.feed_forward, &self.origin) {
+            (FeedForwardKind::DenseExperts | FeedForwardKind::Dense, _) => Quantizers::NONE,
+            (FeedForwardKind::Butterfly, Origin::Scratch) => Quantizers::ALL,
+            (FeedForwardKind::Butterfly, Origin::Specialise { .. }) => Quantizers::EXPERTS,
+        };
+        match self.activations {
+            Activations::Int8 => quantizers,
+            Activations::Float => Quantizers { activations: Activations::Float, ..quantizers },
+        }
+    }
+
+    /// Whether the trained model is what an artifact can hold and the integer engine runs.
+    pub fn is_servable(&self) -> bool {
+        self.feed_forward == FeedForwardKind::Butterfly && self.activations == Activations::Int8
     }
 
     /// Checks the numbers that have a range.

@@ -24,7 +24,7 @@ use crate::evaluate::Tally;
 use crate::files::create_folder;
 use crate::metrics::{Diary, Line, StepLine};
 use crate::predict::{Candle, for_each_shard};
-use crate::recipe::{Origin, Recipe};
+use crate::recipe::Recipe;
 
 /// What does not change the result.
 #[derive(Debug, Clone)]
@@ -58,8 +58,8 @@ pub struct Validation {
     pub top1: f64,
     /// Share of images whose label is among the first five.
     pub top5: f64,
-    /// Share of chosen experts that neighbouring patches have in common.
-    pub routing_agreement: f64,
+    /// Share of chosen experts that neighbouring patches have in common; none without routers.
+    pub routing_agreement: Option<f64>,
     /// Since the start of the run, interruptions not counted.
     pub seconds: f64,
 }
@@ -115,10 +115,6 @@ impl Run {
         );
         ensure!(dataset.side == config.backbone.image_size, "images of side {} do not fit the model", dataset.side);
         let parts = hold_out(&dataset, recipe.hold_out, recipe.seed);
-        let quantizers = match recipe.origin {
-            Origin::Scratch => Quantizers::ALL,
-            Origin::Specialise { .. } => Quantizers::EXPERTS,
-        };
         let average = if recipe.ema_decay > 0.0 { values(&vit)? } else { Values::new() };
         Ok(Self {
             optimizer: AdamW::new(recipe.optimizer),
@@ -127,12 +123,12 @@ impl Run {
             validation: None,
             seconds_before: 0.0,
             started: Instant::now(),
+            quantizers: recipe.quantizers(),
             recipe,
             settings,
             dataset,
             parts,
             preprocess,
-            quantizers,
             vit,
         })
     }
@@ -423,7 +419,7 @@ fn restore(vit: &ViT, from: &Values) -> Result<()> {
 /// # Errors
 /// When names or sizes do not fit the recipe's model.
 pub fn averaged(recipe: &Recipe, parameters: &Values, average: &Values) -> Result<ViT> {
-    let vit = ViT::init(&recipe.model, 0)?.freeze(|_| true)?;
+    let vit = recipe.init_model()?.freeze(|_| true)?;
     restore(&vit, parameters)?;
     for (name, values) in average {
         vit.parameters().set(name, values)?;

@@ -125,14 +125,33 @@ fn train_evaluate_and_specialise() {
 fn compare_trains_variants_and_goes_on_after_an_interruption() {
     let root = tempfile::tempdir().unwrap();
     let (data, out) = (images(root.path()), root.path().join("study"));
-    let what = ["compare", "--data", text(&data), "--out", text(&out), "--preset", "tiny", "--seeds", "3"];
-    let compare = [&what[..], &["--variants", "butterfly,angles4,no-smoothness"], &FAST].concat();
+    let what = [
+        "compare",
+        "--data",
+        text(&data),
+        "--out",
+        text(&out),
+        "--preset",
+        "tiny",
+        "--seeds",
+        "3",
+        "--learning-rate",
+        "0.01",
+    ];
+    let compare =
+        [&what[..], &["--variants", "butterfly,dense-experts,dense,angles4,float-activations"], &FAST].concat();
     succeed(&[&compare[..], &["--limit-seconds", "0"]].concat());
     assert!(!out.join("table.md").exists());
     let table = String::from_utf8(succeed(&compare).stdout).unwrap();
-    assert_eq!(table.lines().filter(|line| line.starts_with("| angles4 | 1 |")).count(), 2, "{table}");
+    assert_eq!(table.lines().filter(|line| line.starts_with("| angles4 | integer | 1 |")).count(), 2, "{table}");
     let json: Value = serde_json::from_slice(&fs::read(out.join("table.json")).unwrap()).unwrap();
-    assert_eq!(json.as_array().unwrap().len(), 3);
+    assert_eq!(json.as_array().unwrap().len(), 5);
+    for row in json.as_array().unwrap() {
+        // Three colours: a model that learns at all tells them apart, and so does its artifact.
+        assert!(row["top1"].as_f64().unwrap() > 0.8, "{row}");
+        assert_eq!(row["path"] == "integer", row["variant"] == "butterfly" || row["variant"] == "angles4", "{row}");
+        assert_eq!(row["routing_agreement"].is_null(), row["variant"] == "dense", "{row}");
+    }
     assert!(out.join("butterfly-seed-3/curve.png").is_file() && out.join("accuracy-memory.png").is_file());
 }
 

@@ -9,11 +9,13 @@ use crate::kernels::matmul::{Mat, Write, matmul};
 use crate::kernels::ternary::scalar::ternarize;
 
 /// How the activations of a substrate product are represented.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activations {
     /// As they are: the float path.
     Float,
     /// int8 per token, the step being `max |x| / 127`: what the integer engine computes.
+    #[default]
     Int8,
 }
 

@@ -96,6 +96,26 @@ fn rotation_gradients_for_short_and_long_strides() {
 }
 
 #[test]
+fn expert_linear_gradients_with_an_idle_expert_and_two_copies() {
+    let experts = Arc::new(vec![2, 0, 0, 3, 3, 2]);
+    check_gradients(&[&var(&[3, 5], 0.1), &var(&[4, 2, 5], 0.2)], |a| expert_linear(&a[0], &a[1], experts.clone()));
+}
+
+#[test]
+fn expert_linear_multiplies_each_row_by_its_own_matrix() {
+    let (x, w) = (var(&[2, 5], 0.1), var(&[3, 4, 5], 0.2));
+    let experts = [1u16, 2, 2, 0];
+    let y = expert_linear(&x, &w, Arc::new(experts.to_vec())).unwrap();
+    for (row, &expert) in experts.iter().enumerate() {
+        let matrix = w.get(usize::from(expert)).unwrap();
+        let expected = x.narrow(0, row / 2, 1).unwrap().matmul(&matrix.t().unwrap()).unwrap();
+        let difference = (y.narrow(0, row, 1).unwrap() - expected).unwrap().abs().unwrap().max_all().unwrap();
+        // Five-term f32 sums in another order.
+        assert!(difference.to_scalar::<f32>().unwrap() < 1e-5, "row {row}");
+    }
+}
+
+#[test]
 fn combine_gradients() {
     check_gradients(&[&var(&[6, 5], 0.1), &var(&[3, 2], 0.2)], |a| combine(&a[0], &a[1]));
 }

@@ -38,17 +38,24 @@ pub struct Losses {
 /// # Errors
 /// When shapes do not fit.
 pub fn losses(output: &Output, targets: &Tensor, side: usize, weights: LossWeights) -> Result<Losses> {
-    let layers = output.routing.len() as f64;
+    // Without routers both terms are zero.
+    let layers = output.routing.len().max(1) as f64;
     let mut balance = Tensor::zeros((), candle_core::DType::F32, targets.device())?;
     let mut smoothness = balance.clone();
     for routing in &output.routing {
         balance = (balance + balance_loss(routing)?)?;
-        smoothness = (smoothness + ops::smoothness(&routing.probabilities, side)?)?;
+        smoothness = (smoothness + ops::smoothness(&by_image(&routing.probabilities, side)?, side)?)?;
     }
     let (balance, smoothness) = ((balance / layers)?, (smoothness / layers)?);
     let cross_entropy = cross_entropy(&output.logits, targets)?;
     let total = ((&cross_entropy + (&balance * weights.balance)?)? + (&smoothness * weights.smoothness)?)?;
     Ok(Losses { cross_entropy, balance, smoothness, total })
+}
+
+/// `[batch * side * side, experts] -> [batch, side * side, experts]`.
+fn by_image(probabilities: &Tensor, side: usize) -> Result<Tensor> {
+    let (tokens, experts) = probabilities.dims2()?;
+    probabilities.reshape((tokens / (side * side), side * side, experts))
 }
 
 /// Mean over the batch of `-sum_c target_c log softmax(logits)_c`.
@@ -65,7 +72,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// `E sum_i f_i P_i`: f the fraction of (token, choice) pairs sent to expert i, P its mean probability. The gradient
 /// flows through P; f is a count.
 fn balance_loss(routing: &Routing) -> Result<Tensor> {
-    let p = routing.probabilities.flatten_to(1)?;
+    let p = &routing.probabilities;
     let num_experts = p.dim(1)?;
     let mut fractions = vec![0f32; num_experts];
     for &expert in routing.experts.iter() {

@@ -173,6 +173,12 @@ pub struct Opened {
 /// [`OpenOptions::strict`]) a single image had to be left out.
 pub fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
     ensure!(folder.is_dir(), "{} is not a folder", folder.display());
+    // Of its own, because the global pool is kept to one thread: see `main`.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(cores).build()?.install(|| read(folder, part, options))
+}
+
+fn read(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
     let mut opened = if cifar::is_cifar100(folder) {
         cifar::open_cifar100(folder, part, options.labels)
     } else if cifar::is_cifar10(folder) {

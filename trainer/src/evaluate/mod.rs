@@ -62,8 +62,8 @@ pub struct Scores {
     pub cross_entropy: f64,
     /// Expected calibration error: mean distance of confidence and accuracy over 15 bins of confidence.
     pub calibration_error: f64,
-    /// Share of chosen experts that two neighbouring patches have in common, mean over layers.
-    pub routing_agreement: f64,
+    /// Share of chosen experts that two neighbouring patches have in common, mean over layers; none without routers.
+    pub routing_agreement: Option<f64>,
 }
 
 impl Tally {
@@ -123,13 +123,14 @@ impl Tally {
         let n = self.images.max(1) as f64;
         let gap = |bin: &Bin| (bin.confidence - bin.right as f64).abs();
         let agreement: f64 = self.layers.iter().map(|layer| layer.agreement(self.top_k)).sum();
+        let routed = self.layers.iter().any(|layer| layer.pairs > 0);
         Scores {
             images: self.images,
             top1: self.top1 as f64 / n,
             top5: self.top5 as f64 / n,
             cross_entropy: self.cross_entropy / n,
             calibration_error: self.bins.iter().map(gap).sum::<f64>() / n,
-            routing_agreement: agreement / self.layers.len().max(1) as f64,
+            routing_agreement: routed.then(|| agreement / self.layers.len().max(1) as f64),
         }
     }
 }
