@@ -116,6 +116,10 @@ pub enum FeedForwardKind {
     /// Experts that are rotations of a shared ternary substrate.
     #[default]
     Butterfly,
+    /// The same, and behind `up` a gain per expert and feature, which rotations alone cannot make.
+    ButterflyGains,
+    /// The same, and `down` is the transpose of `up` with a scale per row instead of a substrate of its own.
+    ButterflyTied,
     /// As many experts behind the same router, each with fp32 matrices of its own.
     DenseExperts,
     /// A single fp32 feed-forward layer, no router.

@@ -167,11 +167,20 @@ pub fn runtime_compression(backbone: &BackboneConfig, experts: &ExpertConfig) ->
 }
 
 /// Bytes of one feed-forward layer of any kind, by the paper's accounting and by ours. The router of dense experts is
-/// fp32 and counts in ours only.
+/// fp32 and counts in ours only; gains count as the fp32 that training leaves; a tied `down` saves its codes.
 pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &ExpertConfig) -> (f64, f64) {
     let (paper, runtime) = (paper_compression(backbone, experts), runtime_compression(backbone, experts));
     match kind {
         FeedForwardKind::Butterfly => (paper.butterfly_bytes, runtime.butterfly_bytes),
+        FeedForwardKind::ButterflyGains => {
+            let gains = (experts.num_experts * backbone.d_ff) as f64 * F32_BYTES as f64;
+            (paper.butterfly_bytes + gains, runtime.butterfly_bytes + gains)
+        }
+        FeedForwardKind::ButterflyTied => {
+            // The paper's accounting has a single substrate to begin with.
+            let down = LayerBytes::resident(backbone, experts).substrates as f64 / 2.0;
+            (paper.butterfly_bytes, runtime.butterfly_bytes - down)
+        }
         FeedForwardKind::DenseExperts => (paper.dense_bytes, runtime.dense_bytes),
         FeedForwardKind::Dense => {
             let one = paper.dense_bytes / experts.num_experts as f64;
@@ -325,6 +334,8 @@ mod tests {
         assert_eq!(bytes(FeedForwardKind::Dense), (2_097_152.0, 2_097_152.0));
         assert_eq!(bytes(FeedForwardKind::DenseExperts), (134_217_728.0, 134_283_264.0));
         assert_eq!(bytes(FeedForwardKind::Butterfly).1, 316_672.0);
+        assert_eq!(bytes(FeedForwardKind::ButterflyTied).1, 316_672.0 - 65_536.0);
+        assert_eq!(bytes(FeedForwardKind::ButterflyGains).1, 316_672.0 + 262_144.0);
     }
 
     #[test]

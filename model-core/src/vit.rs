@@ -195,7 +195,9 @@ impl ViT {
             // Dense experts own their matrices, so there is one of each per expert.
             let own: &[usize] = if kind == FeedForwardKind::DenseExperts { &[e.num_experts] } else { &[] };
             matrix("up", (b.d_model as f64).powf(-0.5), &[own, &[b.d_ff, b.d_model]].concat())?;
-            matrix("down", 0.5 * (b.d_ff as f64).powf(-0.5), &[own, &[b.d_model, b.d_ff]].concat())?;
+            if kind != FeedForwardKind::ButterflyTied {
+                matrix("down", 0.5 * (b.d_ff as f64).powf(-0.5), &[own, &[b.d_model, b.d_ff]].concat())?;
+            }
             if kind == FeedForwardKind::Dense {
                 continue;
             }
@@ -209,6 +211,18 @@ impl ViT {
             matrix("rotation_hidden", angle_std, &[e.num_experts, e.stages_hidden, b.d_ff / 2])?;
             if e.stages_out > 0 {
                 matrix("rotation_out", angle_std, &[e.num_experts, e.stages_out, b.d_model / 2])?;
+            }
+            match kind {
+                FeedForwardKind::ButterflyGains => {
+                    let name = format!("blocks.{l}.moe.gains");
+                    p.insert(name, vec![1.0; e.num_experts * b.d_ff], &[e.num_experts, b.d_ff])?;
+                }
+                FeedForwardKind::ButterflyTied => {
+                    // As large as a `down` of its own would be.
+                    let scale = 0.5 * (b.d_model as f32 / b.d_ff as f32).sqrt();
+                    p.insert(format!("blocks.{l}.moe.down_scale"), vec![scale; b.d_model], &[b.d_model])?;
+                }
+                _ => {}
             }
         }
         Self::assemble(config.clone(), kind, p)

@@ -1,7 +1,7 @@
 //! The candle model as a whole: determinism, gradients, and what rounding to an artifact keeps.
 
 use candle_core::{Device, Tensor};
-use model_core::config::{FeedForwardKind, ViTConfig};
+use model_core::config::{ExpertConfig, FeedForwardKind, ViTConfig};
 use model_core::ops::Activations;
 use model_core::train::{AdamW, AdamWConfig, Batch, LossWeights, gradients};
 use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
@@ -97,6 +97,25 @@ fn dense_kinds_have_their_parameters_and_a_gradient_that_finite_differences_conf
         }
         let labels: Vec<String> = (0..config.num_classes).map(|i| i.to_string()).collect();
         assert!(vit.to_weights(&labels).unwrap_err().to_string().contains("butterfly experts"));
+    }
+}
+
+#[test]
+fn gains_and_tied_substrates_have_gradients_that_finite_differences_confirm() {
+    let config = ViTConfig { experts: ExpertConfig { stages_out: 0, ..tiny().experts }, ..tiny() };
+    let batch = batch(&config, 4);
+    for (kind, names) in [
+        (FeedForwardKind::ButterflyGains, ["blocks.0.moe.gains", "blocks.1.moe.down"]),
+        (FeedForwardKind::ButterflyTied, ["blocks.0.moe.up", "blocks.1.moe.down_scale"]),
+    ] {
+        let vit = ViT::init_kind(&config, kind, 9).unwrap();
+        let loss = |vit: &ViT, quantizers| gradients(vit, quantizers, &batch, LossWeights::default(), 4, 1).unwrap();
+        let (analytic, _) = loss(&vit, Quantizers::NONE);
+        for name in names {
+            check_largest(&vit, name, &analytic[name], |vit| loss(vit, Quantizers::NONE).1.loss);
+        }
+        let (rounded, _) = loss(&vit, Quantizers::ALL);
+        assert!(rounded.values().flatten().all(|g| g.is_finite()));
     }
 }
 

@@ -42,6 +42,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Measure artifacts on the test part of a data folder.
     Evaluate(EvaluateArgs),
+    /// Measure how fast training is, beside one large matrix product.
+    Speed(SpeedArgs),
 }
 
 /// Which model.
@@ -371,6 +373,29 @@ pub struct EvaluateArgs {
     /// Threads that compute [default: one per core].
     #[arg(long)]
     pub threads: Option<usize>,
+}
+
+/// `speed`.
+#[derive(Debug, Args)]
+pub struct SpeedArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The recipe's variant.
+    #[arg(long, value_enum, default_value_t = Variant::Butterfly)]
+    pub variant: Variant,
+    /// Threads that compute [default: one per core].
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// How long to measure.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub seconds: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// What is computed.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
 }
 
 impl ModelArgs {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
@@ -14,15 +14,16 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{
-    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, TrainArgs, threads,
+    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, SpeedArgs, TrainArgs, threads,
 };
-use crate::compare::{self, Outcome, Variant};
+use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::evaluate::{Report, Tally, confusion_picture};
 use crate::metrics;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe};
+use crate::speed;
 use crate::store::{Store, load_backbone, load_set};
 use crate::train::{Ended, Run, Settings, averaged};
 
@@ -127,6 +128,8 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
     base.model.num_classes = dataset.num_classes();
     let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
+    crate::files::create_folder(&args.run.out)?;
+    compare::write_memory(&args.run.out, &base.model)?;
     let mut outcomes = Vec::new();
     for &seed in &args.seeds {
         for &variant in &args.variants {
@@ -167,7 +170,10 @@ fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, thread
     } else {
         Box::new(Candle { vit, quantizers: recipe.quantizers() })
     };
-    let scores = measure(&*model, &recipe.model, test, test.len(), &state.preprocess, threads)?.scores();
+    let tally = measure(&*model, &recipe.model, test, test.len(), &state.preprocess, threads)?;
+    let scores = tally.scores();
+    let routed = scores.routing_agreement.is_some();
+    let report = Report::new(&tally, &state.labels, "", 0, 1.0);
     Ok(Outcome {
         variant,
         recipe: recipe.clone(),
@@ -176,6 +182,23 @@ fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, thread
         top5: scores.top5,
         routing_agreement: scores.routing_agreement,
         images_per_second: state.step as f64 * recipe.batch_size as f64 / state.seconds.max(1e-9),
+        load: if routed { report.layers.into_iter().map(|layer| layer.load).collect() } else { Vec::new() },
+        sample: if routed { Some(sample(&*model, &recipe.model, test, &state.preprocess)?) } else { None },
+    })
+}
+
+/// Where the patches of the first images go.
+fn sample(model: &dyn Predictor, config: &ViTConfig, test: &Dataset, preprocess: &Preprocess) -> Result<Sample> {
+    let count = SAMPLE_IMAGES.min(test.len());
+    let images = test.images[..count * test.image_bytes()].to_vec();
+    let answer = model.predict(preprocess.normalize(&images), count)?;
+    let top_k = config.experts.top_k;
+    let first = |experts: Vec<u16>| experts.into_iter().step_by(top_k).collect();
+    Ok(Sample {
+        side: test.side,
+        images,
+        grid_side: config.backbone.grid_side(),
+        first_choices: answer.experts.into_iter().map(first).collect(),
     })
 }
 
@@ -243,6 +266,18 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     }
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
     print(&text)
+}
+
+/// `speed`: images/s.
+///
+/// # Errors
+/// When the configuration is invalid.
+pub fn speed(args: &SpeedArgs) -> Result<()> {
+    let mut recipe = Recipe::scratch(args.model.resolve()?.0);
+    args.recipe.apply(&mut recipe);
+    args.variant.apply(&mut recipe);
+    let speed = speed::measure(&recipe, threads(args.threads), Duration::from_secs(args.seconds))?;
+    print(&if args.json { serde_json::to_string_pretty(&speed)? + "\n" } else { speed.to_string() })
 }
 
 /// Opens the images with the label column whose names are the expert set's.

@@ -10,6 +10,7 @@
 //! | [`checkpoint`], [`metrics`], [`files`] | what a run leaves on the disk, and how it survives a crash |
 //! | [`predict`], [`evaluate`] | running a model over a data set; accuracy, calibration, routing |
 //! | [`compare`] | variants of one recipe over several seeds, as table and picture |
+//! | [`speed`] | images/s, and the share of the machine's matrix products in it |
 //! | [`plot`] | the learning curve, and what pictures share |
 //! | [`store`] | artifacts in the layout that the server reads |
 //! | [`cli`], [`commands`] | from arguments to files |
@@ -28,5 +29,6 @@ pub mod metrics;
 pub mod plot;
 pub mod predict;
 pub mod recipe;
+pub mod speed;
 pub mod store;
 pub mod train;

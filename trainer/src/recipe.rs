@@ -130,8 +130,8 @@ impl Recipe {
     pub fn quantizers(&self) -> Quantizers {
         let quantizers = match (self.feed_forward, &self.origin) {
             (FeedForwardKind::DenseExperts | FeedForwardKind::Dense, _) => Quantizers::NONE,
-            (FeedForwardKind::Butterfly, Origin::Scratch) => Quantizers::ALL,
-            (FeedForwardKind::Butterfly, Origin::Specialise { .. }) => Quantizers::EXPERTS,
+            (_, Origin::Scratch) => Quantizers::ALL,
+            (_, Origin::Specialise { .. }) => Quantizers::EXPERTS,
         };
         match self.activations {
             Activations::Int8 => quantizers,

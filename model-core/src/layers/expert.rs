@@ -3,9 +3,19 @@
 use candle_core::{Result, Tensor};
 
 use super::{Router, Routing};
-use crate::config::ExpertConfig;
-use crate::ops::{self, AngleGrid};
+use crate::config::{ExpertConfig, FeedForwardKind};
+use crate::ops::{self, Activations, AngleGrid};
+use crate::train::quantize;
 use crate::vit::{Parameters, Quantizers};
+
+/// The second substrate.
+#[derive(Debug, Clone)]
+enum Down {
+    /// A matrix of its own.
+    Own(Tensor),
+    /// The transpose of `up`, with this scale per row.
+    Tied(Tensor),
+}
 
 /// One feed-forward layer: `y = sum_k w_k [B(out_i)] Down(gelu(B(hidden_i) Up(B(in_i) x)))`.
 #[derive(Debug, Clone)]
@@ -13,7 +23,9 @@ pub struct ButterflyMoe {
     angle_bits: u32,
     router: Router,
     up: Tensor,
-    down: Tensor,
+    down: Down,
+    /// `[experts, d_ff]`, of [`FeedForwardKind::ButterflyGains`] only.
+    gains: Option<Tensor>,
     rotation_in: Tensor,
     rotation_hidden: Tensor,
     rotation_out: Option<Tensor>,
@@ -24,13 +36,17 @@ impl ButterflyMoe {
     ///
     /// # Errors
     /// When a parameter is missing.
-    pub fn new(parameters: &Parameters, name: &str, config: &ExpertConfig) -> Result<Self> {
+    pub fn new(parameters: &Parameters, name: &str, kind: FeedForwardKind, config: &ExpertConfig) -> Result<Self> {
         let get = |part: &str| parameters.get(&format!("{name}.{part}"));
         Ok(Self {
             angle_bits: config.angle_bits,
             router: Router::new(parameters, name, config)?,
             up: get("up")?,
-            down: get("down")?,
+            down: match kind {
+                FeedForwardKind::ButterflyTied => Down::Tied(get("down_scale")?),
+                _ => Down::Own(get("down")?),
+            },
+            gains: if kind == FeedForwardKind::ButterflyGains { Some(get("gains")?) } else { None },
             rotation_in: get("rotation_in")?,
             rotation_hidden: get("rotation_hidden")?,
             rotation_out: if config.stages_out > 0 { Some(get("rotation_out")?) } else { None },
@@ -45,15 +61,41 @@ impl ButterflyMoe {
         let (routing, weights) = self.router.forward(rows, quantizers.experts)?;
         let grid = if quantizers.experts { AngleGrid::Bits(self.angle_bits) } else { AngleGrid::Continuous };
         let rotate = |x: &Tensor, angles: &Tensor| ops::rotate_rows(x, angles, routing.experts.clone(), grid);
-        let h = self.substrate(&rotate(rows, &self.rotation_in)?, &self.up, quantizers)?;
-        let a = ops::gelu(&rotate(&h, &self.rotation_hidden)?)?;
+        let mut h = self.substrate(&rotate(rows, &self.rotation_in)?, &self.up, quantizers)?;
+        if let Some(gains) = &self.gains {
+            h = ops::scale_rows(&h, gains, routing.experts.clone())?;
+        }
         let y = match &self.rotation_out {
             // Deviation from the paper's order: without an out rotation the weighted sum commutes with `down`, which
             // then runs on one row per token.
-            None => self.substrate(&ops::combine(&a, &weights)?, &self.down, quantizers)?,
-            Some(angles) => ops::combine(&rotate(&self.substrate(&a, &self.down, quantizers)?, angles)?, &weights)?,
+            None => {
+                let a = ops::activate(&h, &self.rotation_hidden, &weights, routing.experts.clone(), grid)?;
+                self.down(&a, quantizers)?
+            }
+            Some(angles) => {
+                let a = ops::gelu(&rotate(&h, &self.rotation_hidden)?)?;
+                ops::combine(&rotate(&self.down(&a, quantizers)?, angles)?, &weights)?
+            }
         };
         Ok((y, routing))
+    }
+
+    fn down(&self, a: &Tensor, quantizers: Quantizers) -> Result<Tensor> {
+        match &self.down {
+            Down::Own(down) => self.substrate(a, down, quantizers),
+            Down::Tied(scale) => {
+                let (d_ff, d_model) = self.up.dims2()?;
+                let up = match quantizers.substrates {
+                    true => quantize::straight_through(&self.up, |w| ops::ternarized(w, d_model))?,
+                    false => self.up.clone(),
+                };
+                let a = match quantizers.activations {
+                    Activations::Int8 => quantize::straight_through(a, |a| ops::fake_quantize(a, d_ff))?,
+                    Activations::Float => a.clone(),
+                };
+                a.matmul(&up)?.broadcast_mul(scale)
+            }
+        }
     }
 
     fn substrate(&self, x: &Tensor, weight: &Tensor, quantizers: Quantizers) -> Result<Tensor> {

@@ -23,7 +23,7 @@ use crate::vit::{Parameters, Quantizers};
 /// The second half of a block, of one of the kinds.
 #[derive(Debug, Clone)]
 pub enum FeedForward {
-    /// [`FeedForwardKind::Butterfly`].
+    /// [`FeedForwardKind::Butterfly`] and its variants.
     Butterfly(ButterflyMoe),
     /// [`FeedForwardKind::DenseExperts`].
     DenseExperts(DenseExperts),
@@ -38,7 +38,9 @@ impl FeedForward {
     /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str, kind: FeedForwardKind, experts: &ExpertConfig) -> Result<Self> {
         Ok(match kind {
-            FeedForwardKind::Butterfly => Self::Butterfly(ButterflyMoe::new(parameters, name, experts)?),
+            FeedForwardKind::Butterfly | FeedForwardKind::ButterflyGains | FeedForwardKind::ButterflyTied => {
+                Self::Butterfly(ButterflyMoe::new(parameters, name, kind, experts)?)
+            }
             FeedForwardKind::DenseExperts => Self::DenseExperts(DenseExperts::new(parameters, name, experts)?),
             FeedForwardKind::Dense => Self::Dense(Dense::new(parameters, name)?),
         })

@@ -28,4 +28,12 @@ impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &self.gamma, &self.beta)
     }
+
+    /// [`LayerNorm::forward`], then GELU.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm_gelu(x, &self.gamma, &self.beta)
+    }
 }

@@ -48,7 +48,7 @@ impl Stem {
         for Convolution { layer, weight, bias, norm } in &self.layers {
             let mut y = ops::conv(&x, weight, bias, *layer)?;
             if let Some(norm) = norm {
-                y = ops::gelu(&norm.forward(&y)?)?;
+                y = norm.forward_gelu(&y)?;
             }
             x = if layer.residual { (x + y)? } else { y };
         }

@@ -15,6 +15,10 @@ pub fn conv(x: &Tensor, weight: &Tensor, bias: &Tensor, layer: StemLayer) -> Res
 
 struct Conv(StemLayer);
 
+/// Windows of several small images share a matrix product, until there are about this many: fewer would pack the weights
+/// for too little work, more would leave the cache.
+const ROWS_AT_ONCE: usize = 256;
+
 /// Sizes of one image's convolution.
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -54,6 +58,18 @@ impl Conv {
         }
     }
 
+    /// Images that share a product.
+    fn group(sizes: Sizes) -> usize {
+        (ROWS_AT_ONCE / sizes.out_side.pow(2).max(1)).max(1)
+    }
+
+    /// The windows of `images`, of `windows.len()` values at most; the padding in `windows` is left alone.
+    fn unfold_all(&self, sizes: Sizes, images: &[f32], windows: &mut [f32]) {
+        let image_len = sizes.side.pow(2) * sizes.channels;
+        let windows = windows.chunks_exact_mut(sizes.out_side.pow(2) * sizes.window);
+        images.chunks_exact(image_len).zip(windows).for_each(|(image, windows)| self.unfold(sizes, image, windows));
+    }
+
     fn unfold(&self, sizes: Sizes, image: &[f32], windows: &mut [f32]) {
         let c = sizes.channels;
         self.for_each_run(sizes, |window, pixel| windows[window..window + c].copy_from_slice(&image[pixel..pixel + c]));
@@ -91,11 +107,13 @@ impl CustomOp3 for Conv {
         let (x, weight, bias) = (slice(x, x_layout)?, slice(weight, weight_layout)?, slice(bias, bias_layout)?);
         let m = sizes.out_side.pow(2);
         let mut y = broadcast_bias(bias, batch * m);
-        let mut windows = vec![0.0; m * k];
+        let group = Self::group(sizes);
+        let mut windows = vec![0.0; group * m * k];
         let image_len = sizes.side.pow(2) * sizes.channels;
-        for (image, y) in x.chunks_exact(image_len).zip(y.chunks_exact_mut(m * n)) {
-            self.unfold(sizes, image, &mut windows);
-            matmul(Mat::new(&windows, m, k), Mat::new(weight, n, k).t(), 1.0, y, n, Write::Add);
+        for (images, y) in x.chunks(group * image_len).zip(y.chunks_mut(group * m * n)) {
+            self.unfold_all(sizes, images, &mut windows);
+            let rows = y.len() / n;
+            matmul(Mat::new(&windows, rows, k), Mat::new(weight, n, k).t(), 1.0, y, n, Write::Add);
         }
         Ok(output(y, (batch, sizes.out_side, sizes.out_side, n)))
     }
@@ -119,13 +137,19 @@ impl CustomOp3 for Conv {
         // Pixels carry no gradient, so the first layer of a stem skips the costlier half.
         let wants_input_gradient = x.track_op();
         let mut grad_x = vec![0.0; if wants_input_gradient { x.elem_count() } else { 0 }];
-        let (mut windows, mut grad_windows) = (vec![0.0; m * k], vec![0.0; m * k]);
-        for (i, (image, g)) in x_view.values()?.chunks_exact(image_len).zip(g.chunks_exact(m * n)).enumerate() {
-            self.unfold(sizes, image, &mut windows);
-            matmul(Mat::new(g, m, n).t(), Mat::new(&windows, m, k), 1.0, &mut grad_weight, k, Write::Add);
+        let group = Self::group(sizes);
+        let (mut windows, mut grad_windows) = (vec![0.0; group * m * k], vec![0.0; group * m * k]);
+        let groups = x_view.values()?.chunks(group * image_len).zip(g.chunks(group * m * n));
+        for (i, (images, g)) in groups.enumerate() {
+            self.unfold_all(sizes, images, &mut windows);
+            let rows = g.len() / n;
+            matmul(Mat::new(g, rows, n).t(), Mat::new(&windows, rows, k), 1.0, &mut grad_weight, k, Write::Add);
             if wants_input_gradient {
-                matmul(Mat::new(g, m, n), Mat::new(weight_values, n, k), 1.0, &mut grad_windows, k, Write::Set);
-                self.fold(sizes, &grad_windows, &mut grad_x[i * image_len..][..image_len]);
+                matmul(Mat::new(g, rows, n), Mat::new(weight_values, n, k), 1.0, &mut grad_windows, k, Write::Set);
+                let grad_images = grad_x[i * group * image_len..][..images.len()].chunks_exact_mut(image_len);
+                for (windows, image) in grad_windows.chunks_exact(m * k).zip(grad_images) {
+                    self.fold(sizes, windows, image);
+                }
             }
         }
         Ok((

@@ -15,7 +15,7 @@ struct Gelu;
 ///
 /// erfc by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7, plus a few f32 roundings.
 #[inline(always)]
-fn normal(x: f32) -> (f32, f32) {
+pub(super) fn normal(x: f32) -> (f32, f32) {
     let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let gauss = exp_nonpositive(-z * z);
     let t = 1.0 / (1.0 + 0.327_591_1 * z);

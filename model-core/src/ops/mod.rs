@@ -8,6 +8,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Shape, Storage, Tensor};
 
+mod activate;
 mod attention;
 mod conv;
 mod elementwise;
@@ -16,17 +17,20 @@ mod linear;
 mod norm;
 mod rotation;
 mod routing;
+mod scale;
 mod ternary;
 
+pub use activate::activate;
 pub use attention::attention;
 pub use conv::conv;
 pub use elementwise::gelu;
 pub use grouped::expert_linear;
 pub use linear::linear;
-pub use norm::layer_norm;
+pub use norm::{layer_norm, layer_norm_gelu};
 pub use rotation::{AngleGrid, rotate_rows};
 pub use routing::{combine, smoothness, smoothness_of_slice, softmax};
-pub use ternary::{Activations, ternary_linear};
+pub use scale::scale_rows;
+pub use ternary::{Activations, fake_quantize, ternarized, ternary_linear};
 
 /// Runs `work` compiled for the widest vectors of this CPU: the loops of training are simple enough for the compiler to
 /// vectorise, once it may use the instructions. They do the same operations in the same order on every CPU.

@@ -1,16 +1,24 @@
-//! LayerNorm over the last axis.
+//! LayerNorm over the last axis, alone or with the GELU that follows it in a stem.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
+use super::elementwise::normal;
 use super::{last_dim, output, slice, tensor_like, vectorized, view};
 use crate::weights::LAYER_NORM_EPS;
 
 /// `gamma * (x - mean) / sqrt(var + eps) + beta`, biased variance over the last axis of `x`.
 pub fn layer_norm(x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op3(&gamma.contiguous()?, &beta.contiguous()?, LayerNorm)
+    x.contiguous()?.apply_op3(&gamma.contiguous()?, &beta.contiguous()?, LayerNorm { gelu: false })
 }
 
-struct LayerNorm;
+/// `gelu(layer_norm(x))` in one pass: the pair stands behind every convolution of a stem, on its largest tensors.
+pub fn layer_norm_gelu(x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op3(&gamma.contiguous()?, &beta.contiguous()?, LayerNorm { gelu: true })
+}
+
+struct LayerNorm {
+    gelu: bool,
+}
 
 /// Sums of `f` over pairs, in sixteen lanes, so that the compiler may vectorise what strict left-to-right order
 /// forbids.
@@ -64,6 +72,9 @@ impl CustomOp3 for LayerNorm {
                     for (((y, v), g), b) in y.iter_mut().zip(row).zip(gamma).zip(beta) {
                         *y = (v - mean) * rstd * g + b;
                     }
+                    if self.gelu {
+                        y.iter_mut().for_each(|v| *v *= normal(*v).0);
+                    }
                 }
             },
         );
@@ -79,18 +90,31 @@ impl CustomOp3 for LayerNorm {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let (x_view, gamma_view, grad_view) = (view(x)?, view(gamma)?, view(&grad)?);
-        let (x_values, gamma_values, g) = (x_view.values()?, gamma_view.values()?, grad_view.values()?);
+        let (x_view, gamma_view, beta_view, grad_view) = (view(x)?, view(gamma)?, view(beta)?, view(&grad)?);
+        let (x_values, g) = (x_view.values()?, grad_view.values()?);
+        let (gamma_values, beta_values) = (gamma_view.values()?, beta_view.values()?);
         let n = gamma_values.len();
         let mut grad_x = vec![0.0; x_values.len()];
         let (mut grad_gamma, mut grad_beta, mut scaled) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
+        let mut grad_norm = vec![0.0; n];
         // xhat = (x - mean) rstd;  dx = rstd (g gamma - mean(g gamma) - xhat mean(g gamma xhat)).
         vectorized(
             #[inline(always)]
             || {
                 let (grad_gamma, grad_beta, scaled) = (&mut grad_gamma[..n], &mut grad_beta[..n], &mut scaled[..n]);
+                let grad_norm = &mut grad_norm[..n];
                 for ((row, g), dx) in x_values.chunks_exact(n).zip(g.chunks_exact(n)).zip(grad_x.chunks_exact_mut(n)) {
                     let (mean, rstd) = moments(row);
+                    let g: &[f32] = if self.gelu {
+                        for (i, out) in grad_norm.iter_mut().enumerate() {
+                            let v = (row[i] - mean) * rstd * gamma_values[i] + beta_values[i];
+                            let (cumulative, density) = normal(v);
+                            *out = g[i] * (cumulative + v * density);
+                        }
+                        grad_norm
+                    } else {
+                        g
+                    };
                     for (scaled, (g, gamma)) in scaled.iter_mut().zip(g.iter().zip(gamma_values)) {
                         *scaled = g * gamma;
                     }

@@ -89,15 +89,15 @@ struct Rotate {
 }
 
 /// Per-feature coefficients of every stage of every expert: `[experts, stages, n]`.
-struct Coefficients {
+pub(super) struct Coefficients {
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// Of one expert.
-    len: usize,
+    stages: usize,
+    n: usize,
 }
 
 impl Coefficients {
-    fn new(angles: &[f32], stages: usize, n: usize, grid: AngleGrid) -> Self {
+    pub(super) fn new(angles: &[f32], stages: usize, n: usize, grid: AngleGrid) -> Self {
         let (mut cos, mut sin) = (vec![0.0; angles.len() * 2], vec![0.0; angles.len() * 2]);
         let rotations = grid.rotations();
         let rows = angles.chunks_exact(n / 2).zip(cos.chunks_exact_mut(n)).zip(sin.chunks_exact_mut(n));
@@ -111,13 +111,48 @@ impl Coefficients {
                 (sin[first], sin[first + stride]) = (-s, s);
             }
         }
-        Self { cos, sin, len: stages * n }
+        Self { cos, sin, stages, n }
     }
 
     #[inline(always)]
-    fn of(&self, expert: u16) -> Expert<'_> {
-        let at = usize::from(expert) * self.len;
-        Expert { cos: &self.cos[at..][..self.len], sin: &self.sin[at..][..self.len] }
+    pub(super) fn of(&self, expert: u16) -> Expert<'_> {
+        let len = self.stages * self.n;
+        let at = usize::from(expert) * len;
+        Expert { cos: &self.cos[at..][..len], sin: &self.sin[at..][..len] }
+    }
+
+    /// Where [`rotate_back`] adds up what the gradients of these angles are made of.
+    pub(super) fn gradient_sums(&self) -> GradientSums {
+        GradientSums { sums: vec![0.0; self.cos.len()], stages: self.stages, n: self.n }
+    }
+}
+
+/// `sum grad[i] y[i ^ stride]` over the rows of each expert, `[experts, stages, n]`, `y` being a stage's output.
+pub(super) struct GradientSums {
+    sums: Vec<f32>,
+    stages: usize,
+    n: usize,
+}
+
+impl GradientSums {
+    #[inline(always)]
+    pub(super) fn of_mut(&mut self, expert: u16) -> &mut [f32] {
+        let len = self.stages * self.n;
+        &mut self.sums[usize::from(expert) * len..][..len]
+    }
+
+    /// The gradients `[experts, stages, n / 2]`.
+    pub(super) fn angles(&self) -> Vec<f32> {
+        let mut angles = vec![0.0; self.sums.len() / 2];
+        let rows = self.sums.chunks_exact(self.n).zip(angles.chunks_exact_mut(self.n / 2));
+        for (row, (sums, angles)) in rows.enumerate() {
+            let stride = 1 << (row % self.stages.max(1));
+            for (pair, angle) in angles.iter_mut().enumerate() {
+                let first = pair / stride * 2 * stride + pair % stride;
+                *angle = sums[first + stride] - sums[first];
+            }
+        }
+        angles
     }
 }
 
@@ -127,7 +162,7 @@ const BLOCK_STAGES: usize = 4;
 
 /// The coefficients of one expert, `[stages, n]` each.
 #[derive(Clone, Copy)]
-struct Expert<'a> {
+pub(super) struct Expert<'a> {
     cos: &'a [f32],
     sin: &'a [f32],
 }
@@ -219,7 +254,7 @@ fn stages_by_block(stages: usize, n: usize) -> usize {
 
 /// `x <- B x`.
 #[inline(always)]
-fn rotate(x: &mut [f32], expert: Expert<'_>, stages: usize) {
+pub(super) fn rotate(x: &mut [f32], expert: Expert<'_>, stages: usize) {
     let n = x.len();
     let by_block = stages_by_block(stages, n);
     match by_block {
@@ -237,7 +272,7 @@ fn rotate(x: &mut [f32], expert: Expert<'_>, stages: usize) {
 /// Undoes [`rotate`] for its output `y` and for the gradient `grad` of that output, adding to `sums [stages, n]` what
 /// the gradients of the angles are differences of.
 #[inline(always)]
-fn rotate_back(y: &mut [f32], grad: &mut [f32], sums: &mut [f32], expert: Expert<'_>, stages: usize) {
+pub(super) fn rotate_back(y: &mut [f32], grad: &mut [f32], sums: &mut [f32], expert: Expert<'_>, stages: usize) {
     let n = y.len();
     let by_block = stages_by_block(stages, n);
     for l in (by_block..stages).rev() {
@@ -292,9 +327,8 @@ impl CustomOp2 for Rotate {
         let n = 2 * half;
         let grad = grad.contiguous()?;
         let (angles_view, y_view, grad_view) = (view(angles)?, view(y)?, view(&grad)?);
-        let angle_values = angles_view.values()?;
-        let coefficients = Coefficients::new(angle_values, stages, n, self.grid);
-        let mut sums = vec![0.0; angle_values.len() * 2];
+        let coefficients = Coefficients::new(angles_view.values()?, stages, n, self.grid);
+        let mut sums = coefficients.gradient_sums();
         let mut grad_x = vec![0.0; x.elem_count()];
         let (mut y_row, mut g_row) = (vec![0.0; n], vec![0.0; n]);
         let rows = y_view.values()?.chunks_exact(n).zip(grad_view.values()?.chunks_exact(n)).zip(self.experts.iter());
@@ -304,8 +338,7 @@ impl CustomOp2 for Rotate {
                 for (row, ((y, g), &expert)) in rows.enumerate() {
                     y_row.copy_from_slice(y);
                     g_row.copy_from_slice(g);
-                    let sums = &mut sums[usize::from(expert) * stages * n..][..stages * n];
-                    rotate_back(&mut y_row, &mut g_row, sums, coefficients.of(expert), stages);
+                    rotate_back(&mut y_row, &mut g_row, sums.of_mut(expert), coefficients.of(expert), stages);
                     let dx = &mut grad_x[row / self.copies * n..][..n];
                     for (dx, g) in dx.iter_mut().zip(&g_row) {
                         *dx += g;
@@ -313,14 +346,7 @@ impl CustomOp2 for Rotate {
                 }
             },
         );
-        let mut grad_angles = vec![0.0; angle_values.len()];
-        for (row, (sums, grads)) in sums.chunks_exact(n).zip(grad_angles.chunks_exact_mut(half)).enumerate() {
-            let stride = 1 << (row % stages.max(1));
-            for (pair, grad) in grads.iter_mut().enumerate() {
-                let first = pair / stride * 2 * stride + pair % stride;
-                *grad = sums[first + stride] - sums[first];
-            }
-        }
+        let grad_angles = sums.angles();
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_angles, angles)?)))
     }
 }

@@ -39,20 +39,7 @@ impl TernaryLinear {
         if !self.ternarize {
             return Cow::Borrowed(weight);
         }
-        let mut dense = vec![0.0; weight.len()];
-        vectorized(
-            #[inline(always)]
-            || {
-                let (codes, scales) = ternarize(weight, cols);
-                let rows = codes.chunks_exact(cols).zip(&scales);
-                for (dense, (codes, scale)) in dense.chunks_exact_mut(cols).zip(rows) {
-                    for (dense, &code) in dense.iter_mut().zip(codes) {
-                        *dense = f32::from(code) * scale;
-                    }
-                }
-            },
-        );
-        Cow::Owned(dense)
+        Cow::Owned(ternarized(weight, cols))
     }
 
     fn activations<'a>(&self, x: &'a [f32], cols: usize) -> Cow<'a, [f32]> {
@@ -63,8 +50,26 @@ impl TernaryLinear {
     }
 }
 
-/// `x` after int8 quantisation and back, row by row.
-fn fake_quantize(x: &[f32], cols: usize) -> Vec<f32> {
+/// `Q(weight)` with its scales, as dense f32 values.
+pub fn ternarized(weight: &[f32], cols: usize) -> Vec<f32> {
+    let mut dense = vec![0.0; weight.len()];
+    vectorized(
+        #[inline(always)]
+        || {
+            let (codes, scales) = ternarize(weight, cols);
+            let rows = codes.chunks_exact(cols).zip(&scales);
+            for (dense, (codes, scale)) in dense.chunks_exact_mut(cols).zip(rows) {
+                for (dense, &code) in dense.iter_mut().zip(codes) {
+                    *dense = f32::from(code) * scale;
+                }
+            }
+        },
+    );
+    dense
+}
+
+/// `x` after int8 quantisation and back, row by row: each row's step is `max |x| / 127`.
+pub fn fake_quantize(x: &[f32], cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
     vectorized(
         #[inline(always)]

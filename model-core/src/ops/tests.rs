@@ -63,6 +63,46 @@ fn layer_norm_gradients() {
 }
 
 #[test]
+fn layer_norm_gelu_gradients() {
+    let f = |a: &[Tensor]| layer_norm_gelu(&a[0], &a[1], &a[2]);
+    check_gradients(&[&var(&[3, 10], 0.1), &var(&[10], 0.2), &var(&[10], 0.3)], f);
+}
+
+#[test]
+fn fused_ops_give_what_their_parts_give() {
+    let same = |a: Result<Tensor>, b: Result<Tensor>| {
+        let values = |t: Result<Tensor>| t.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        // The same operations in the same order, but for fused multiply-adds: a few roundings of values of order one.
+        values(a).iter().zip(values(b)).for_each(|(a, b)| assert!((a - b).abs() < 2e-6, "{a} and {b}"));
+    };
+    let (x, gamma, beta) = (var(&[3, 32], 0.1), var(&[32], 0.2), var(&[32], 0.3));
+    same(layer_norm_gelu(&x, &gamma, &beta), layer_norm(&x, &gamma, &beta).and_then(|y| gelu(&y)));
+    let (h, weights) = (var(&[6, 32], 0.4), var(&[3, 2], 0.5));
+    let experts = Arc::new(vec![0, 2, 1, 1, 2, 0]);
+    for (stages, grid) in [(2, AngleGrid::Bits(4)), (5, AngleGrid::Continuous)] {
+        let angles = var(&[3, stages, 16], 0.6);
+        let parts = rotate_rows(&h, &angles, experts.clone(), grid).and_then(|z| combine(&gelu(&z)?, &weights));
+        same(activate(&h, &angles, &weights, experts.clone(), grid), parts);
+    }
+}
+
+#[test]
+fn activation_gradients_for_short_and_long_strides() {
+    for (n, stages) in [(16, 2), (32, 5), (12, 2)] {
+        let experts = Arc::new(vec![0, 2, 1, 1, 2, 0]);
+        check_gradients(&[&var(&[6, n], 0.1), &var(&[3, stages, n / 2], 0.2), &var(&[3, 2], 0.3)], |a| {
+            activate(&a[0], &a[1], &a[2], experts.clone(), AngleGrid::Continuous)
+        });
+    }
+}
+
+#[test]
+fn scale_gradients() {
+    let experts = Arc::new(vec![2, 0, 2]);
+    check_gradients(&[&var(&[3, 5], 0.1), &var(&[4, 5], 0.2)], |a| scale_rows(&a[0], &a[1], experts.clone()));
+}
+
+#[test]
 fn gelu_gradients() {
     check_gradients(&[&var(&[4, 9], 0.4)], |a| gelu(&(&a[0] * 3.0)?));
 }

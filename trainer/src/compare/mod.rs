@@ -9,15 +9,16 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use model_core::config::FeedForwardKind;
+use model_core::config::{FeedForwardKind, ViTConfig};
 use model_core::footprint::{layer_bytes, runtime_compression};
 use model_core::ops::Activations;
-use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::files::write_atomically;
-use crate::plot::{FONT, drawing, png};
 use crate::recipe::Recipe;
+
+mod memory;
+mod pictures;
 
 /// A change to the recipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
@@ -51,6 +52,10 @@ pub enum Variant {
     Router8,
     /// 16-bit router codes.
     Router16,
+    /// A gain per expert and feature behind `up`. Cannot be served.
+    Gains,
+    /// `down` is the transpose of `up`. Cannot be served.
+    Tied,
     /// Float activations at the substrates instead of int8. Cannot be served.
     FloatActivations,
 }
@@ -79,6 +84,8 @@ impl Variant {
             Self::Angles16 => experts.angle_bits = 16,
             Self::Router8 => experts.router_bits = 8,
             Self::Router16 => experts.router_bits = 16,
+            Self::Gains => recipe.feed_forward = FeedForwardKind::ButterflyGains,
+            Self::Tied => recipe.feed_forward = FeedForwardKind::ButterflyTied,
             Self::FloatActivations => recipe.activations = Activations::Float,
         }
     }
@@ -90,7 +97,7 @@ impl Variant {
 }
 
 /// What one run came to.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// The change.
     pub variant: Variant,
@@ -106,7 +113,27 @@ pub struct Outcome {
     pub routing_agreement: Option<f64>,
     /// Training speed, over the whole run.
     pub images_per_second: f64,
+    /// Share of all choices that went to each expert, layer by layer; empty without routers.
+    pub load: Vec<Vec<f64>>,
+    /// Some images of the test part and where their patches went; none without routers.
+    pub sample: Option<Sample>,
 }
+
+/// Routing maps of a few images.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// Side of the images in pixels.
+    pub side: usize,
+    /// `[images, side, side, 3]`.
+    pub images: Vec<u8>,
+    /// Side of the grid of patches.
+    pub grid_side: usize,
+    /// For every layer the expert that each patch went to first, `[images, tokens]`.
+    pub first_choices: Vec<Vec<u16>>,
+}
+
+/// Images in a [`Sample`].
+pub const SAMPLE_IMAGES: usize = 6;
 
 /// All runs of one variant.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -117,8 +144,10 @@ pub struct Row {
     pub seeds: usize,
     /// Mean over seeds.
     pub top1: f64,
-    /// Largest minus smallest.
-    pub top1_spread: f64,
+    /// Of the worst seed.
+    pub top1_lowest: f64,
+    /// Of the best seed.
+    pub top1_highest: f64,
     /// Mean over seeds.
     pub top5: f64,
     /// Mean over seeds.
@@ -153,7 +182,8 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
             variant,
             seeds: runs.len(),
             top1: mean(|run| run.top1),
-            top1_spread: highest - lowest,
+            top1_lowest: lowest,
+            top1_highest: highest,
             top5: mean(|run| run.top5),
             routing_agreement: runs[0].routing_agreement.map(|_| mean(|run| run.routing_agreement.unwrap_or(f64::NAN))),
             path: if recipe.is_servable() { "integer" } else { "float" },
@@ -167,7 +197,8 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
     variants.into_iter().map(row).collect()
 }
 
-/// Writes `table.md`, `table.json` and `accuracy-memory.png` into `folder`, and returns the table.
+/// Writes tables (`table.md`, `table.json`, `memory.json`) and pictures (`accuracy-memory.png`, `memory-experts.png`,
+/// `routing-maps.png`, `expert-utilisation.png`) into `folder`, and returns the main table.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -186,7 +217,7 @@ pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
             row.path,
             row.seeds,
             100.0 * row.top1,
-            100.0 * row.top1_spread,
+            100.0 * (row.top1_highest - row.top1_lowest),
             100.0 * row.top5,
             row.routing_agreement.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share)),
             row.parameters,
@@ -199,44 +230,30 @@ pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
     }
     write_atomically(&folder.join("table.md"), table.as_bytes())?;
     write_atomically(&folder.join("table.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
-    picture(&folder.join("accuracy-memory.png"), &rows)?;
+    pictures::accuracy_against_memory(&folder.join("accuracy-memory.png"), &rows)?;
+    // Pictures of single runs show the first seed's.
+    let seed = outcomes[0].recipe.seed;
+    let of_first_seed: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.recipe.seed == seed).collect();
+    pictures::expert_utilisation(&folder.join("expert-utilisation.png"), &of_first_seed)?;
+    let smooth_or_not = |outcome: &&&Outcome| matches!(outcome.variant, Variant::Butterfly | Variant::NoSmoothness);
+    let shown: Vec<&Outcome> = of_first_seed.iter().filter(smooth_or_not).copied().collect();
+    pictures::routing_maps(&folder.join("routing-maps.png"), &shown)?;
     Ok(table)
 }
 
-/// Accuracy against the memory of the feed-forward layers, everything counted.
-fn picture(path: &Path, rows: &[Row]) -> Result<()> {
-    let points: Vec<(f64, f64, String)> =
-        rows.iter().map(|row| (row.runtime_bytes / 1e3, 100.0 * row.top1, row.variant.name())).collect();
-    let range = |value: fn(&(f64, f64, String)) -> f64, margin: f64| {
-        let low = points.iter().map(value).fold(f64::MAX, f64::min);
-        let high = points.iter().map(value).fold(f64::MIN, f64::max);
-        (low - margin)..(high + margin)
-    };
-    let widest = points.iter().map(|p| p.0).fold(0.0, f64::max);
-    png(path, (900, 600), |root| {
-        let mut chart = ChartBuilder::on(root)
-            .margin(16)
-            .caption("test accuracy against feed-forward memory", (FONT, 18))
-            .x_label_area_size(40)
-            .y_label_area_size(52)
-            .build_cartesian_2d(range(|p| p.0, 0.15 * widest), range(|p| p.1, 2.0))
-            .map_err(drawing)?;
-        let mut mesh = chart.configure_mesh();
-        mesh.max_light_lines(1).x_desc("kB, everything counted").y_desc("top-1 %").label_style((FONT, 13));
-        mesh.draw().map_err(drawing)?;
-        let dots = points.iter().map(|(x, y, name)| {
-            let text = Text::new(name.clone(), (8, -6), (FONT, 13));
-            EmptyElement::at((*x, *y)) + Circle::new((0, 0), 4, BLUE.filled()) + text
-        });
-        chart.draw_series(dots).map_err(drawing)?;
-        Ok(())
-    })
+/// Writes `memory.json` and `memory-experts.png` into `folder`: what 8 to 256 experts of this shape take.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write_memory(folder: &Path, config: &ViTConfig) -> Result<()> {
+    let points = memory::by_number_of_experts(config)?;
+    write_atomically(&folder.join("memory.json"), serde_json::to_string_pretty(&points)?.as_bytes())?;
+    pictures::memory_against_experts(&folder.join("memory-experts.png"), &points)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model_core::config::ViTConfig;
 
     #[test]
     fn every_variant_is_a_valid_recipe_and_changes_what_it_says() {
@@ -269,11 +286,13 @@ mod tests {
         let outcomes =
             [outcome(Variant::Butterfly, 0.5), outcome(Variant::Angles4, 0.25), outcome(Variant::Butterfly, 0.75)];
         let rows = rows(&outcomes);
-        assert_eq!((rows[0].seeds, rows[0].top1, rows[0].top1_spread), (2, 0.625, 0.25));
+        assert_eq!((rows[0].seeds, rows[0].top1, rows[0].top1_lowest, rows[0].top1_highest), (2, 0.625, 0.5, 0.75));
         assert!(rows[1].runtime_bytes < rows[0].runtime_bytes);
         let folder = tempfile::tempdir().unwrap();
         let table = write(folder.path(), &outcomes).unwrap();
         assert!(table.contains("| butterfly | integer | 2 | 62.50 | 25.00 |"), "{table}");
-        assert!(folder.path().join("accuracy-memory.png").is_file());
+        for picture in ["accuracy-memory.png", "routing-maps.png", "expert-utilisation.png"] {
+            assert!(folder.path().join(picture).is_file(), "{picture}");
+        }
     }
 }
