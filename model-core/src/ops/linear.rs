@@ -82,14 +82,18 @@ impl CustomOp3 for Linear {
         let (x_view, weight_view, grad_view) = (view(x)?, view(weight)?, view(&grad)?);
         let (x_values, weight_values, g) = (x_view.values()?, weight_view.values()?, grad_view.values()?);
         let m = g.len() / n;
-        let mut grad_x = vec![0.0; m * k];
-        matmul(Mat::new(g, m, n), Mat::new(weight_values, n, k), 1.0, &mut grad_x, k, Write::Set);
-        let mut grad_weight = vec![0.0; n * k];
-        matmul(Mat::new(g, m, n).t(), Mat::new(x_values, m, k), 1.0, &mut grad_weight, k, Write::Set);
-        Ok((
-            Some(tensor_like(grad_x, x)?),
-            Some(tensor_like(grad_weight, weight)?),
-            Some(tensor_like(column_sums(g, n), bias)?),
-        ))
+        let grad_x = x.track_op().then(|| {
+            let mut grad_x = vec![0.0; m * k];
+            matmul(Mat::new(g, m, n), Mat::new(weight_values, n, k), 1.0, &mut grad_x, k, Write::Set);
+            tensor_like(grad_x, x)
+        });
+        // Frozen weights, those of a backbone that is specialised, need none.
+        let grad_weight = weight.track_op().then(|| {
+            let mut grad_weight = vec![0.0; n * k];
+            matmul(Mat::new(g, m, n).t(), Mat::new(x_values, m, k), 1.0, &mut grad_weight, k, Write::Set);
+            tensor_like(grad_weight, weight)
+        });
+        let grad_bias = bias.track_op().then(|| tensor_like(column_sums(g, n), bias));
+        Ok((grad_x.transpose()?, grad_weight.transpose()?, grad_bias.transpose()?))
     }
 }

@@ -133,12 +133,19 @@ impl CustomOp2 for TernaryLinear {
         let (x_view, weight_view, grad_view) = (view(x)?, view(weight)?, view(&grad)?);
         let g = grad_view.values()?;
         let m = g.len() / n;
-        let mut grad_x = vec![0.0; m * k];
-        let dense = self.dense(weight_view.values()?, k);
-        matmul(Mat::new(g, m, n), Mat::new(&dense, n, k), 1.0, &mut grad_x, k, Write::Set);
-        let x_values = self.activations(x_view.values()?, k);
-        let mut grad_weight = vec![0.0; n * k];
-        matmul(Mat::new(g, m, n).t(), Mat::new(&x_values, m, k), 1.0, &mut grad_weight, k, Write::Set);
-        Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_weight, weight)?)))
+        let grad_x = x.track_op().then(|| {
+            let mut grad_x = vec![0.0; m * k];
+            let dense = self.dense(weight_view.values()?, k);
+            matmul(Mat::new(g, m, n), Mat::new(&dense, n, k), 1.0, &mut grad_x, k, Write::Set);
+            tensor_like(grad_x, x)
+        });
+        // A frozen substrate needs none.
+        let grad_weight = weight.track_op().then(|| {
+            let x_values = self.activations(x_view.values()?, k);
+            let mut grad_weight = vec![0.0; n * k];
+            matmul(Mat::new(g, m, n).t(), Mat::new(&x_values, m, k), 1.0, &mut grad_weight, k, Write::Set);
+            tensor_like(grad_weight, weight)
+        });
+        Ok((grad_x.transpose()?, grad_weight.transpose()?))
     }
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// What one number of experts takes, all layers together.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ExpertMemory {
+pub(super) struct ExpertMemory {
     /// Experts in each layer.
     pub num_experts: usize,
     /// Dense fp32 experts with router; computed.
@@ -36,7 +36,7 @@ const NUMBERS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 ///
 /// # Errors
 /// When the configuration is invalid.
-pub fn by_number_of_experts(config: &ViTConfig) -> Result<Vec<ExpertMemory>> {
+pub(super) fn by_number_of_experts(config: &ViTConfig) -> Result<Vec<ExpertMemory>> {
     let labels: Vec<String> = (0..config.num_classes).map(|class| format!("class {class}")).collect();
     let measure = |num_experts| {
         let mut config = config.clone();

@@ -281,6 +281,13 @@ mod tests {
                 top5: 0.9,
                 routing_agreement: Some(0.5),
                 images_per_second: 10.0,
+                load: vec![vec![0.25; 4]; 2],
+                sample: Some(Sample {
+                    side: 1,
+                    images: vec![1, 2, 3],
+                    grid_side: 2,
+                    first_choices: vec![vec![0, 1, 2, 3]; 2],
+                }),
             }
         };
         let outcomes =

@@ -168,19 +168,19 @@ pub(super) fn expert_utilisation(path: &Path, runs: &[&Outcome]) -> Result<()> {
     let busiest = runs.iter().flat_map(|run| run.load.iter().flatten()).copied().fold(0.0, f64::max);
     png(path, (360 * runs.len() as u32, 360), |root| {
         for (panel, run) in root.split_evenly((1, runs.len())).iter().zip(&runs) {
-            let experts = run.recipe.model.experts.num_experts;
+            let experts = run.recipe.model.experts.num_experts as f64;
             let mut chart = ChartBuilder::on(panel)
                 .margin(12)
                 .caption(run.variant.name(), (FONT, 15))
                 .x_label_area_size(34)
                 .y_label_area_size(44)
-                .build_cartesian_2d(0..experts, 0.0..110.0 * busiest)
+                .build_cartesian_2d(0.0..experts, 0.0..110.0 * busiest)
                 .map_err(drawing)?;
             let mut mesh = chart.configure_mesh();
-            mesh.max_light_lines(0).x_desc("experts, busiest first").y_desc("% of choices").label_style((FONT, 11));
+            mesh.max_light_lines(1).x_desc("experts, busiest first").y_desc("% of choices").label_style((FONT, 11));
             mesh.x_labels(5).y_labels(6).draw().map_err(drawing)?;
-            let even = 100.0 / experts as f64;
-            let level = LineSeries::new([(0, even), (experts, even)], BLACK.mix(0.4));
+            let even = 100.0 / experts;
+            let level = LineSeries::new([(0.0, even), (experts, even)], BLACK.mix(0.4));
             chart
                 .draw_series(level)
                 .map_err(drawing)?
@@ -190,7 +190,8 @@ pub(super) fn expert_utilisation(path: &Path, runs: &[&Outcome]) -> Result<()> {
                 let mut load = load.clone();
                 load.sort_by(|a, b| b.total_cmp(a));
                 let color = color(layer);
-                let line = LineSeries::new(load.into_iter().map(|l| 100.0 * l).enumerate(), color.stroke_width(2));
+                let points = (0..).zip(load).map(|(rank, share)| (f64::from(rank), 100.0 * share));
+                let line = LineSeries::new(points, color.stroke_width(2));
                 let key = move |(x, y)| PathElement::new([(x, y), (x + 14, y)], color.stroke_width(2));
                 chart.draw_series(line).map_err(drawing)?.label(format!("layer {layer}")).legend(key);
             }
