@@ -18,17 +18,17 @@ const F32_BYTES: u64 = 4;
 /// Rows and columns that an integer matrix is padded to: see `kernels/gemm`.
 const INTEGER_PANEL: u64 = 16;
 
-/// Bytes of a tensor as the engine packs it: substrates at two bits a weight, attention's weights as int8 with a scale
-/// per row, angle and router codes at their own width, everything else f32.
+/// Bytes of a tensor as the engine packs it: substrates at two bits a weight, weights of attention and of the stem behind
+/// its first layer as int8 with a scale per row, angle and router codes at their own width, everything else f32.
 fn resident_bytes(tensor: &TensorSize) -> u64 {
     let (elements, rows) = (tensor.elements as u64, tensor.rows as u64);
     let cols = elements / rows.max(1);
     let integer_matrix = || rows.next_multiple_of(INTEGER_PANEL) * cols.next_multiple_of(INTEGER_PANEL);
-    let is_weight = tensor.name.ends_with(".weight");
+    let name = &tensor.name;
+    let is_weight = name.ends_with(".weight");
+    let is_int8 = name.contains(".attention.") || (name.starts_with("stem.") && !name.starts_with("stem.0."));
     match tensor.encoding {
-        Encoding::Float if is_weight && tensor.name.contains(".attention.") => {
-            integer_matrix() + rows.next_multiple_of(INTEGER_PANEL) * F32_BYTES
-        }
+        Encoding::Float if is_weight && is_int8 => integer_matrix() + rows.next_multiple_of(INTEGER_PANEL) * F32_BYTES,
         Encoding::Float if is_weight => {
             panels_len(tensor.rows, tensor.elements / tensor.rows.max(1)) as u64 * F32_BYTES
         }
