@@ -33,6 +33,8 @@ let newest = 0;
 /** Keeps the choice of sets in step with the registry. */
 export function setNames(names, defaultName) {
   const select = byId("set");
+  const isGone = !names.includes(select.value);
+  if (isGone) delete select.dataset.touched;
   const create = () => make("option");
   keep(select, names, (name) => name, create, (option, name) => {
     option.value = name;

@@ -79,7 +79,7 @@ function chart(id, series) {
     legend: { show: false },
     cursor: { show: false },
     scales: { y: { range: (_, min, max) => [0, Math.max(max * 1.1, 1)] } },
-    axes: [{ ...axis, space: 90, values: "{HH}:{mm}:{ss}" }, { ...axis, size: 46 }],
+    axes: [{ ...axis, size: 32, space: 90, values: "{HH}:{mm}:{ss}" }, { ...axis, size: 46 }],
     series: [{}, ...series.map(({ label, colour }) => ({ label, stroke: () => variable(colour), width: 2, spanGaps: false, points: { show: false } }))],
   };
   const names = series.map(({ name }) => name);

@@ -74,7 +74,8 @@ function updateRow(row, set) {
   say(name, set.name);
   say(version, set.current ? `${set.version}` : `${set.version} (not current)`);
   say(state, set.reason ? `${set.state}: ${set.reason}` : set.state);
-  state.dataset.state = set.reason ? "failed" : set.state;
+  // Unloading by hand is no failure.
+  state.dataset.state = set.reason && set.reason !== "unloaded" ? "failed" : set.state;
   say(memory, set.resident_bytes ? bytes(set.resident_bytes) : "–");
   say(file, bytes(set.file_bytes));
   say(hits, set.hits.toLocaleString("en"));

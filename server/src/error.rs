@@ -10,154 +10,99 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 
-/// What went wrong, as clients can match on it. The codes are part of the API.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ErrorCode {
-    /// Malformed JSON, parameter, header or shape.
-    InvalidRequest,
+/// Declares [`ErrorCode`] from the table below, each row's doc comment being also its explanation in the API's
+/// documentation.
+macro_rules! error_codes {
+    ($(#[doc = $meaning:literal] $code:ident $text:literal $status:ident;)+) => {
+        /// What went wrong, as clients can match on it. The codes are part of the API.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum ErrorCode {
+            $(#[doc = $meaning] $code,)+
+        }
+
+        impl ErrorCode {
+            /// Every code, for documentation, metrics and tests.
+            pub const ALL: [Self; [$($text),+].len()] = [$(Self::$code),+];
+
+            /// The status of the answer.
+            pub const fn status(self) -> StatusCode {
+                match self { $(Self::$code => StatusCode::$status,)+ }
+            }
+
+            /// The code as it stands in `error_type` and in metric labels.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$code => $text,)+ }
+            }
+
+            /// When it is answered, as a sentence.
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$code => $meaning.trim_start(),)+ }
+            }
+        }
+    };
+}
+
+// The status table: the only place where a code becomes a status.
+error_codes! {
+    /// A parameter, header, shape or the JSON is malformed.
+    InvalidRequest "invalid_request" BAD_REQUEST;
     /// A body was needed and none came.
-    EmptyBody,
-    /// No key, or not one we know.
-    Unauthorized,
-    /// A valid key without the right, or management from afar without any admin key configured.
-    Forbidden,
-    /// No such path.
-    RouteNotFound,
-    /// No such expert set or version.
-    SetNotFound,
+    EmptyBody "empty_body" BAD_REQUEST;
+    /// No key came, or not one that is known.
+    Unauthorized "unauthorized" UNAUTHORIZED;
+    /// The key lacks the right, or management came from afar and no admin key is configured.
+    Forbidden "forbidden" FORBIDDEN;
+    /// There is no such path.
+    RouteNotFound "route_not_found" NOT_FOUND;
+    /// There is no such expert set or version.
+    SetNotFound "set_not_found" NOT_FOUND;
     /// The path exists, the method does not.
-    MethodNotAllowed,
+    MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED;
     /// The request contradicts the present state.
-    Conflict,
+    Conflict "conflict" CONFLICT;
     /// The body is over the limit.
-    BodyTooLarge,
+    BodyTooLarge "body_too_large" PAYLOAD_TOO_LARGE;
     /// The image has more pixels than allowed.
-    ImageTooLarge,
-    /// More images than allowed in one request.
-    BatchTooLarge,
-    /// Not an image, or a content type or encoding we do not read.
-    UnsupportedMediaType,
-    /// An image format we know, but broken.
-    UndecodableImage,
+    ImageTooLarge "image_too_large" PAYLOAD_TOO_LARGE;
+    /// There are more images than allowed in one request.
+    BatchTooLarge "batch_too_large" PAYLOAD_TOO_LARGE;
+    /// This is not an image, or its content type or encoding is not read.
+    UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE;
+    /// The image has a known format, but is broken.
+    UndecodableImage "undecodable_image" UNPROCESSABLE_ENTITY;
     /// The uploaded or stored artifact is broken.
-    InvalidArtifact,
+    InvalidArtifact "invalid_artifact" UNPROCESSABLE_ENTITY;
     /// The expert set was made for a backbone that is not here.
-    BackboneMismatch,
+    BackboneMismatch "backbone_mismatch" UNPROCESSABLE_ENTITY;
     /// The body came too slowly.
-    BodyTimeout,
+    BodyTimeout "body_timeout" REQUEST_TIMEOUT;
     /// The queue, or another bounded resource, is full.
-    QueueFull,
+    QueueFull "queue_full" TOO_MANY_REQUESTS;
     /// The key has sent more images than it may.
-    RateLimited,
-    /// A bug here.
-    Internal,
+    RateLimited "rate_limited" TOO_MANY_REQUESTS;
+    /// This is a bug of the server.
+    Internal "internal" INTERNAL_SERVER_ERROR;
     /// The server is shutting down.
-    Draining,
+    Draining "draining" SERVICE_UNAVAILABLE;
     /// The server has not finished starting.
-    NotReady,
+    NotReady "not_ready" SERVICE_UNAVAILABLE;
     /// The expert set did not become resident in time.
-    SetLoading,
+    SetLoading "set_loading" SERVICE_UNAVAILABLE;
     /// The expert set failed to load; it is tried again later.
-    SetFailed,
+    SetFailed "set_failed" SERVICE_UNAVAILABLE;
     /// Too many connections are open.
-    TooManyConnections,
+    TooManyConnections "too_many_connections" SERVICE_UNAVAILABLE;
     /// The deadline passed before the answer was there.
-    DeadlineExceeded,
+    DeadlineExceeded "deadline_exceeded" GATEWAY_TIMEOUT;
     /// The expert set can never fit the memory budget.
-    SetTooLarge,
+    SetTooLarge "set_too_large" INSUFFICIENT_STORAGE;
     /// The disk of the model store is full.
-    DiskFull,
+    DiskFull "disk_full" INSUFFICIENT_STORAGE;
 }
 
 impl ErrorCode {
-    /// Every code, for documentation, metrics and tests.
-    pub const ALL: [Self; 27] = [
-        Self::InvalidRequest,
-        Self::EmptyBody,
-        Self::Unauthorized,
-        Self::Forbidden,
-        Self::RouteNotFound,
-        Self::SetNotFound,
-        Self::MethodNotAllowed,
-        Self::Conflict,
-        Self::BodyTooLarge,
-        Self::ImageTooLarge,
-        Self::BatchTooLarge,
-        Self::UnsupportedMediaType,
-        Self::UndecodableImage,
-        Self::InvalidArtifact,
-        Self::BackboneMismatch,
-        Self::BodyTimeout,
-        Self::QueueFull,
-        Self::RateLimited,
-        Self::Internal,
-        Self::Draining,
-        Self::NotReady,
-        Self::SetLoading,
-        Self::SetFailed,
-        Self::TooManyConnections,
-        Self::DeadlineExceeded,
-        Self::SetTooLarge,
-        Self::DiskFull,
-    ];
-
-    /// The status table: the only place where a code becomes a status.
-    pub const fn status(self) -> StatusCode {
-        match self {
-            Self::InvalidRequest | Self::EmptyBody => StatusCode::BAD_REQUEST,
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::Forbidden => StatusCode::FORBIDDEN,
-            Self::RouteNotFound | Self::SetNotFound => StatusCode::NOT_FOUND,
-            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Conflict => StatusCode::CONFLICT,
-            Self::BodyTooLarge | Self::ImageTooLarge | Self::BatchTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::UndecodableImage | Self::InvalidArtifact | Self::BackboneMismatch => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::QueueFull | Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
-            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Draining | Self::NotReady | Self::SetLoading | Self::SetFailed | Self::TooManyConnections => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
-            Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-            Self::SetTooLarge | Self::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
-        }
-    }
-
-    /// The code as it stands in `error_type` and in metric labels.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::InvalidRequest => "invalid_request",
-            Self::EmptyBody => "empty_body",
-            Self::Unauthorized => "unauthorized",
-            Self::Forbidden => "forbidden",
-            Self::RouteNotFound => "route_not_found",
-            Self::SetNotFound => "set_not_found",
-            Self::MethodNotAllowed => "method_not_allowed",
-            Self::Conflict => "conflict",
-            Self::BodyTooLarge => "body_too_large",
-            Self::ImageTooLarge => "image_too_large",
-            Self::BatchTooLarge => "batch_too_large",
-            Self::UnsupportedMediaType => "unsupported_media_type",
-            Self::UndecodableImage => "undecodable_image",
-            Self::InvalidArtifact => "invalid_artifact",
-            Self::BackboneMismatch => "backbone_mismatch",
-            Self::BodyTimeout => "body_timeout",
-            Self::QueueFull => "queue_full",
-            Self::RateLimited => "rate_limited",
-            Self::Internal => "internal",
-            Self::Draining => "draining",
-            Self::NotReady => "not_ready",
-            Self::SetLoading => "set_loading",
-            Self::SetFailed => "set_failed",
-            Self::TooManyConnections => "too_many_connections",
-            Self::DeadlineExceeded => "deadline_exceeded",
-            Self::SetTooLarge => "set_too_large",
-            Self::DiskFull => "disk_full",
-        }
-    }
-
     /// Seconds after which trying again may help, for the statuses that promise a `Retry-After`.
     const fn default_retry_after(self) -> Option<Duration> {
         match self.status() {
@@ -211,12 +156,23 @@ impl ApiError {
     }
 }
 
-/// The JSON body of every failure.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// In documentation a code is one of those strings.
+impl utoipa::PartialSchema for ErrorCode {
+    fn schema() -> RefOr<Schema> {
+        let codes = Self::ALL.map(Self::as_str);
+        ObjectBuilder::new().schema_type(Type::String).enum_values(Some(codes)).into()
+    }
+}
+
+impl utoipa::ToSchema for ErrorCode {}
+
+/// The body of every failure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ErrorBody {
     /// A sentence for people.
     pub error: String,
-    /// An [`ErrorCode`] for programs.
+    /// A code for programs.
+    #[schema(value_type = ErrorCode)]
     pub error_type: &'static str,
 }
 

@@ -6,9 +6,10 @@
 //! smooth.
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// Which experts each patch of an image went to, in every layer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct RoutingMap {
     /// Patches down and across.
     pub grid: [usize; 2],
@@ -21,7 +22,7 @@ pub struct RoutingMap {
 }
 
 /// One layer of a [`RoutingMap`].
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct LayerRouting {
     /// For each patch, row by row from the top left: the chosen experts, heaviest first.
     pub experts: Vec<Vec<u16>>,

@@ -93,7 +93,7 @@ fn connection_settings(args: &ServeArgs) -> Result<ConnectionSettings, String> {
 /// A sentence that names file and reason.
 pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
     let metrics = Arc::new(Metrics::new(args.per_set_metrics).map_err(|error| error.to_string())?);
-    http::ROUTES.iter().for_each(|route| metrics.declare_route(route));
+    http::routes().iter().for_each(|route| metrics.declare_route(route));
     let compute_threads = threads_or_cores(args.pipeline.compute_threads);
     let no_threads = |error: std::io::Error| format!("threads: {error}");
     let registry = new_registry(args, compute_threads, &metrics)?;

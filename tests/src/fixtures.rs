@@ -11,6 +11,8 @@ use model_core::weights::{
 };
 use serde_json::json;
 
+use crate::server::root;
+
 /// xorshift64*: enough for weights that only have to differ.
 pub struct Random(u64);
 
@@ -140,6 +142,22 @@ pub fn write_store(root: &Path, config: &ViTConfig, sets: &[&str]) -> Digest {
         write(&root.join("expert-sets").join(name).join("1.safetensors"), &bytes);
     }
     digest
+}
+
+/// A model store with the shipped backbone and the shipped expert set under other names, each `NAME/VERSION`.
+///
+/// # Panics
+/// When a file cannot be written, which fails the test.
+pub fn shipped_store(sets: &[&str]) -> tempfile::TempDir {
+    let store = tempfile::tempdir().expect("a folder");
+    let models = root().join("models");
+    let read = |name: &str| fs::read(models.join(name)).expect("a shipped artifact");
+    write(&store.path().join("backbones/default.safetensors"), &read("default-backbone.safetensors"));
+    for set in sets {
+        let path = store.path().join("expert-sets").join(format!("{set}.safetensors"));
+        write(&path, &read("cifar100.safetensors"));
+    }
+    store
 }
 
 /// Writes a file, making its folder.

@@ -2,22 +2,26 @@
 
 use std::time::Duration;
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use axum::routing::post;
-use axum::{Json, Router};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use model_core::image::RgbImage;
 use serde::Serialize;
+use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::oneshot::error::RecvError;
 use tokio::time::{Instant, timeout_at};
+use utoipa::ToSchema;
 
 use super::auth::{self, Caller};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
+use super::openapi::{
+    Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape, set_name_schema, version_schema,
+};
 use super::{body, input};
 use crate::error::{ApiError, ErrorBody, ErrorCode};
 use crate::metrics::ImageResult;
@@ -36,10 +40,85 @@ pub const EXPERT_SET_GENERATION: HeaderName = HeaderName::from_static("x-expert-
 pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// The routes of this resource. `PUT` is there for `curl -T image.jpg`.
-pub fn router() -> Router<AppState> {
-    let classify_default = post(classify_default).put(self::classify_default);
-    let classify_named = post(classify_named).put(self::classify_named);
-    Router::new().route("/classify", classify_default).route("/classify/{set}", classify_named)
+pub fn routes(api: Api) -> Api {
+    let with_default = |id| {
+        let name = "Expert set to ask; the default set when left out.";
+        describe(id, "Classify images").query("set", name, set_name_schema())
+    };
+    let with_named = |id| describe(id, "Classify images with a named expert set");
+    api.on(Method::Post, "/classify", classify_default, with_default("classify").command(CURL_FILE).command(CURL_JSON))
+        .on(Method::Put, "/classify", classify_default, with_default("classify_put").command(CURL_UPLOAD))
+        .on(Method::Post, "/classify/{set}", classify_named, with_named("classify_with").command(CURL_ROUTING))
+        .on(Method::Put, "/classify/{set}", classify_named, with_named("classify_with_put").command(CURL_UPLOAD_NAMED))
+}
+
+const CURL_FILE: &str = "curl -F image=@cat.jpg 'http://127.0.0.1:8000/classify?top_k=3'";
+const CURL_JSON: &str =
+    "curl http://127.0.0.1:8000/classify --json \"{\\\"inputs\\\": \\\"$(base64 -w0 cat.jpg)\\\"}\"";
+const CURL_UPLOAD: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify";
+const CURL_ROUTING: &str = "curl --data-binary @cat.jpg 'http://127.0.0.1:8000/classify/cifar100?routing=true'";
+const CURL_UPLOAD_NAMED: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify/cifar100";
+
+fn describe(id: &'static str, summary: &'static str) -> Operation {
+    let answer = Shape::any_of([Shape::of::<Classification>(), Shape::list_of::<BatchItem>()]);
+    let top_k = json!({ "type": "integer", "minimum": 1, "default": DEFAULT_TOP_K });
+    image_bodies(Operation::new("classify", id, summary))
+        .description(
+            "The body is read by its content type: `multipart/form-data` takes files under any name, \
+             `application/json` takes base64, and everything else that may be an image (`image/*`, \
+             `application/octet-stream` or no content type at all) is one image. JPEG, PNG, WebP, GIF (the first \
+             frame) and BMP are read. One image answers an object; several files, or a list in JSON, answer a list in \
+             request order, in which a bad image is an error in its place.",
+        )
+        .query("version", "Version to ask; the current one when left out.", version_schema())
+        .query("top_k", "How many labels to answer, best first; it goes before the body's `top_k`.", top_k)
+        .query("routing", "Whether to answer the routing map as well.", json!({ "type": "boolean", "default": false }))
+        .json(answer, example())
+        .answer_header(200, "x-expert-set", "The expert set that answered.", true)
+        .answer_header(200, "x-expert-set-generation", "Its name, version and content digest.", true)
+        .answer_header(200, "Server-Timing", "Milliseconds of each stage.", true)
+}
+
+/// Errors of images, and of what is done with them.
+pub(super) const IMAGE_ERRORS: [ErrorCode; 5] = [
+    ErrorCode::EmptyBody,
+    ErrorCode::BatchTooLarge,
+    ErrorCode::ImageTooLarge,
+    ErrorCode::UndecodableImage,
+    ErrorCode::DeadlineExceeded,
+];
+
+/// The bodies in which images are taken, and what is said of those that are not.
+pub(super) fn image_bodies(operation: Operation) -> Operation {
+    let form = json!({
+        "type": "object",
+        "required": ["image"],
+        "properties": {
+            "image": { "type": "string", "format": "binary", "description": "A file; further files, and this one, may have any name." },
+            "top_k": { "type": "integer", "minimum": 1 },
+            "set": { "type": "string", "description": "The expert set to ask, unless path or query name one." },
+        },
+    });
+    ["image/jpeg", "image/png", "application/octet-stream"]
+        .into_iter()
+        .fold(operation, |operation, media_type| operation.body(media_type, Shape::bytes(), Value::Null))
+        .body("multipart/form-data", Shape::inline(form), Value::Null)
+        .body("application/json", Shape::of::<input::JsonRequest>(), input::example())
+        .user()
+        .errors(BODY_ERRORS)
+        .errors(LIFECYCLE_ERRORS)
+        .errors(LOAD_ERRORS)
+        .errors(IMAGE_ERRORS)
+}
+
+fn example() -> Value {
+    json!({
+        "set": "cifar100",
+        "version": 1,
+        "generation": "cifar100:1:0a1b2c3d4e5f",
+        "predictions": [{ "label": "hamster", "score": 0.91, "index": 36 }, { "label": "mouse", "score": 0.03, "index": 50 }],
+        "timings_ms": { "decode": 0.31, "queue": 0.02, "inference": 2.4, "total": 2.9 },
+    })
 }
 
 /// Query parameters of `/classify`.
@@ -53,7 +132,7 @@ pub struct ClassifyQuery {
 }
 
 /// One image's answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Classification {
     /// The expert set that answered.
     pub set: String,
@@ -71,7 +150,7 @@ pub struct Classification {
 }
 
 /// One label with its score.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Prediction {
     /// The label.
     pub label: String,
@@ -82,7 +161,7 @@ pub struct Prediction {
 }
 
 /// Milliseconds by stage.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
 pub struct Timings {
     /// Decoding and preprocessing, waiting for a decode thread included.
     pub decode: f64,
@@ -94,7 +173,8 @@ pub struct Timings {
     pub total: f64,
 }
 
-#[derive(Serialize)]
+/// An image's answer, or what was wrong with it.
+#[derive(Serialize, ToSchema)]
 #[serde(untagged)]
 enum BatchItem {
     Ok(Box<Classification>),

@@ -1,13 +1,12 @@
 //! `/`: the console page and its files, embedded in the binary and complete in themselves.
 
-use axum::Router;
-use axum::extract::Path;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use serde_json::Value;
 
+use super::extract::ApiPath;
+use super::openapi::{Api, Method, Operation, Shape};
 use crate::error::{ApiError, ErrorCode};
-use crate::state::AppState;
 
 /// What a page may do: run scripts, use styles, show images and talk, all with this server only. Nothing inline, so
 /// that markup that slipped into a page would stay without effect; no way to make markup out of strings at all.
@@ -16,9 +15,23 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; st
     require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// The routes of this resource.
-pub fn router() -> Router<AppState> {
-    let index = get(async || page(include_str!("../../console/index.html")));
-    Router::new().route("/", index).route("/console/{*file}", get(file))
+pub fn routes(api: Api) -> Api {
+    let page_operation =
+        Operation::new("pages", "console", "The console: classify, look at routing, manage expert sets")
+            .answer(200, "A page.", "text/html", Shape::text(), Value::Null)
+            .command("curl http://127.0.0.1:8000/");
+    let file_operation = ASSETS.iter().fold(
+        Operation::new("pages", "console_file", "The console's scripts, styles and pictures")
+            .errors([ErrorCode::RouteNotFound]),
+        |operation, asset| operation.answer(200, "A file.", asset.media_type(), Shape::bytes(), Value::Null),
+    );
+    let index = async || page(include_str!("../../console/index.html"));
+    api.on(Method::Get, "/", index, page_operation).on(Method::Get, "/console/{*file}", file, file_operation)
+}
+
+/// The paths of the files below `/console/`.
+pub fn files() -> Vec<&'static str> {
+    ASSETS.iter().map(|asset| asset.path).collect()
 }
 
 /// An HTML page with the policy all pages share.
@@ -34,7 +47,7 @@ pub fn page(html: impl Into<axum::body::Body>) -> Response {
 /// A page of one version must not meet the scripts of another after an update.
 const REVALIDATE: (HeaderName, HeaderValue) = (header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
 
-async fn file(Path(path): Path<String>) -> Result<Response, ApiError> {
+async fn file(ApiPath(path): ApiPath<String>) -> Result<Response, ApiError> {
     let asset = ASSETS.iter().find(|asset| asset.path == path);
     let asset = asset.ok_or_else(|| ApiError::new(ErrorCode::RouteNotFound, "the console has no such file"))?;
     Ok(([(header::CONTENT_TYPE, asset.content_type())], [REVALIDATE], asset.bytes).into_response())
@@ -47,14 +60,19 @@ struct Asset {
 }
 
 impl Asset {
-    fn content_type(&self) -> &'static str {
+    fn media_type(&self) -> &'static str {
         match self.path.rsplit('.').next() {
-            Some("js") => "text/javascript; charset=utf-8",
-            Some("css") => "text/css; charset=utf-8",
+            Some("js") => "text/javascript",
+            Some("css") => "text/css",
             Some("svg") => "image/svg+xml",
             Some("png") => "image/png",
-            _ => "text/plain; charset=utf-8",
+            _ => "text/plain",
         }
+    }
+
+    fn content_type(&self) -> String {
+        let media_type = self.media_type();
+        if media_type.starts_with("text/") { format!("{media_type}; charset=utf-8") } else { media_type.to_owned() }
     }
 }
 
@@ -64,10 +82,11 @@ macro_rules! assets {
     };
 }
 
-static ASSETS: [Asset; 20] = assets![
+static ASSETS: [Asset; 21] = assets![
     "api.js",
     "classify.js",
     "console.css",
+    "docs.css",
     "dom.js",
     "format.js",
     "icon.svg",

@@ -1,21 +1,37 @@
 //! `POST /hf/{set}`: the answer of Hugging Face's image-classification task, a bare list, for clients written for it.
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use axum::routing::post;
-use axum::{Json, Router};
+use serde_json::json;
 
-use super::classify::{DEFAULT_TOP_K, Image, ImageAnswer, ImageRequest, Prediction, admit, answer_images, predictions};
+use super::classify::{
+    DEFAULT_TOP_K, Image, ImageAnswer, ImageRequest, Prediction, admit, answer_images, image_bodies, predictions,
+};
 use super::extract::{ApiPath, RequestContext};
+use super::openapi::{Api, Method, Operation, Shape};
 use super::{body, input};
 use crate::error::ApiError;
 use crate::state::AppState;
 
 /// The routes of this resource.
-pub fn router() -> Router<AppState> {
-    Router::new().route("/hf/{set}", post(classify))
+pub fn routes(api: Api) -> Api {
+    let one = Shape::list_of::<Prediction>();
+    let operation = Operation::new("classify", "hugging_face", "Classify images, in Hugging Face's schema");
+    let operation = image_bodies(operation)
+        .description(
+            "What `InferenceClient.image_classification` of `huggingface_hub` sends and expects: labels as a bare \
+             list. Several images answer a list of lists; one bad image refuses the whole request, because the schema \
+             has no place for its error.",
+        )
+        .json(
+            Shape::any_of([one.clone(), one.in_list()]),
+            json!([{ "label": "hamster", "score": 0.91, "index": 36 }, { "label": "mouse", "score": 0.03, "index": 50 }]),
+        )
+        .command("curl --data-binary @cat.jpg http://127.0.0.1:8000/hf/cifar100");
+    api.on(Method::Post, "/hf/{set}", classify, operation)
 }
 
 async fn classify(

@@ -1,6 +1,7 @@
 //! The forms in which images arrive at `/classify`, turned into one.
 
 use std::fmt;
+use std::num::IntErrorKind;
 
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request};
@@ -10,7 +11,11 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
+use serde_json::{Value, json};
+use utoipa::openapi::{ArrayBuilder, ObjectBuilder, OneOfBuilder, RefOr, Schema, SchemaFormat, Type};
+use utoipa::{PartialSchema, ToSchema};
 
+use super::json::{Count, Object};
 use crate::error::{ApiError, ErrorCode};
 
 /// Padding is optional: some encoders leave it out.
@@ -90,21 +95,35 @@ impl Form {
     }
 }
 
-/// Hugging Face's schema, with `model` (or `set`) naming the expert set.
-#[derive(Deserialize)]
-struct JsonRequest {
+/// Images in JSON: Hugging Face's schema.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct JsonRequest {
     inputs: Inputs,
     #[serde(default)]
-    parameters: Option<JsonParameters>,
+    #[schema(value_type = Option<JsonParameters>)]
+    parameters: Option<Object<JsonParameters>>,
+    /// The expert set to ask, unless path or query name one; `set` is understood too.
     #[serde(default, alias = "set")]
     model: Option<String>,
 }
 
-#[derive(Deserialize, Default)]
+/// What else is asked for.
+#[derive(Deserialize, Default, ToSchema)]
 struct JsonParameters {
+    /// How many labels to answer, best first.
     #[serde(default)]
-    top_k: Option<usize>,
+    #[schema(value_type = Option<usize>, minimum = 1)]
+    top_k: Option<Count>,
 }
+
+/// A request that can be sent as it stands.
+pub(super) fn example() -> Value {
+    json!({ "inputs": EXAMPLE_IMAGE, "parameters": { "top_k": 3 } })
+}
+
+/// A red pixel as a PNG file.
+pub(super) const EXAMPLE_IMAGE: &str =
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC";
 
 /// One base64 string or a list of them. Written by hand so that a body of a million tiny values costs a count, not a
 /// million allocations, and so that errors say what was expected.
@@ -118,6 +137,18 @@ impl Inputs {
     /// Strings kept of a list; above any sensible `max_images`, whose check comes later.
     const KEEP: usize = 4096;
 }
+
+impl PartialSchema for Inputs {
+    fn schema() -> RefOr<Schema> {
+        let image =
+            || ObjectBuilder::new().schema_type(Type::String).format(Some(SchemaFormat::Custom("image".into())));
+        let one = image().description(Some("An image in base64, or a `data:` URL."));
+        let list = ArrayBuilder::new().items(image()).min_items(Some(1)).description(Some("Several images."));
+        OneOfBuilder::new().item(one).item(list).into()
+    }
+}
+
+impl ToSchema for Inputs {}
 
 impl<'de> Deserialize<'de> for Inputs {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -157,16 +188,20 @@ impl<'de> Deserialize<'de> for Inputs {
 }
 
 fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError> {
-    let request: JsonRequest = serde_json::from_slice(body)
+    let Object(request): Object<JsonRequest> = serde_json::from_slice(body)
         .map_err(|error| ApiError::invalid(format!("the request's JSON is not understood: {error}")))?;
     if request.inputs.count > max_images.min(Inputs::KEEP) {
         return Err(too_many(max_images));
+    }
+    let top_k = request.parameters.and_then(|parameters| parameters.0.top_k).map(|count| count.0);
+    if top_k == Some(0) {
+        return Err(bad_top_k());
     }
     Ok(ClassifyInput {
         images: request.inputs.items.iter().map(|text| decode_base64(text)).collect(),
         is_batch: request.inputs.is_list,
         set: request.model,
-        top_k: request.parameters.unwrap_or_default().top_k,
+        top_k,
     })
 }
 
@@ -226,7 +261,16 @@ async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) ->
 /// # Errors
 /// 400 unless it is a positive number.
 pub fn parse_top_k(text: &str) -> Result<usize, ApiError> {
-    text.parse().ok().filter(|&k| k > 0).ok_or_else(|| ApiError::invalid("top_k must be a positive whole number"))
+    let count = match text.parse::<usize>() {
+        // More than there can be labels.
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => usize::MAX,
+        parsed => parsed.unwrap_or(0),
+    };
+    if count > 0 { Ok(count) } else { Err(bad_top_k()) }
+}
+
+fn bad_top_k() -> ApiError {
+    ApiError::invalid("top_k must be a positive whole number")
 }
 
 #[cfg(test)]
@@ -280,7 +324,9 @@ mod tests {
     #[tokio::test]
     async fn wrong_json_is_refused_with_a_reason() {
         let many = format!(r#"{{"inputs":[{}"a"]}}"#, r#""","#.repeat(9000));
-        let cases: [(&[u8], ErrorCode); 8] = [
+        let cases: [(&[u8], ErrorCode); 10] = [
+            (br#"{"inputs":"aGk=","parameters":{"top_k":0}}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":"aGk=","parameters":[1]}"#, ErrorCode::InvalidRequest),
             (b"{", ErrorCode::InvalidRequest),
             (b"[]", ErrorCode::InvalidRequest),
             (b"{}", ErrorCode::InvalidRequest),

@@ -1,15 +1,18 @@
-//! The HTTP surface: one file per resource, each with its own `router()`, and what all of them share.
+//! The HTTP surface: one file per resource, each with its own `routes()`, and what all of them share.
 
 pub mod auth;
 pub mod body;
 pub mod classify;
 pub mod console;
+pub mod docs;
 pub mod extract;
 pub mod health;
 pub mod hf;
 pub mod input;
+pub mod json;
 pub mod observe;
 pub mod oip;
+pub mod openapi;
 pub mod sets;
 
 use axum::Router;
@@ -22,54 +25,35 @@ pub use auth::Keys;
 pub use classify::{Prediction, predictions};
 pub use extract::RequestContext;
 pub use observe::PeerAddress;
+use openapi::Api;
 
 use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
 
+/// Every route with its description.
+fn api() -> Api {
+    let resources = [
+        classify::routes,
+        hf::routes,
+        sets::routes,
+        oip::routes,
+        health::routes,
+        console::routes,
+        docs::routes,
+        openapi::routes,
+    ];
+    resources.into_iter().fold(Api::default(), |api, routes| routes(api))
+}
+
 /// Every route, as it appears in metrics.
-pub const ROUTES: [&str; 31] = [
-    "/",
-    "/console/{*file}",
-    "/classify",
-    "/classify/{set}",
-    "/health",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/metrics",
-    "/sets",
-    "/sets/{name}",
-    "/sets/{name}/{version}",
-    "/sets/{name}/load",
-    "/sets/{name}/unload",
-    "/sets/{name}/pin",
-    "/sets/{name}/unpin",
-    "/hf/{set}",
-    "/v2",
-    "/v2/models/{set}",
-    "/v2/models/{set}/versions/{version}",
-    "/v2/models/{set}/ready",
-    "/v2/models/{set}/versions/{version}/ready",
-    "/v2/models/{set}/config",
-    "/v2/models/{set}/versions/{version}/config",
-    "/v2/models/{set}/infer",
-    "/v2/models/{set}/versions/{version}/infer",
-    "/v2/models/stats",
-    "/v2/models/{set}/stats",
-    "/v2/models/{set}/versions/{version}/stats",
-    "/v2/repository/index",
-    "/v2/repository/models/{set}/load",
-    "/v2/repository/models/{set}/unload",
-];
+pub fn routes() -> Vec<&'static str> {
+    api().into_router().1
+}
 
 /// Every route with what surrounds it.
 pub fn build_router(app: AppState) -> Router {
-    Router::new()
-        .merge(classify::router())
-        .merge(console::router())
-        .merge(health::router())
-        .merge(hf::router())
-        .merge(oip::router())
-        .merge(sets::router())
+    let (router, _) = api().into_router();
+    router
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))

@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
-use axum::{Json, Router};
 use http_body_util::BodyExt;
 use serde::Serialize;
+use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
+use utoipa::ToSchema;
 
 use super::extract::{ApiPath, RequestContext};
+use super::openapi::{Api, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
 use super::{auth, body};
 use crate::catalog;
 use crate::error::{ApiError, ErrorCode};
@@ -22,26 +24,148 @@ use crate::state::AppState;
 use crate::store::{self, upload::Upload};
 
 /// The routes of this resource.
-pub fn router() -> Router<AppState> {
-    Router::new()
-        .route("/sets", get(list))
-        .route("/sets/{name}", get(show).delete(delete_set))
-        .route("/sets/{name}/{version}", put(upload).delete(delete_version))
-        .route("/sets/{name}/load", post(load))
-        .route("/sets/{name}/unload", post(unload))
-        .route("/sets/{name}/pin", post(pin))
-        .route("/sets/{name}/unpin", post(unpin))
+pub fn routes(api: Api) -> Api {
+    let operation = |id, summary| Operation::new("sets", id, summary);
+    let view = || Shape::of::<SetView>();
+    let versions = || Shape::list_of::<SetView>();
+    let listed = operation("list_sets", "Every version of every expert set, and the memory they take")
+        .json(Shape::of::<Listing>(), example_listing())
+        .command("curl http://127.0.0.1:8000/sets");
+    let shown = operation("show_set", "Every version of one expert set")
+        .json(versions(), json!([example_view()]))
+        .errors([ErrorCode::SetNotFound])
+        .command("curl http://127.0.0.1:8000/sets/cifar100");
+    let uploaded = operation("upload_set", "Upload a version of an expert set")
+        .description(
+            "The file is checked from its first byte to its last before it takes its place. When it replaces what is in \
+             memory it is loaded before the answer; should that fail, the answer's `reason` says why and the old \
+             generation goes on answering.",
+        )
+        .body("application/octet-stream", Shape::bytes(), Value::Null)
+        .answer(200, "It replaced that version.", "application/json", view(), example_view())
+        .answer(201, "The version is new.", "application/json", view(), example_view())
+        .admin()
+        .errors(LIFECYCLE_ERRORS)
+        .errors([
+            ErrorCode::InvalidRequest,
+            ErrorCode::EmptyBody,
+            ErrorCode::BodyTooLarge,
+            ErrorCode::UnsupportedMediaType,
+            ErrorCode::InvalidArtifact,
+            ErrorCode::BackboneMismatch,
+            ErrorCode::Conflict,
+            ErrorCode::QueueFull,
+            ErrorCode::BodyTimeout,
+            ErrorCode::SetTooLarge,
+            ErrorCode::DiskFull,
+        ])
+        .command("curl -T flowers.safetensors http://127.0.0.1:8000/sets/flowers/1");
+    let deleted = |id, summary| {
+        operation(id, summary)
+            .description("A pinned set stays, and so does the last version of the default set.")
+            .json(Shape::of::<Deleted>(), json!({ "deleted": ["flowers:1:0a1b2c3d4e5f"] }))
+            .admin()
+            .errors([ErrorCode::SetNotFound, ErrorCode::Conflict])
+    };
+    let moved = |id, summary| operation(id, summary).json(versions(), json!([example_view()])).admin();
+    api.on(Method::Get, "/sets", list, listed)
+        .on(Method::Get, "/sets/{name}", show, shown)
+        .on(
+            Method::Delete,
+            "/sets/{name}",
+            delete_set,
+            deleted("delete_set", "Forget an expert set and delete its files")
+                .command("curl -X DELETE http://127.0.0.1:8000/sets/flowers"),
+        )
+        .on(Method::Put, "/sets/{name}/{version}", upload, uploaded)
+        .on(
+            Method::Delete,
+            "/sets/{name}/{version}",
+            delete_version,
+            deleted("delete_set_version", "Forget one version of an expert set and delete its file")
+                .errors([ErrorCode::InvalidRequest])
+                .command("curl -X DELETE http://127.0.0.1:8000/sets/flowers/1"),
+        )
+        .on(
+            Method::Post,
+            "/sets/{name}/load",
+            load,
+            moved("load_set", "Load the newest version there is on the disk")
+                .errors(LOAD_ERRORS)
+                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/load"),
+        )
+        .on(
+            Method::Post,
+            "/sets/{name}/unload",
+            unload,
+            moved("unload_set", "Drop an expert set from memory")
+                .description("A pinned set stays.")
+                .errors([ErrorCode::SetNotFound, ErrorCode::Conflict])
+                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/unload"),
+        )
+        .on(
+            Method::Post,
+            "/sets/{name}/pin",
+            pin,
+            moved("pin_set", "Load an expert set and never evict it")
+                .errors(LOAD_ERRORS)
+                .errors([ErrorCode::Conflict])
+                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/pin"),
+        )
+        .on(
+            Method::Post,
+            "/sets/{name}/unpin",
+            unpin,
+            moved("unpin_set", "Let an expert set be evicted again")
+                .errors([ErrorCode::SetNotFound])
+                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/unpin"),
+        )
+}
+
+fn example_view() -> Value {
+    json!({
+        "name": "flowers",
+        "version": 1,
+        "state": "resident",
+        "pinned": false,
+        "current": true,
+        "ready": true,
+        "resident_bytes": 236544,
+        "file_bytes": 181272,
+        "num_classes": 17,
+        "backbone": "default",
+        "backbone_digest": "5be9c1d3a7f0426e8b1d5c9e7a3f0b2d4c6e8f0a1b3d5c7e9f1a2b4c6d8e0f13",
+        "generation": "flowers:1:0a1b2c3d4e5f",
+        "hits": 12,
+        "last_used": 1770000000.25,
+        "reason": null,
+    })
+}
+
+fn example_listing() -> Value {
+    json!({
+        "default": "cifar100",
+        "sets": [example_view()],
+        "broken": [{ "file": "expert-sets/roses/1.safetensors", "reason": "the file ends in mid-tensor" }],
+        "memory": {
+            "budget_bytes": 67108864,
+            "accounted_bytes": 16777216,
+            "kinds": { "backbone": 4194304, "queue": 8388608, "scratch": 3957760, "sets": 236544 },
+        },
+    })
 }
 
 /// One version of an expert set.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct SetView {
     name: String,
     version: u64,
     state: SetState,
+    /// Whether it is never evicted.
     pinned: bool,
     /// Whether requests without a version get this one.
     current: bool,
+    /// Whether a request would be answered now or after a load.
     ready: bool,
     /// Accounted bytes when resident, 0 otherwise.
     resident_bytes: usize,
@@ -49,7 +173,9 @@ pub struct SetView {
     num_classes: usize,
     backbone: String,
     backbone_digest: String,
+    /// Name, version and content digest of what answers.
     generation: String,
+    /// Requests it has answered from memory.
     hits: u64,
     /// Seconds since 1970, or null.
     last_used: Option<f64>,
@@ -82,22 +208,24 @@ impl From<SetStatus> for SetView {
 }
 
 /// A file of the store that could not be registered.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct BrokenView {
     file: String,
     reason: String,
 }
 
-/// The listing.
-#[derive(Debug, Serialize)]
+/// What there is.
+#[derive(Debug, Serialize, ToSchema)]
 struct Listing {
+    /// The expert set of requests that name none.
     default: String,
     sets: Vec<SetView>,
     broken: Vec<BrokenView>,
     memory: MemoryView,
 }
 
-#[derive(Debug, Serialize)]
+/// The memory budget.
+#[derive(Debug, Serialize, ToSchema)]
 struct MemoryView {
     budget_bytes: usize,
     accounted_bytes: usize,
@@ -109,7 +237,11 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
     let budget = app.registry.budget();
     let kinds = Kind::ALL.map(|kind| (kind.as_str(), budget.used(kind)));
     let broken = app.catalog.broken();
-    let broken = broken.iter().map(|broken| BrokenView { file: broken.file_name(), reason: broken.reason.clone() });
+    let broken = broken.iter().map(|broken| {
+        // Where the store is on the disk is none of the client's business.
+        let path = format!("{}: ", broken.path.display());
+        BrokenView { file: broken.file_name(), reason: broken.reason.replace(&path, "") }
+    });
     Json(Listing {
         default: app.default_set().to_owned(),
         sets: app.registry.list().into_iter().map(SetView::from).collect(),
@@ -212,7 +344,7 @@ async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result
 }
 
 /// Names what a deletion removed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Deleted {
     /// Generations: name, version and content digest.
     deleted: Vec<String>,

@@ -313,7 +313,7 @@ impl<S: Source> Inner<S> {
 }
 
 /// What a set is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SetState {
     /// Known, not in memory.

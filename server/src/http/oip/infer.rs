@@ -8,13 +8,19 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use model_core::image::RgbImage;
-use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
-use serde_json::{Map, Value, json};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::openapi::schema::SchemaType;
+use utoipa::openapi::{ArrayBuilder, ObjectBuilder, RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::super::body;
-use super::super::classify::{Image, ImageAnswers, ImageRequest, admit, answer_images, predictions};
+use super::super::classify::{IMAGE_ERRORS, Image, ImageAnswers, ImageRequest, admit, answer_images, predictions};
 use super::super::extract::{ApiPath, RequestContext};
+use super::super::input::EXAMPLE_IMAGE;
+use super::super::json::{Count, Object};
+use super::super::openapi::{BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Operation, Shape};
 use super::ModelPath;
 use crate::error::{ApiError, ErrorCode};
 use crate::state::AppState;
@@ -37,53 +43,142 @@ const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-cont
 /// JSON longer than this is parsed off the async threads.
 const INLINE_JSON_BYTES: usize = 64 << 10;
 
-#[derive(Default, Deserialize)]
+/// Tensors in, and which ones are wanted out.
+#[derive(Default, Deserialize, ToSchema)]
 struct InferRequest {
+    /// Comes back with the answer.
     #[serde(default)]
     id: Option<String>,
     #[serde(default)]
-    parameters: Option<RequestParameters>,
-    inputs: Vec<InputTensor>,
+    #[schema(value_type = Option<RequestParameters>)]
+    parameters: Option<Object<RequestParameters>>,
+    #[schema(value_type = Vec<InputTensor>, min_items = 1, max_items = 1)]
+    inputs: Vec<Object<InputTensor>>,
+    /// `scores` when left out or empty.
     #[serde(default)]
-    outputs: Option<Vec<OutputRequest>>,
+    #[schema(value_type = Option<Vec<OutputRequest>>)]
+    outputs: Option<Vec<Object<OutputRequest>>>,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, ToSchema)]
 struct RequestParameters {
+    /// Whether outputs come in binary unless they say otherwise.
     #[serde(default)]
     binary_data_output: bool,
 }
 
-#[derive(Default, Deserialize)]
+/// `image` BYTES `[n]`, encoded files (base64 in JSON); `pixels` UINT8 `[n, height, width, 3]`, images of any size; or
+/// `input` FP32 `[n, 3, side, side]`, the model's own normalised input.
+#[derive(Default, Deserialize, ToSchema)]
 struct InputTensor {
+    #[schema(value_type = InputName)]
     name: String,
-    shape: Vec<usize>,
+    #[schema(value_type = Vec<usize>, min_items = 1, max_items = 4)]
+    shape: Vec<Count>,
+    #[schema(value_type = InputType)]
     datatype: String,
     #[serde(default)]
-    parameters: Option<InputParameters>,
+    #[schema(value_type = Option<InputParameters>)]
+    parameters: Option<Object<InputParameters>>,
+    /// The values, flat or nested in row-major order; left out when they come in binary.
     #[serde(default)]
     data: FlatData,
 }
 
-#[derive(Default, Deserialize)]
-struct InputParameters {
-    #[serde(default)]
-    binary_data_size: Option<usize>,
+/// Which input it is.
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[expect(dead_code, reason = "names the values of a string in the documentation")]
+enum InputName {
+    Image,
+    Pixels,
+    Input,
 }
 
-#[derive(Default, Deserialize)]
+/// The type that goes with the input.
+#[derive(ToSchema)]
+#[schema(rename_all = "UPPERCASE")]
+#[expect(dead_code, reason = "names the values of a string in the documentation")]
+enum InputType {
+    Bytes,
+    Uint8,
+    Fp32,
+}
+
+#[derive(Default, Deserialize, ToSchema)]
+struct InputParameters {
+    /// Bytes of the tensor behind the JSON.
+    #[serde(default)]
+    #[schema(value_type = Option<usize>)]
+    binary_data_size: Option<Count>,
+}
+
+/// `scores` FP32 `[n, classes]`, `logits` FP32 `[n, classes]` or `label` BYTES `[n, 1]`.
+#[derive(Default, Deserialize, ToSchema)]
 struct OutputRequest {
+    #[schema(value_type = OutputName)]
     name: String,
     #[serde(default)]
-    parameters: Option<OutputParameters>,
+    #[schema(value_type = Option<OutputParameters>)]
+    parameters: Option<Object<OutputParameters>>,
 }
 
-#[derive(Default, Deserialize)]
+/// Which output it is.
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[expect(dead_code, reason = "names the values of a string in the documentation")]
+enum OutputName {
+    Scores,
+    Logits,
+    Label,
+}
+
+#[derive(Default, Deserialize, ToSchema)]
 struct OutputParameters {
+    /// Of `scores` and `logits`: answer the best so many as BYTES `[n, classification]`, each `value:index:label`.
     #[serde(default)]
-    classification: Option<usize>,
+    #[schema(value_type = Option<usize>)]
+    classification: Option<Count>,
+    /// Whether this output comes in binary.
     #[serde(default)]
     binary_data: Option<bool>,
+}
+
+pub(super) const CURL: &str = "curl http://127.0.0.1:8000/v2/models/cifar100/infer --json \"{\\\"inputs\\\": [{\\\"name\\\": \\\"image\\\", \\\"datatype\\\": \\\"BYTES\\\", \\\"shape\\\": [1], \\\"data\\\": [\\\"$(base64 -w0 cat.jpg)\\\"]}]}\"";
+
+pub(super) fn describe(id: &'static str) -> Operation {
+    let input = json!({ "name": IMAGE, "datatype": "BYTES", "shape": [1], "data": [EXAMPLE_IMAGE] });
+    let outputs = json!([{ "name": SCORES, "parameters": { "classification": 2 } }]);
+    let answer = json!({
+        "model_name": "cifar100",
+        "model_version": "1",
+        "outputs": [{ "name": SCORES, "datatype": "BYTES", "shape": [1, 2], "data": ["0.91:36:hamster", "0.03:50:mouse"] }],
+    });
+    let length = json!({ "type": "integer", "minimum": 0 });
+    Operation::new("oip", id, "Tensors in, tensors out")
+        .description(
+            "Tensors may follow the JSON in binary: `Inference-Header-Content-Length` is then the length of the JSON, \
+             and `binary_data_size` that of the tensor. Numbers are little-endian; each element of BYTES comes after \
+             its length in four bytes. With a length of 0 the whole body is one image file. One bad image refuses the \
+             whole request, because the protocol has no place for its error.",
+        )
+        .header("Inference-Header-Content-Length", "Length of the JSON when binary tensors follow it.", length)
+        .body("application/json", Shape::of::<InferRequest>(), json!({ "inputs": [input], "outputs": outputs }))
+        .body("application/octet-stream", Shape::bytes(), Value::Null)
+        .json(Shape::of::<InferAnswer>(), answer)
+        .answer(200, "", "application/octet-stream", Shape::bytes(), Value::Null)
+        .answer_header(
+            200,
+            "Inference-Header-Content-Length",
+            "Length of the JSON when binary tensors follow it.",
+            false,
+        )
+        .answer_header(200, "x-expert-set-generation", "Name, version and content digest of what answered.", true)
+        .user()
+        .errors(BODY_ERRORS)
+        .errors(LIFECYCLE_ERRORS)
+        .errors(LOAD_ERRORS)
+        .errors(IMAGE_ERRORS)
 }
 
 /// Tensor data in JSON, nested or flat. Read value by value: a tree of a million numbers would take many times the
@@ -97,8 +192,36 @@ struct FlatData {
 impl<'de> Deserialize<'de> for FlatData {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut data = Self::default();
-        Flatten(&mut data).deserialize(deserializer)?;
+        deserializer.deserialize_seq(List(&mut data))?;
+        if !data.numbers.is_empty() && !data.strings.is_empty() {
+            return Err(D::Error::custom("data holds both numbers and strings"));
+        }
         Ok(data)
+    }
+}
+
+impl PartialSchema for FlatData {
+    fn schema() -> RefOr<Schema> {
+        let anything = ObjectBuilder::new().schema_type(SchemaType::AnyValue);
+        ArrayBuilder::new().items(anything).description(Some("Numbers or strings, flat or nested.")).into()
+    }
+}
+
+impl ToSchema for FlatData {}
+
+/// Takes a list and nothing else.
+struct List<'a>(&'a mut FlatData);
+
+impl<'de> Visitor<'de> for List<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a list of numbers or strings")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(Flatten(self.0))?.is_some() {}
+        Ok(())
     }
 }
 
@@ -139,9 +262,8 @@ impl<'de> Visitor<'de> for Flatten<'_> {
         Ok(())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        while seq.next_element_seed(Flatten(self.0))?.is_some() {}
-        Ok(())
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<(), A::Error> {
+        List(self.0).visit_seq(seq)
     }
 }
 
@@ -186,8 +308,8 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
     };
     if length == 0 && !body.is_empty() {
         // The whole body is the one input: an encoded image, without the length that BYTES carry otherwise.
-        let input = InputTensor { name: IMAGE.into(), shape: vec![1], ..InputTensor::default() };
-        return Ok((InferRequest { inputs: vec![input], ..InferRequest::default() }, body));
+        let input = InputTensor { name: IMAGE.into(), shape: vec![Count(1)], ..InputTensor::default() };
+        return Ok((InferRequest { inputs: vec![Object(input)], ..InferRequest::default() }, body));
     }
     let (json, binary) = (body.slice(..length), body.slice(length..));
     let parse = move || serde_json::from_slice(&json);
@@ -195,25 +317,27 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
         0..=INLINE_JSON_BYTES => parse(),
         _ => app.decompression.run(parse).await.map_err(ApiError::internal)?,
     };
-    Ok((parsed.map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))?, binary))
+    let Object(request) = parsed.map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))?;
+    Ok((request, binary))
 }
 
-fn images(inputs: &mut [InputTensor], binary: Bytes, max_images: usize) -> Result<Vec<Image>, ApiError> {
-    let [input] = inputs else {
+fn images(inputs: &mut [Object<InputTensor>], binary: Bytes, max_images: usize) -> Result<Vec<Image>, ApiError> {
+    let [Object(input)] = inputs else {
         return Err(ApiError::invalid(format!("exactly one input is taken: `{PIXELS}`, `{INPUT}` or `{IMAGE}`")));
     };
-    let count = input.shape.first().copied().unwrap_or(0);
+    let shape: Vec<usize> = input.shape.iter().map(|dimension| dimension.0).collect();
+    let count = shape.first().copied().unwrap_or(0);
     if count > max_images {
         let message = format!("at most {max_images} images are accepted in one request");
         return Err(ApiError::new(ErrorCode::BatchTooLarge, message));
     }
-    if input.shape.contains(&0) || input.shape.is_empty() {
+    if shape.contains(&0) || shape.is_empty() {
         return Err(ApiError::invalid(format!("input `{}` has an empty shape", input.name)));
     }
     if input.datatype.is_empty() {
         return Ok(vec![Image::Encoded(binary)]);
     }
-    let size = input.parameters.as_ref().and_then(|parameters| parameters.binary_data_size);
+    let size = input.parameters.as_ref().and_then(|parameters| parameters.0.binary_data_size).map(|size| size.0);
     if size.unwrap_or(0) != binary.len() {
         let message =
             format!("input `{}` announces {} binary bytes, but {} came", input.name, size.unwrap_or(0), binary.len());
@@ -221,7 +345,7 @@ fn images(inputs: &mut [InputTensor], binary: Bytes, max_images: usize) -> Resul
     }
     let data = std::mem::take(&mut input.data);
     let binary = size.map(|_| binary);
-    match (input.name.as_str(), input.datatype.as_str(), input.shape.as_slice()) {
+    match (input.name.as_str(), input.datatype.as_str(), shape.as_slice()) {
         (IMAGE, "BYTES", [_] | [_, 1]) => encoded(data, binary, count),
         (PIXELS, "UINT8", &[_, height, width, 3]) => rgb(data, binary, (count, height, width)),
         (INPUT, "FP32", &[_, 3, height, width]) if height == width => prepared(data, binary, (count, height)),
@@ -312,6 +436,39 @@ fn check_count(input: &str, expected: usize, got: usize) -> Result<(), ApiError>
     }
 }
 
+/// What was asked for.
+#[derive(Serialize, ToSchema)]
+struct InferAnswer {
+    model_name: String,
+    model_version: String,
+    /// The request's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    outputs: Vec<OutputTensor>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct OutputTensor {
+    name: String,
+    /// `FP32` or `BYTES`.
+    datatype: &'static str,
+    shape: [usize; 2],
+    /// There when the tensor comes in binary, behind the JSON.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameters: Option<OutputSize>,
+    /// The values, flat, unless they come in binary.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Tensor>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct OutputSize {
+    binary_data_size: usize,
+}
+
+/// Numbers or strings.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
 enum Tensor {
     Floats(Vec<f32>),
     Strings(Vec<String>),
@@ -322,13 +479,6 @@ impl Tensor {
         match self {
             Self::Floats(_) => "FP32",
             Self::Strings(_) => "BYTES",
-        }
-    }
-
-    fn to_json(&self) -> Value {
-        match self {
-            Self::Floats(values) => json!(values),
-            Self::Strings(values) => json!(values),
         }
     }
 
@@ -350,36 +500,32 @@ fn respond(request: &InferRequest, answers: ImageAnswers) -> Result<Response, Ap
     // The protocol has no place for one image's error among other images' answers.
     let logits: Vec<Vec<f32>> =
         images.into_iter().map(|image| image.map(|answer| answer.logits)).collect::<Result<_, _>>()?;
-    let default = [OutputRequest { name: SCORES.into(), parameters: None }];
+    let default = [Object(OutputRequest { name: SCORES.into(), parameters: None })];
     let outputs = request.outputs.as_deref().filter(|outputs| !outputs.is_empty()).unwrap_or(&default);
-    let all_binary = request.parameters.as_ref().is_some_and(|parameters| parameters.binary_data_output);
+    let all_binary = request.parameters.as_ref().is_some_and(|parameters| parameters.0.binary_data_output);
     let (mut described, mut binary, mut any_binary) = (Vec::new(), Vec::new(), false);
-    for output in outputs {
+    for Object(output) in outputs {
         let wishes = output.parameters.as_ref();
         let (tensor, width) = tensor(output, &logits, lease.value.labels())?;
-        let mut entry = Map::new();
-        entry.insert("name".into(), json!(output.name));
-        entry.insert("datatype".into(), json!(tensor.datatype()));
-        entry.insert("shape".into(), json!([logits.len(), width]));
-        if wishes.and_then(|wishes| wishes.binary_data).unwrap_or(all_binary) {
+        let (datatype, shape) = (tensor.datatype(), [logits.len(), width]);
+        let (parameters, data) = if wishes.and_then(|wishes| wishes.0.binary_data).unwrap_or(all_binary) {
             let bytes = tensor.to_binary();
-            entry.insert("parameters".into(), json!({ "binary_data_size": bytes.len() }));
+            let binary_data_size = bytes.len();
             binary.extend(bytes);
             any_binary = true;
+            (Some(OutputSize { binary_data_size }), None)
         } else {
-            entry.insert("data".into(), tensor.to_json());
-        }
-        described.push(Value::Object(entry));
+            (None, Some(tensor))
+        };
+        described.push(OutputTensor { name: output.name.clone(), datatype, shape, parameters, data });
     }
-    let mut document = json!({
-        "model_name": lease.descriptor.name,
-        "model_version": lease.descriptor.version.to_string(),
-        "outputs": described,
-    });
-    if let Some(id) = &request.id {
-        document["id"] = json!(id);
-    }
-    let json = document.to_string().into_bytes();
+    let answer = InferAnswer {
+        model_name: lease.descriptor.name.clone(),
+        model_version: lease.descriptor.version.to_string(),
+        id: request.id.clone(),
+        outputs: described,
+    };
+    let json = serde_json::to_vec(&answer).map_err(ApiError::internal)?;
     let length = HeaderValue::from(json.len());
     let content_type = if any_binary { "application/octet-stream" } else { "application/json" };
     let mut response = [json, binary].concat().into_response();
@@ -400,7 +546,7 @@ fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Res
         predictions(logits, labels, classes).into_iter().for_each(|found| scores[found.index] = found.score);
         scores
     };
-    let classification = output.parameters.as_ref().and_then(|parameters| parameters.classification);
+    let classification = output.parameters.as_ref().and_then(|parameters| parameters.0.classification).map(|k| k.0);
     match (output.name.as_str(), classification.filter(|&k| k > 0)) {
         (SCORES, None) => Ok((Tensor::Floats(logits.iter().flat_map(|logits| scores(logits)).collect()), classes)),
         (LOGITS, None) => Ok((Tensor::Floats(logits.concat()), classes)),

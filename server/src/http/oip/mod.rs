@@ -5,17 +5,20 @@
 mod infer;
 mod stats;
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::routing::{get, post};
-use axum::{Json, Router};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 pub use stats::Statistics;
 
 use super::extract::{ApiPath, RequestContext};
+use super::health::Ready;
+use super::json::Object;
+use super::openapi::{Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
 use super::{auth, body, sets};
 use crate::error::{ApiError, ErrorCode};
 use crate::registry::{SetState, SetStatus, Target};
@@ -23,24 +26,189 @@ use crate::state::AppState;
 use crate::store;
 
 /// The routes of this resource; health is in [`super::health`].
-pub fn router() -> Router<AppState> {
-    Router::new()
-        .route("/v2", get(server))
-        .route("/v2/models/{set}", get(metadata))
-        .route("/v2/models/{set}/versions/{version}", get(metadata))
-        .route("/v2/models/{set}/ready", get(ready))
-        .route("/v2/models/{set}/versions/{version}/ready", get(ready))
-        .route("/v2/models/{set}/config", get(config))
-        .route("/v2/models/{set}/versions/{version}/config", get(config))
-        .route("/v2/models/{set}/infer", post(infer::infer))
-        .route("/v2/models/{set}/versions/{version}/infer", post(infer::infer))
+pub fn routes(api: Api) -> Api {
+    let operation = |id, summary| Operation::new("oip", id, summary);
+    let of_model = |id, summary| operation(id, summary).errors([ErrorCode::SetNotFound]);
+    let server_operation = operation("oip_server", "Name, version and protocol extensions")
+        .json(Shape::of::<Server>(), json!(Server::THIS))
+        .command("curl http://127.0.0.1:8000/v2");
+    let metadata_operation = |id| of_model(id, "Inputs and outputs").json(Shape::of::<Metadata>(), example_metadata());
+    let ready_operation = |id| {
+        of_model(id, "Whether a request would be answered now or after a load")
+            .json(Shape::of::<Ready>(), json!(Ready::YES))
+            .errors(LIFECYCLE_ERRORS)
+            .errors([ErrorCode::SetLoading, ErrorCode::SetFailed])
+    };
+    let config_operation =
+        |id| of_model(id, "Configuration, in Triton's form").json(Shape::of::<Config>(), example_config());
+    let index_operation = operation("oip_index", "Expert sets with their states")
+        .description("The body may be left out.")
+        .optional_body("application/json", Shape::of::<IndexRequest>(), json!({ "ready": true }))
+        .json(
+            Shape::list_of::<IndexEntry>(),
+            json!([{ "name": "cifar100", "version": "1", "state": "READY", "reason": "" }]),
+        )
+        .errors(BODY_ERRORS)
+        .command("curl -X POST http://127.0.0.1:8000/v2/repository/index");
+    let load_operation = operation("oip_load", "Load the newest version there is on the disk")
+        .description("The body may be left out. Triton's parameters `config` and `file:` are refused.")
+        .optional_body("application/json", Shape::of::<RepositoryRequest>(), json!({ "parameters": {} }))
+        .json(Shape::of::<Done>(), json!({}))
+        .admin()
+        .errors(BODY_ERRORS)
+        .errors(LOAD_ERRORS)
+        .command("curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/load");
+    let unload_operation = operation("oip_unload", "Drop an expert set from memory")
+        .description("A pinned set stays. A body is not read.")
+        .json(Shape::of::<Done>(), json!({}))
+        .admin()
+        .errors([ErrorCode::SetNotFound, ErrorCode::Conflict])
+        .command("curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/unload");
+    api.on(Method::Get, "/v2", server, server_operation)
+        .on(
+            Method::Get,
+            "/v2/models/{set}",
+            metadata,
+            metadata_operation("oip_metadata").command("curl http://127.0.0.1:8000/v2/models/cifar100"),
+        )
+        .on(Method::Get, "/v2/models/{set}/versions/{version}", metadata, metadata_operation("oip_version_metadata"))
+        .on(
+            Method::Get,
+            "/v2/models/{set}/ready",
+            ready,
+            ready_operation("oip_ready").command("curl http://127.0.0.1:8000/v2/models/cifar100/ready"),
+        )
+        .on(Method::Get, "/v2/models/{set}/versions/{version}/ready", ready, ready_operation("oip_version_ready"))
+        .on(
+            Method::Get,
+            "/v2/models/{set}/config",
+            config,
+            config_operation("oip_config").command("curl http://127.0.0.1:8000/v2/models/cifar100/config"),
+        )
+        .on(Method::Get, "/v2/models/{set}/versions/{version}/config", config, config_operation("oip_version_config"))
+        .on(Method::Post, "/v2/models/{set}/infer", infer::infer, infer::describe("oip_infer").command(infer::CURL))
+        .on(
+            Method::Post,
+            "/v2/models/{set}/versions/{version}/infer",
+            infer::infer,
+            infer::describe("oip_version_infer"),
+        )
         // Shadows a set called `stats` here and nowhere else: Triton's client asks this path for all sets.
-        .route("/v2/models/stats", get(stats::all))
-        .route("/v2/models/{set}/stats", get(stats::model))
-        .route("/v2/models/{set}/versions/{version}/stats", get(stats::model))
-        .route("/v2/repository/index", post(index))
-        .route("/v2/repository/models/{set}/load", post(load))
-        .route("/v2/repository/models/{set}/unload", post(unload))
+        .on(
+            Method::Get,
+            "/v2/models/stats",
+            stats::all,
+            stats::describe("oip_stats", "Statistics of every expert set")
+                .command("curl http://127.0.0.1:8000/v2/models/stats"),
+        )
+        .on(
+            Method::Get,
+            "/v2/models/{set}/stats",
+            stats::model,
+            stats::describe("oip_model_stats", "Statistics of one expert set")
+                .errors([ErrorCode::SetNotFound])
+                .command("curl http://127.0.0.1:8000/v2/models/cifar100/stats"),
+        )
+        .on(
+            Method::Get,
+            "/v2/models/{set}/versions/{version}/stats",
+            stats::model,
+            stats::describe("oip_version_stats", "Statistics of one version").errors([ErrorCode::SetNotFound]),
+        )
+        .on(Method::Post, "/v2/repository/index", index, index_operation)
+        .on(Method::Post, "/v2/repository/models/{set}/load", load, load_operation)
+        .on(Method::Post, "/v2/repository/models/{set}/unload", unload, unload_operation)
+}
+
+/// What the protocol wants to know of a server.
+#[derive(Serialize, ToSchema)]
+struct Server {
+    name: &'static str,
+    version: &'static str,
+    extensions: [&'static str; 5],
+}
+
+impl Server {
+    const THIS: Self = Self {
+        name: env!("CARGO_PKG_NAME"),
+        version: env!("CARGO_PKG_VERSION"),
+        extensions: ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"],
+    };
+}
+
+/// What an expert set takes and gives.
+#[derive(Serialize, ToSchema)]
+struct Metadata {
+    name: String,
+    versions: Vec<String>,
+    platform: &'static str,
+    /// One input, though `infer` takes any of three: Triton's image client wants exactly one.
+    inputs: [TensorMetadata; 1],
+    outputs: [TensorMetadata; 1],
+}
+
+#[derive(Serialize, ToSchema)]
+struct TensorMetadata {
+    name: &'static str,
+    datatype: &'static str,
+    /// -1 stands for any number.
+    shape: Vec<i64>,
+}
+
+/// An expert set as Triton would configure it.
+#[derive(Serialize, ToSchema)]
+struct Config {
+    name: String,
+    platform: &'static str,
+    backend: &'static str,
+    max_batch_size: usize,
+    input: [ConfigTensor; 1],
+    output: [ConfigTensor; 1],
+}
+
+#[derive(Serialize, ToSchema)]
+struct ConfigTensor {
+    name: &'static str,
+    data_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format: Option<&'static str>,
+    dims: Vec<i64>,
+}
+
+/// What Triton calls a framework.
+const PLATFORM: &str = "butterflyvit";
+/// A dimension of any size.
+const ANY: i64 = -1;
+
+fn dimension(size: usize) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+fn example_metadata() -> Value {
+    json!(Metadata {
+        name: "cifar100".into(),
+        versions: vec!["1".into()],
+        platform: PLATFORM,
+        inputs: [TensorMetadata { name: infer::PIXELS, datatype: "UINT8", shape: vec![ANY, 32, 32, 3] }],
+        outputs: [TensorMetadata { name: infer::SCORES, datatype: "FP32", shape: vec![ANY, 100] }],
+    })
+}
+
+fn example_config() -> Value {
+    let input = ConfigTensor {
+        name: infer::PIXELS,
+        data_type: "TYPE_UINT8",
+        format: Some("FORMAT_NHWC"),
+        dims: vec![32, 32, 3],
+    };
+    json!(Config {
+        name: "cifar100".into(),
+        platform: PLATFORM,
+        backend: PLATFORM,
+        max_batch_size: 32,
+        input: [input],
+        output: [ConfigTensor { name: infer::SCORES, data_type: "TYPE_FP32", format: None, dims: vec![100] }],
+    })
 }
 
 /// Which expert set a path names.
@@ -62,51 +230,48 @@ impl ModelPath {
     }
 }
 
-async fn server() -> Json<Value> {
-    Json(json!({
-        "name": env!("CARGO_PKG_NAME"),
-        "version": env!("CARGO_PKG_VERSION"),
-        "extensions": ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"],
-    }))
+async fn server() -> Json<Server> {
+    Json(Server::THIS)
 }
 
-async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Value>, ApiError> {
+async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Metadata>, ApiError> {
     let target = path.0.lookup(&app)?;
     let versions: Vec<String> =
         app.registry.status(&path.0.set)?.iter().map(|status| status.descriptor.version.to_string()).collect();
-    let side = target.backbone.image_size;
-    Ok(Json(json!({
-        "name": target.set.name,
-        "versions": versions,
-        "platform": "butterflyvit",
-        // One input, though three are accepted: Triton's image client wants exactly one.
-        "inputs": [{ "name": infer::PIXELS, "datatype": "UINT8", "shape": [-1, side, side, 3] }],
-        "outputs": [{ "name": infer::SCORES, "datatype": "FP32", "shape": [-1, target.set.num_classes] }],
-    })))
+    let side = dimension(target.backbone.image_size);
+    let outputs = vec![ANY, dimension(target.set.num_classes)];
+    Ok(Json(Metadata {
+        name: target.set.name.clone(),
+        versions,
+        platform: PLATFORM,
+        inputs: [TensorMetadata { name: infer::PIXELS, datatype: "UINT8", shape: vec![ANY, side, side, 3] }],
+        outputs: [TensorMetadata { name: infer::SCORES, datatype: "FP32", shape: outputs }],
+    }))
 }
 
-async fn config(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Value>, ApiError> {
+async fn config(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Config>, ApiError> {
     let target = path.0.lookup(&app)?;
-    let side = target.backbone.image_size;
-    let input = json!({
-        "name": infer::PIXELS, "data_type": "TYPE_UINT8", "format": "FORMAT_NHWC", "dims": [side, side, 3],
-    });
-    Ok(Json(json!({
-        "name": target.set.name,
-        "platform": "butterflyvit",
-        "backend": "butterflyvit",
-        "max_batch_size": app.limits.max_images,
-        "input": [input],
-        "output": [{ "name": infer::SCORES, "data_type": "TYPE_FP32", "dims": [target.set.num_classes] }],
-    })))
+    let side = dimension(target.backbone.image_size);
+    let dims = vec![side, side, 3];
+    let input = ConfigTensor { name: infer::PIXELS, data_type: "TYPE_UINT8", format: Some("FORMAT_NHWC"), dims };
+    let dims = vec![dimension(target.set.num_classes)];
+    let output = ConfigTensor { name: infer::SCORES, data_type: "TYPE_FP32", format: None, dims };
+    Ok(Json(Config {
+        name: target.set.name.clone(),
+        platform: PLATFORM,
+        backend: PLATFORM,
+        max_batch_size: app.limits.max_images,
+        input: [input],
+        output: [output],
+    }))
 }
 
-async fn ready(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Value>, ApiError> {
+async fn ready(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Ready>, ApiError> {
     app.lifecycle.check()?;
     let version = path.0.lookup(&app)?.set.version;
     let statuses = app.registry.status(&path.0.set)?;
     match statuses.iter().find(|status| status.descriptor.version == version) {
-        Some(status) if status.ready => Ok(Json(json!({ "ready": true }))),
+        Some(status) if status.ready => Ok(Json(Ready::YES)),
         Some(status) if status.state == SetState::Loading => {
             Err(ApiError::new(ErrorCode::SetLoading, format!("expert set `{}` is still loading", path.0.set)))
         }
@@ -118,8 +283,9 @@ async fn ready(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<
 }
 
 /// What the index is asked for.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 struct IndexRequest {
+    /// Only those that are ready.
     #[serde(default)]
     ready: bool,
 }
@@ -129,33 +295,56 @@ async fn index(
     context: RequestContext,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<Vec<Value>>, ApiError> {
+) -> Result<Json<Vec<IndexEntry>>, ApiError> {
     let request: IndexRequest = read(&app, &context, &headers, body).await?;
     let statuses = app.registry.list();
     Ok(Json(statuses.iter().filter(|status| status.ready || !request.ready).map(index_entry).collect()))
 }
 
-fn index_entry(status: &SetStatus) -> Value {
-    let state = match (status.ready, status.state) {
-        (true, _) => "READY",
-        (false, SetState::Loading) => "LOADING",
-        (false, _) => "UNAVAILABLE",
-    };
-    json!({
-        "name": status.descriptor.name,
-        "version": status.descriptor.version.to_string(),
-        "state": state,
-        // Also of a set that is ready: an old generation goes on serving when a new one does not load.
-        "reason": status.reason.as_deref().unwrap_or_default(),
-    })
+/// A version of an expert set.
+#[derive(Serialize, ToSchema)]
+struct IndexEntry {
+    name: String,
+    version: String,
+    state: IndexState,
+    /// Why it is not ready; also of a set that is ready, since an old generation goes on serving when a new one does
+    /// not load.
+    reason: String,
 }
 
-/// The parameters of load and unload.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "UPPERCASE")]
+enum IndexState {
+    Ready,
+    Loading,
+    Unavailable,
+}
+
+fn index_entry(status: &SetStatus) -> IndexEntry {
+    let state = match (status.ready, status.state) {
+        (true, _) => IndexState::Ready,
+        (false, SetState::Loading) => IndexState::Loading,
+        (false, _) => IndexState::Unavailable,
+    };
+    IndexEntry {
+        name: status.descriptor.name.clone(),
+        version: status.descriptor.version.to_string(),
+        state,
+        reason: status.reason.clone().unwrap_or_default(),
+    }
+}
+
+/// How a set is to be loaded.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 struct RepositoryRequest {
     #[serde(default)]
+    #[schema(value_type = Object)]
     parameters: serde_json::Map<String, Value>,
 }
+
+/// Done, and there is nothing to say.
+#[derive(Serialize, ToSchema)]
+struct Done {}
 
 async fn load(
     State(app): State<AppState>,
@@ -163,7 +352,7 @@ async fn load(
     set: ApiPath<String>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Done>, ApiError> {
     let by = auth::require_admin(&app, &context, &headers)?;
     let request: RepositoryRequest = read(&app, &context, &headers, body).await?;
     if let Some(name) = request.parameters.keys().find(|name| *name == "config" || name.starts_with("file:")) {
@@ -171,7 +360,7 @@ async fn load(
         return Err(ApiError::invalid(message));
     }
     sets::load_set(&app, by, &set.0).await?;
-    Ok(Json(json!({})))
+    Ok(Json(Done {}))
 }
 
 async fn unload(
@@ -179,10 +368,10 @@ async fn unload(
     context: RequestContext,
     set: ApiPath<String>,
     headers: HeaderMap,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Done>, ApiError> {
     let by = auth::require_admin(&app, &context, &headers)?;
     sets::unload_set(&app, by, &set.0)?;
-    Ok(Json(json!({})))
+    Ok(Json(Done {}))
 }
 
 /// A JSON body that may be left out.
@@ -196,5 +385,6 @@ async fn read<T: Default + serde::de::DeserializeOwned>(
     if received.bytes.is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(&received.bytes).map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))
+    let parsed: Result<Object<T>, _> = serde_json::from_slice(&received.bytes);
+    parsed.map(|Object(value)| value).map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))
 }

@@ -7,10 +7,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
+use utoipa::ToSchema;
 
 use super::super::classify::{ImageAnswer, Timings};
 use super::super::extract::ApiPath;
+use super::super::openapi::{Operation, Shape};
 use super::ModelPath;
 use crate::error::ApiError;
 use crate::registry::SetStatus;
@@ -21,7 +23,7 @@ use crate::state::AppState;
 pub struct Statistics(Mutex<HashMap<(String, u64), SetStatistics>>);
 
 /// One version's statistics, in Triton's terms.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 struct SetStatistics {
     /// Milliseconds since 1970 when an image was last answered; 0 before the first.
     last_inference: u64,
@@ -33,7 +35,7 @@ struct SetStatistics {
     inference_stats: Durations,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 struct Durations {
     success: CountAndTime,
     fail: CountAndTime,
@@ -43,7 +45,7 @@ struct Durations {
     compute_output: CountAndTime,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, ToSchema)]
 struct CountAndTime {
     count: u64,
     /// Nanoseconds, all together.
@@ -109,13 +111,42 @@ impl Statistics {
     }
 }
 
+/// What each version of an expert set has answered.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ModelStatistics {
+    model_stats: Vec<NamedStatistics>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct NamedStatistics {
+    name: String,
+    version: String,
+    #[serde(flatten)]
+    statistics: SetStatistics,
+    /// Always empty: forward passes carry images of many sets.
+    #[schema(max_items = 0)]
+    batch_stats: [CountAndTime; 0],
+}
+
+pub(super) fn describe(id: &'static str, summary: &'static str) -> Operation {
+    let batch_stats = [];
+    let entry =
+        NamedStatistics { name: "cifar100".into(), version: "1".into(), statistics: Default::default(), batch_stats };
+    Operation::new("oip", id, summary)
+        .description("`inference_count` counts images and `execution_count` requests, since the server started.")
+        .json(Shape::of::<ModelStatistics>(), json!(ModelStatistics { model_stats: vec![entry] }))
+}
+
 /// All versions of all sets.
-pub(super) async fn all(State(app): State<AppState>) -> Json<Value> {
+pub(super) async fn all(State(app): State<AppState>) -> Json<ModelStatistics> {
     document(&app, &app.registry.list())
 }
 
 /// One version, or all versions of a set.
-pub(super) async fn model(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn model(
+    State(app): State<AppState>,
+    path: ApiPath<ModelPath>,
+) -> Result<Json<ModelStatistics>, ApiError> {
     path.0.lookup(&app)?;
     let mut statuses = app.registry.status(&path.0.set)?;
     if let Some(version) = path.0.version()? {
@@ -124,16 +155,13 @@ pub(super) async fn model(State(app): State<AppState>, path: ApiPath<ModelPath>)
     Ok(document(&app, &statuses))
 }
 
-fn document(app: &AppState, statuses: &[SetStatus]) -> Json<Value> {
+fn document(app: &AppState, statuses: &[SetStatus]) -> Json<ModelStatistics> {
     let entry = |status: &SetStatus| {
         let (name, version) = (&status.descriptor.name, status.descriptor.version);
-        let mut entry = json!(app.statistics.of(name, version));
-        entry["name"] = json!(name);
-        entry["version"] = json!(version.to_string());
-        entry["batch_stats"] = json!([]);
-        entry
+        let statistics = app.statistics.of(name, version);
+        NamedStatistics { name: name.clone(), version: version.to_string(), statistics, batch_stats: [] }
     };
-    Json(json!({ "model_stats": statuses.iter().map(entry).collect::<Vec<_>>() }))
+    Json(ModelStatistics { model_stats: statuses.iter().map(entry).collect() })
 }
 
 #[cfg(test)]
