@@ -321,6 +321,15 @@ mod tests {
     }
 
     #[test]
+    fn the_guide_names_every_code_beside_its_status() {
+        for code in crate::error::ErrorCode::ALL {
+            let row =
+                GUIDE.lines().find(|line| line.starts_with('|') && line.contains(&format!("`{}`", code.as_str())));
+            assert!(row.is_some_and(|row| row.contains(code.status().as_str())), "{code:?}: {row:?}");
+        }
+    }
+
+    #[test]
     fn what_stands_in_the_document_is_text() {
         let document = serde_json::json!({
             "tags": [{ "name": "t", "description": "<b>" }],
