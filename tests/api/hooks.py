@@ -38,7 +38,7 @@ def before_call(context, case, **kwargs):
         case.body = ARTIFACT
     if case.media_type == "multipart/form-data" and isinstance(case.body, dict):
         # Under any other name comes a further file, and neither garbage nor names no header can carry are that.
-        case.body = {name: value for name, value in case.body.items() if name in ("image", "top_k", "set")}
+        case.body = {name: value for name, value in case.body.items() if name in ("image", "top_k")}
     if case.operation.path.endswith("/infer"):
         complete_inference(case)
 

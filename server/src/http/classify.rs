@@ -64,7 +64,8 @@ fn describe(id: &'static str, summary: &'static str) -> Operation {
     let top_k = json!({ "type": "integer", "minimum": 1, "default": DEFAULT_TOP_K });
     image_bodies(Operation::new("classify", id, summary))
         .description(
-            "The body is read by its content type: `multipart/form-data` takes files under any name, \
+            "The body is read by its content type: `multipart/form-data` takes files under any name (and \
+             a field `set` that names the expert set unless path or query do), \
              `application/json` takes base64, and everything else that may be an image (`image/*`, \
              `application/octet-stream` or no content type at all) is one image. JPEG, PNG, WebP, GIF (the first \
              frame) and BMP are read. One image answers an object; several files, or a list in JSON, answer a list in \
@@ -96,7 +97,6 @@ pub(super) fn image_bodies(operation: Operation) -> Operation {
         "properties": {
             "image": { "type": "string", "format": "binary", "description": "A file; further files, and this one, may have any name." },
             "top_k": { "type": "integer", "minimum": 1 },
-            "set": { "type": "string", "description": "The expert set to ask, unless path or query name one." },
         },
     });
     ["image/jpeg", "image/png", "application/octet-stream"]

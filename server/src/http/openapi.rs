@@ -241,7 +241,9 @@ impl Operation {
     }
 
     fn parameter(mut self, place: &str, name: &str, description: &str, schema: Value) -> Self {
-        self.parameters.push(json!({ "name": name, "in": place, "description": description, "schema": schema }));
+        let parameter =
+            json!({ "name": name, "in": place, "required": false, "description": description, "schema": schema });
+        self.parameters.push(parameter);
         self
     }
 
