@@ -1,5 +1,5 @@
 """Every documented example works as pasted: commands and programs of README.md and docs/api.md, of /openapi.json and
-of /docs, and the requests and answers shown in /openapi.json.
+of /docs, and the requests and answers shown in /openapi.json, which is itself valid OpenAPI 3.1.
 
 Arguments: the address of a server with a model store whose default set is `cifar100`; the project's folder; a folder
 with `cat.jpg` and `flowers.safetensors` to work in.
@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 
 import jsonschema_rs
+import openapi_spec_validator
 
 ADDRESS, ROOT, WORK = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
 DOCUMENTED = "127.0.0.1:8000"
@@ -116,6 +117,7 @@ def check_shown(document):
 
 def main():
     document = json.loads(fetch("/openapi.json")[1])
+    openapi_spec_validator.validate(document, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
     commands = [sample["source"] for *_, operation in operations(document) for sample in operation.get("x-codeSamples", [])]
     page = Preformatted()
     page.feed(fetch("/docs")[1].decode())

@@ -447,9 +447,8 @@ mod tests {
     }
 
     #[test]
-    fn the_document_is_openapi_and_refers_to_nothing_that_is_missing() {
+    fn the_document_refers_to_nothing_that_is_missing() {
         let text = document().to_string();
-        serde_json::from_str::<utoipa::openapi::OpenApi>(&text).unwrap();
         for reference in text.split("#/components/schemas/").skip(1) {
             let name = reference.split('"').next().unwrap();
             assert!(document()["components"]["schemas"][name].is_object(), "{name}");
