@@ -31,14 +31,18 @@ def map_path_parameters(context, path_parameters):
 
 
 @schemathesis.hook
+def map_body(context, body):
+    """In a form any other name is a further file; garbage, and names that no header can carry, are no files."""
+    is_form = context.operation.path.startswith(("/classify", "/hf")) and isinstance(body, dict) and "inputs" not in body
+    return {name: value for name, value in body.items() if name in ("image", "top_k")} if is_form else body
+
+
+@schemathesis.hook
 def before_call(context, case, **kwargs):
     if case.meta is None or not case.meta.generation.mode.is_positive or case.method.upper() not in ("POST", "PUT"):
         return
     if case.operation.path == "/sets/{name}/{version}":
         case.body = ARTIFACT
-    if case.media_type == "multipart/form-data" and isinstance(case.body, dict):
-        # Under any other name comes a further file, and neither garbage nor names no header can carry are that.
-        case.body = {name: value for name, value in case.body.items() if name in ("image", "top_k")}
     if case.operation.path.endswith("/infer"):
         complete_inference(case)
 
