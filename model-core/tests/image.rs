@@ -152,8 +152,67 @@ fn a_bomb_is_refused_by_its_header() {
     assert_eq!(probe(&png_header(4096, 4096), &limits).unwrap().width, 4096);
     let beyond = decode(&png_header(i32::MAX as u32, i32::MAX as u32), &limits).unwrap_err();
     assert!(matches!(beyond, ImageError::TooLarge { .. }), "{beyond}");
-    let narrow = DecodeLimits { max_pixels: 97 * 61 - 1 };
+    let narrow = DecodeLimits { max_pixels: 97 * 61 - 1, ..DecodeLimits::default() };
     assert!(matches!(decode(&fixture("photo.png"), &narrow), Err(ImageError::TooManyPixels { .. })));
+}
+
+/// What [`probe`] says when one byte less is allowed than it says is needed now, again and again.
+fn reductions(bytes: &[u8]) -> Vec<(u32, DecodeLimits)> {
+    let (mut limits, mut found) = (DecodeLimits::default(), Vec::new());
+    while let Ok(info) = probe(bytes, &limits) {
+        found.push((info.reduction, limits));
+        limits.max_bytes = info.decode_bytes_upper_bound - 1;
+    }
+    let refused = decode(bytes, &limits).unwrap_err();
+    assert!(matches!(refused, ImageError::TooMuchMemory { .. }), "{refused}");
+    found
+}
+
+/// The mean of each `n` by `n` square, smaller at the right and lower edge, to the nearest.
+fn means(image: &RgbImage, n: u32) -> RgbImage {
+    RgbImage::from_fn(image.width().div_ceil(n), image.height().div_ceil(n), |x, y| {
+        let columns = (x * n)..(x * n + n).min(image.width());
+        let rows = (y * n)..(y * n + n).min(image.height());
+        let pixels = || rows.clone().flat_map(|y| columns.clone().map(move |x| image.get_pixel(x, y)));
+        let count = pixels().count() as u32;
+        Rgb([0, 1, 2].map(|c| ((pixels().map(|pixel| u32::from(pixel[c])).sum::<u32>() + count / 2) / count) as u8))
+    })
+}
+
+#[test]
+fn short_of_memory_a_png_is_reduced_to_means() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    let large = photo.resize_exact(1203, 901, image::imageops::FilterType::Triangle);
+    let kinds = [
+        DynamicImage::ImageRgb8(large.to_rgb8()),
+        DynamicImage::ImageLuma8(large.to_luma8()),
+        DynamicImage::ImageRgb16(large.to_rgb16()),
+        DynamicImage::ImageLumaA16(large.to_luma_alpha16()),
+        DynamicImage::ImageRgba8({
+            let mut rgba = large.to_rgba8();
+            rgba.enumerate_pixels_mut().for_each(|(x, y, pixel)| pixel[3] = (x + y) as u8);
+            rgba
+        }),
+    ];
+    for kind in kinds {
+        let bytes = encoded(&kind, ImageFormat::Png);
+        let whole = decoded(&bytes);
+        let found = reductions(&bytes);
+        assert_eq!(found.iter().map(|(n, _)| *n).collect::<Vec<_>>(), [1, 2, 4, 8], "{:?}", kind.color());
+        for (n, limits) in found {
+            assert!(decode(&bytes, &limits).unwrap() == means(&whole, n), "{:?} at 1/{n}", kind.color());
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_reduced_is_refused_for_want_of_memory() {
+    let bytes = fixture("progressive.jpg");
+    let limits = DecodeLimits {
+        max_bytes: probe(&bytes, &DecodeLimits::default()).unwrap().decode_bytes_upper_bound - 1,
+        ..DecodeLimits::default()
+    };
+    assert!(matches!(decode(&bytes, &limits), Err(ImageError::TooMuchMemory { .. })));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::io::Cursor;
 
 use counting::{Counting, Taken, measure};
 use image::{DynamicImage, ImageFormat, RgbImage};
-use model_core::image::{DecodeLimits, decode, probe};
+use model_core::image::{DecodeLimits, decode_square, probe};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -48,9 +48,17 @@ fn decoding_takes_no_more_memory_than_its_bound() {
     case("grey 16", &grey16, ImageFormat::Png);
     case("rgba 16", &rgba16, ImageFormat::Png);
 
+    let mut limited = Vec::new();
     for (name, bytes) in cases {
-        let limits = DecodeLimits::default();
-        let decoding = measure(|| decode(&bytes, &limits).unwrap()).peak;
+        // At every scale that it can be decoded at.
+        let mut limits = DecodeLimits::default();
+        while let Ok(info) = probe(&bytes, &limits) {
+            limited.push((format!("{name} at 1/{}", info.reduction), bytes.clone(), limits));
+            limits.max_bytes = info.decode_bytes_upper_bound - 1;
+        }
+    }
+    for (name, bytes, limits) in limited {
+        let decoding = measure(|| decode_square(&bytes, &limits).unwrap()).peak;
         let Taken { result, peak: probing, .. } = measure(|| probe(&bytes, &limits).unwrap());
         let bound = result.decode_bytes_upper_bound;
         eprintln!("{name}: file {}, peak {decoding}, probing {probing}, bound {bound}", bytes.len());

@@ -100,7 +100,7 @@ pub struct LimitArgs {
     #[arg(long, env = "BVIT_MAX_BODY", default_value = "16MiB", value_name = "SIZE")]
     pub max_body: ByteSize,
     /// Bytes of request bodies held at once, all requests together.
-    #[arg(long, env = "BVIT_BODY_MEMORY", default_value = "32MiB", value_name = "SIZE")]
+    #[arg(long, env = "BVIT_BODY_MEMORY", default_value = "16MiB", value_name = "SIZE")]
     pub body_memory: ByteSize,
     /// Most pixels (width times height) of an image.
     #[arg(long, env = "BVIT_MAX_PIXELS", default_value_t = 16_777_216, value_name = "N")]
@@ -162,8 +162,9 @@ pub struct PipelineArgs {
     /// Threads that decode images; 0 for one per core.
     #[arg(long, env = "BVIT_DECODE_THREADS", default_value_t = 0, value_name = "N")]
     pub decode_threads: usize,
-    /// Bytes that images being decoded may take together; a larger one is decoded alone.
-    #[arg(long, env = "BVIT_DECODE_MEMORY", default_value = "64MiB", value_name = "SIZE")]
+    /// Bytes that images being decoded may take together: others wait. A PNG that takes more by itself is decoded at a
+    /// reduced scale, any other image is answered 413.
+    #[arg(long, env = "BVIT_DECODE_MEMORY", default_value = "60MiB", value_name = "SIZE")]
     pub decode_memory: ByteSize,
 }
 

@@ -105,7 +105,7 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
     let decoder = Decoder::start(
         threads_or_cores(args.pipeline.decode_threads),
         args.pipeline.decode_memory.0,
-        DecodeLimits { max_pixels: args.limits.max_pixels },
+        DecodeLimits { max_pixels: args.limits.max_pixels, max_bytes: args.pipeline.decode_memory.0 as u64 },
         Arc::clone(&metrics),
     );
 
@@ -235,10 +235,11 @@ async fn warm_up(lease: SetLease, compute_threads: usize) -> Result<(), String> 
 fn log_start(args: &ServeArgs, app: &AppState) {
     let (totals, memory) = (app.registry.totals(), ProcessMemory::read());
     let budget = args.registry.memory_budget;
+    let (decode, bodies) = (args.pipeline.decode_memory, args.limits.body_memory);
     match memory.cgroup_limit {
-        Some(limit) if budget.0 + args.pipeline.decode_memory.0 > limit => {
-            let (limit, decode) = (ByteSize(limit), args.pipeline.decode_memory);
-            tracing::warn!(%limit, %budget, %decode, "the cgroup's memory limit is below what the flags allow");
+        Some(limit) if budget.0 + decode.0 + bodies.0 > limit => {
+            let limit = ByteSize(limit);
+            tracing::warn!(%limit, %budget, %decode, %bodies, "the cgroup's memory limit is below what the flags allow");
         }
         Some(limit) => tracing::info!(limit = %ByteSize(limit), "a cgroup memory limit is in force"),
         None => tracing::info!("no cgroup memory limit is in force; the memory budget is enforced here"),

@@ -7,18 +7,21 @@ use ::image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, L
 
 use super::error::ImageError;
 use super::jpeg;
+use super::{reduced, turned};
 
 /// What is decoded at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeLimits {
     /// Most pixels of an image, whatever its shape.
     pub max_pixels: u64,
+    /// Most bytes a decoding may take; PNG files that would take more are decoded at a reduced scale.
+    pub max_bytes: u64,
 }
 
 impl Default for DecodeLimits {
-    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera.
+    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes.
     fn default() -> Self {
-        Self { max_pixels: 16 << 20 }
+        Self { max_pixels: 16 << 20, max_bytes: u64::MAX }
     }
 }
 
@@ -29,8 +32,10 @@ pub struct ImageInfo {
     pub width: u32,
     /// Pixels down, before EXIF orientation.
     pub height: u32,
-    /// No call of [`decode`] on these bytes holds more memory than this at any moment, the result included and the
-    /// encoded bytes not.
+    /// Pixels in a row of the file for each that is decoded; 1 unless memory is short.
+    pub reduction: u32,
+    /// No call of [`decode_square`] on these bytes holds more memory than this at any moment, the result included and
+    /// the encoded bytes not. [`decode`] holds an image twice while it turns it by a right angle.
     pub decode_bytes_upper_bound: u64,
 }
 
@@ -42,21 +47,38 @@ pub fn probe(bytes: &[u8], limits: &DecodeLimits) -> Result<ImageInfo, ImageErro
     Ok(Opened::new(bytes, limits)?.info)
 }
 
-/// Decodes an image to RGB8: EXIF orientation applied, grey and palette expanded, 16 bits rounded to 8,
+/// Decodes an image to RGB8, a PNG at a reduced scale if [`DecodeLimits::max_bytes`] demands it: EXIF orientation applied, grey and palette expanded, 16 bits rounded to 8,
 /// transparency flattened on black, of an animation the first frame.
 ///
 /// # Errors
 /// [`ImageError`] saying which kind of wrong the bytes are.
 pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
-    let Opened { decoder, info, orientation } = Opened::new(bytes, limits)?;
-    let mut decoder = decoder;
+    let (rgb, orientation) = decode_as_stored(bytes, limits)?;
+    let mut rgb = DynamicImage::ImageRgb8(rgb);
+    rgb.apply_orientation(orientation);
+    Ok(rgb.into_rgb8())
+}
+
+/// The largest centred square of what [`decode`] gives, without ever holding two copies of the image.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_square(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+    let (rgb, orientation) = decode_as_stored(bytes, limits)?;
+    Ok(turned::square(rgb, orientation))
+}
+
+/// The image before its EXIF orientation is applied.
+fn decode_as_stored(bytes: &[u8], limits: &DecodeLimits) -> Result<(RgbImage, Orientation), ImageError> {
+    let Opened { mut decoder, info, orientation } = Opened::new(bytes, limits)?;
+    if info.reduction > 1 {
+        return Ok((reduced::decode(bytes, info.reduction)?, orientation));
+    }
     let mut allocations = Limits::no_limits();
     allocations.max_alloc = Some(info.decode_bytes_upper_bound);
     decoder.set_limits(allocations).map_err(ImageError::Undecodable)?;
     let decoded = DynamicImage::from_decoder(decoder).map_err(ImageError::Undecodable)?;
-    let mut rgb = DynamicImage::ImageRgb8(flatten(decoded));
-    rgb.apply_orientation(orientation);
-    Ok(rgb.into_rgb8())
+    Ok((flatten(decoded), orientation))
 }
 
 /// A decoder whose header has been read and found acceptable.
@@ -96,13 +118,26 @@ impl<'a> Opened<'a> {
         }
         // Broken EXIF is no reason to refuse a photo.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        let job = Job { format, progressive, color: decoder.color_type(), transposed: transposes(orientation) };
-        let decode_bytes_upper_bound = job.bytes_upper_bound(width, pixels, bytes.len() as u64);
-        Ok(Self {
-            decoder: Box::new(decoder),
-            info: ImageInfo { width, height, decode_bytes_upper_bound },
-            orientation,
-        })
+        let job = Job {
+            format,
+            progressive,
+            interlaced: format == ImageFormat::Png && reduced::is_interlaced(bytes),
+            color: decoder.color_type(),
+            width: width.into(),
+            height: height.into(),
+            file_bytes: bytes.len() as u64,
+        };
+        let whole = job.bytes_upper_bound();
+        let fits = |bytes: u64| bytes <= limits.max_bytes;
+        let (reduction, decode_bytes_upper_bound) = if fits(whole) {
+            (1, whole)
+        } else {
+            let reductions = reduced::REDUCTIONS.map(|n| (n, job.reduced_bytes_upper_bound(n)));
+            let fitting = reductions.into_iter().find_map(|(n, bytes)| Some((n, bytes.filter(|&bytes| fits(bytes))?)));
+            fitting.ok_or(ImageError::TooMuchMemory { width, height, needed: whole, limit: limits.max_bytes })?
+        };
+        let info = ImageInfo { width, height, reduction, decode_bytes_upper_bound };
+        Ok(Self { decoder: Box::new(decoder), info, orientation })
     }
 }
 
@@ -115,17 +150,15 @@ fn check_jpeg(bytes: &[u8]) -> Result<bool, ImageError> {
     }
 }
 
-fn transposes(orientation: Orientation) -> bool {
-    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
-    matches!(orientation, Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH)
-}
-
 /// What the memory of a decoding depends on.
 struct Job {
     format: ImageFormat,
     progressive: bool,
+    interlaced: bool,
     color: ColorType,
-    transposed: bool,
+    width: u64,
+    height: u64,
+    file_bytes: u64,
 }
 
 impl Job {
@@ -134,7 +167,8 @@ impl Job {
     /// Bytes a decoder keeps per pixel of width: JPEG holds a few rows of 16x16 blocks, others less.
     const BYTES_PER_COLUMN: u64 = 512;
 
-    fn bytes_upper_bound(&self, width: u32, pixels: u64, file_bytes: u64) -> u64 {
+    fn bytes_upper_bound(&self) -> u64 {
+        let (pixels, file_bytes) = (self.width * self.height, self.file_bytes);
         let native = pixels * u64::from(self.color.bytes_per_pixel());
         // Beside the output: JPEG keeps a copy of the file, and progressive files 16-bit coefficients of up to three
         // components; WebP holds a frame of 4 bytes a pixel beside its planes; GIF composes one.
@@ -149,15 +183,23 @@ impl Job {
             _ if self.color.has_alpha() => 4 * pixels,
             _ => 3 * pixels,
         };
-        // `flatten` leaves an RGBA8 image in its buffer, so the original may have 4 bytes a pixel here.
-        let rotating = if self.transposed { (4 + 3) * pixels } else { 0 };
-        let peak = (native + working).max(native + converting).max(rotating);
-        peak + Self::FIXED_BYTES + u64::from(width) * Self::BYTES_PER_COLUMN
+        let peak = (native + working).max(native + converting);
+        peak + Self::FIXED_BYTES + self.width * Self::BYTES_PER_COLUMN
+    }
+
+    /// The same at 1/`n` of the scale, if the file can be decoded so.
+    fn reduced_bytes_upper_bound(&self, n: u32) -> Option<u64> {
+        if self.format != ImageFormat::Png || self.interlaced {
+            return None;
+        }
+        let pixels = self.width.div_ceil(n.into()) * self.height.div_ceil(n.into());
+        // Beside the result, rows of the file in every form they take on the way.
+        Some(3 * pixels + 64 * self.width + Self::FIXED_BYTES + self.width * Self::BYTES_PER_COLUMN)
     }
 }
 
 /// Any colour type to RGB8; 16-bit samples round to the nearest of 8 bits, and alpha blends with black.
-fn flatten(image: DynamicImage) -> RgbImage {
+pub(super) fn flatten(image: DynamicImage) -> RgbImage {
     if !image.color().has_alpha() {
         return image.into_rgb8();
     }

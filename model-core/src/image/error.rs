@@ -32,6 +32,18 @@ pub enum ImageError {
         /// Most pixels accepted.
         limit: u64,
     },
+    /// Decoding would take more memory than allowed, at whatever scale.
+    #[error("decoding the {width}x{height} image would take {needed} bytes; at most {limit} are allowed")]
+    TooMuchMemory {
+        /// Width in the header.
+        width: u32,
+        /// Height in the header.
+        height: u32,
+        /// Bytes at full scale.
+        needed: u64,
+        /// Most bytes allowed.
+        limit: u64,
+    },
     /// An image without pixels.
     #[error("the image has {width}x{height} pixels: it is empty")]
     ZeroSized {
@@ -46,6 +58,9 @@ pub enum ImageError {
     /// A JPEG that ends before its end-of-image marker.
     #[error("the JPEG is truncated: it has no end-of-image marker")]
     TruncatedJpeg,
+    /// A PNG with fewer rows, or shorter ones, than its header says.
+    #[error("the PNG is truncated")]
+    TruncatedPng,
     /// The file starts like an image but cannot be decoded.
     #[error("the image cannot be decoded: {0}")]
     Undecodable(#[source] ::image::ImageError),

@@ -7,10 +7,12 @@ mod decode;
 mod error;
 mod jpeg;
 mod preprocess;
+mod reduced;
 mod resize;
+mod turned;
 
 pub use ::image::RgbImage;
 
-pub use decode::{DecodeLimits, ImageInfo, decode, probe};
+pub use decode::{DecodeLimits, ImageInfo, decode, decode_square, probe};
 pub use error::ImageError;
 pub use preprocess::{Preprocess, Resize};

@@ -21,7 +21,7 @@ pub fn run(args: &ClassifyArgs) -> Result<ExitCode, String> {
     let (backbone, set) = find(&args.models, args.set.as_deref())?;
     let arithmetic = if args.float { Arithmetic::Float } else { Arithmetic::Integer };
     let mut model = OfflineModel::load(&backbone, &set, arithmetic)?;
-    let limits = DecodeLimits { max_pixels: args.max_pixels };
+    let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };
     let mut out = std::io::stdout().lock();
     let mut exit = ExitCode::SUCCESS;
     for file in &args.files {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use model_core::image::{DecodeLimits, ImageError, Preprocess, RgbImage, decode, probe};
+use model_core::image::{DecodeLimits, ImageError, Preprocess, RgbImage, decode_square, probe};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::blocking::{BlockingPool, Priority};
@@ -97,13 +97,13 @@ impl Decoder {
                 Ok(info) => info,
                 Err(error) => return Attempt::Done(Err(error)),
             };
-            // An image that needs more than there is gets everything, and so is decoded alone.
+            // The limits see to it that no image needs more than there is, but for rounding.
             let grains = u32::try_from(info.decode_bytes_upper_bound.div_ceil(GRAIN)).unwrap_or(most).min(most);
             let _permit = match permit.map_or_else(|| memory.try_acquire_many_owned(grains), Ok) {
                 Ok(permit) => permit,
                 Err(_) => return Attempt::NeedsMemory(grains),
             };
-            Attempt::Done(decode(&encoded, &limits).map(|image| preprocess.pixels(&image, side)))
+            Attempt::Done(decode_square(&encoded, &limits).map(|image| preprocess.pixels(&image, side)))
         };
         self.pool.run(work).await.map_err(ApiError::internal)
     }
@@ -114,7 +114,9 @@ pub fn image_error(error: &ImageError) -> ApiError {
     let code = match error {
         ImageError::Empty => ErrorCode::EmptyBody,
         ImageError::NotAnImage | ImageError::UnsupportedFormat { .. } => ErrorCode::UnsupportedMediaType,
-        ImageError::TooManyPixels { .. } | ImageError::TooLarge { .. } => ErrorCode::ImageTooLarge,
+        ImageError::TooManyPixels { .. } | ImageError::TooLarge { .. } | ImageError::TooMuchMemory { .. } => {
+            ErrorCode::ImageTooLarge
+        }
         _ => ErrorCode::UndecodableImage,
     };
     ApiError::new(code, error.to_string())
