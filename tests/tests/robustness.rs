@@ -1,0 +1,199 @@
+//! What a gateway in a cupboard lives through: being stopped under load, full and vanishing disks.
+
+use std::collections::HashSet;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use model_core::artifact::Digest;
+use model_core::config::ViTConfig;
+use system_tests::fixtures::{expert_set_artifact, write, write_store};
+use system_tests::server::{Answer, Connection, Server, image};
+
+fn config() -> ViTConfig {
+    ViTConfig::preset("tiny").unwrap()
+}
+
+fn artifact(backbone: Digest, name: &str, seed: u64) -> Vec<u8> {
+    expert_set_artifact(&config(), backbone, name, seed)
+}
+
+fn serve(store: &Path) -> Server {
+    Server::start(["--model-store", store.to_str().unwrap()])
+}
+
+fn classify(server: &Server, set: &str) -> Answer {
+    Answer::of(server.post(&format!("/classify/{set}")).body(image("test-00.png")))
+}
+
+fn upload(server: &Server, path: &str, bytes: &[u8]) -> Answer {
+    Answer::of(server.request("PUT", path).body(bytes.to_vec()))
+}
+
+#[test]
+fn sigterm_under_load_loses_no_request_that_was_accepted() {
+    const CLIENTS: usize = 8;
+    let mut server = Server::start(["--log", "debug"]);
+    let picture = image("test-00.png");
+    let answered = AtomicUsize::new(0);
+    let received: HashSet<String> = thread::scope(|scope| {
+        let client = |client: usize| {
+            let (address, picture, answered) = (server.address, &picture, &answered);
+            move || {
+                let mut ids = Vec::new();
+                for number in 0.. {
+                    let Ok(stream) = std::net::TcpStream::connect(address) else { break };
+                    let id = format!("load-{client}-{number}");
+                    let head = format!(
+                        "POST /classify HTTP/1.1\r\nHost: test\r\nConnection: close\r\nX-Request-Id: {id}\r\n\
+                         Content-Length: {}\r\n\r\n",
+                        picture.len()
+                    );
+                    match Connection(stream).send(head.as_bytes()).send(picture).read() {
+                        (200, text) => {
+                            assert!(text.ends_with('}'), "an answer was cut: {text}");
+                            answered.fetch_add(1, Ordering::Relaxed);
+                            ids.push(id);
+                        }
+                        // The connection was never accepted, or its request came after the signal.
+                        (0 | 503, _) => {}
+                        (status, text) => panic!("{status}: {text}"),
+                    }
+                }
+                ids
+            }
+        };
+        let clients: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(client(number))).collect();
+        while answered.load(Ordering::Relaxed) < 20 * CLIENTS {
+            thread::yield_now();
+        }
+        server.signal("TERM");
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+    });
+    assert_eq!(server.wait().code(), Some(0));
+    let log = server.log_to_end();
+    let logged: HashSet<String> = log
+        .iter()
+        .filter(|line| line.contains("request answered") && line.contains("status=200"))
+        .filter_map(|line| line.split_once("request.id=\"").map(|(_, rest)| rest.split('"').next().unwrap().to_owned()))
+        .filter(|id| id.starts_with("load-"))
+        .collect();
+    assert!(logged.len() >= 20 * CLIENTS, "{} requests in the log", logged.len());
+    let lost: Vec<_> = logged.difference(&received).collect();
+    assert!(lost.is_empty(), "answered and not received: {lost:?}");
+    assert!(log.iter().any(|line| line.contains("stopped")) && !log.iter().any(|line| line.contains("timeout passed")));
+}
+
+/// A file system in memory, of a few megabytes, unmounted when dropped. `None` without the right to mount one.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(size: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let size = format!("size={size}");
+        let status = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "none"]).arg(folder.path()).status();
+        let mounted = status.is_ok_and(|status| status.success());
+        assert!(mounted || std::env::var_os("CI").is_none(), "CI runs as root, and this test with it");
+        if !mounted {
+            eprintln!("skipped: a file system cannot be mounted here");
+        }
+        mounted.then_some(Self(folder))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn remount(&self, options: &str) {
+        let status = Command::new("mount").args(["-o", &format!("remount,{options}")]).arg(self.path()).status();
+        assert!(status.unwrap().success(), "{options}");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        drop(Command::new("umount").arg("--lazy").arg(self.path()).status());
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_uploads_and_nothing_else() {
+    let Some(disk) = SmallDisk::mount("8m") else { return };
+    let backbone = write_store(disk.path(), &config(), &["first"]);
+    let server = serve(disk.path());
+    let filler = disk.path().join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    while file.write_all(&[0; 4096]).is_ok() {}
+    drop(file);
+    let bytes = artifact(backbone, "second", 7);
+    upload(&server, "/sets/second/1", &bytes).assert_refused(507, "disk_full");
+    assert_eq!(classify(&server, "first").status, 200);
+    classify(&server, "second").assert_refused(404, "set_not_found");
+    std::fs::remove_file(filler).unwrap();
+    assert_eq!(upload(&server, "/sets/second/1", &bytes).status, 201, "there is room again");
+    assert_eq!(classify(&server, "second").status, 200);
+}
+
+#[test]
+fn a_store_that_turns_read_only_goes_on_serving() {
+    let Some(disk) = SmallDisk::mount("8m") else { return };
+    let backbone = write_store(disk.path(), &config(), &["first", "second"]);
+    let server = serve(disk.path());
+    disk.remount("ro");
+    upload(&server, "/sets/third/1", &artifact(backbone, "third", 7)).assert_refused(409, "conflict");
+    Answer::of(server.request("DELETE", "/sets/second")).assert_refused(409, "conflict");
+    assert_eq!(classify(&server, "second").status, 200, "a set that is loaded only now");
+    disk.remount("rw");
+    assert_eq!(upload(&server, "/sets/third/1", &artifact(backbone, "third", 7)).status, 201);
+}
+
+#[test]
+fn a_store_that_vanishes_and_comes_back_takes_the_resident_sets_nowhere() {
+    let parent = tempfile::tempdir().unwrap();
+    let (store, away) = (parent.path().join("store"), parent.path().join("away"));
+    write_store(&store, &config(), &["first", "second"]);
+    let server = serve(&store);
+    assert_eq!(classify(&server, "first").status, 200);
+    std::fs::rename(&store, &away).unwrap();
+    assert_eq!(classify(&server, "first").status, 200, "what is in memory needs no disk");
+    classify(&server, "second").assert_refused(503, "set_failed");
+    assert_eq!(server.get("/v2/health/ready").status, 200);
+    std::fs::rename(&away, &store).unwrap();
+    // A failed load is remembered for a moment; asking for a load tries at once.
+    assert_eq!(Answer::of(server.post("/sets/second/load")).status, 200);
+    assert_eq!(classify(&server, "second").status, 200);
+}
+
+#[test]
+fn junk_in_the_store_is_counted_and_left_alone() {
+    let store = tempfile::tempdir().unwrap();
+    let backbone = write_store(store.path(), &config(), &["good"]);
+    let whole = artifact(backbone, "cut", 7);
+    let junk: [(&str, &[u8]); 9] = [
+        ("expert-sets/cut/1.safetensors", &whole[..whole.len() / 2]),
+        ("expert-sets/empty/1.safetensors", b""),
+        ("expert-sets/text/1.safetensors", b"not an artifact"),
+        ("expert-sets/huge/1.safetensors", &u64::MAX.to_le_bytes()),
+        ("expert-sets/good/readme.txt", b"for people"),
+        ("expert-sets/bad name!/1.safetensors", &whole),
+        ("expert-sets/stray.safetensors", &whole),
+        ("backbones/broken.safetensors", b"{}"),
+        (".DS_Store", b"\0\0"),
+    ];
+    for (path, bytes) in junk {
+        write(&store.path().join(path), bytes);
+    }
+    std::os::unix::fs::symlink("nowhere", store.path().join("expert-sets/dangling")).unwrap();
+    std::os::unix::fs::symlink(store.path(), store.path().join("expert-sets/loop")).unwrap();
+    let server = serve(store.path());
+    assert_eq!(classify(&server, "good").status, 200);
+    assert_eq!(server.get("/v2/health/ready").status, 200);
+    let failed = server.get("/metrics").text;
+    let failed = failed.lines().find_map(|line| line.strip_prefix("bvit_sets_failed ")).unwrap().to_owned();
+    assert!(failed.parse::<u32>().unwrap() >= 4, "{failed} files are counted as broken");
+    for (path, bytes) in junk {
+        assert_eq!(std::fs::read(store.path().join(path)).unwrap(), bytes, "{path} was touched");
+    }
+}
