@@ -43,17 +43,20 @@ pub(super) fn accuracy_against_memory(path: &Path, rows: &[Row]) -> Result<()> {
             .build_cartesian_2d((0.7 * least..6.0 * most).log_scale(), lowest - margin..highest + margin)
             .map_err(drawing)?;
         let mut mesh = chart.configure_mesh();
+        mesh.x_label_formatter(&|x| format!("{x:.0}"));
         mesh.max_light_lines(1).x_desc("kB, everything counted").y_desc("top-1 %").label_style((FONT, 13));
         mesh.draw().map_err(drawing)?;
         for (series, row) in rows.iter().enumerate() {
             let (x, color) = (kilobytes(row), color(series));
             let range = [(x, 100.0 * row.top1_lowest), (x, 100.0 * row.top1_highest)];
             chart.draw_series(LineSeries::new(range, color.stroke_width(2))).map_err(drawing)?;
-            let label = Text::new(row.variant.name(), (9, -6), (FONT, 13));
-            let dot = EmptyElement::at((x, 100.0 * row.top1)) + Circle::new((0, 0), 4, color.filled()) + label;
-            chart.draw_series([dot]).map_err(drawing)?;
+            let dot = [Circle::new((x, 100.0 * row.top1), 5, color.filled())];
+            let key = move |(x, y)| Circle::new((x + 8, y), 4, color.filled());
+            chart.draw_series(dot).map_err(drawing)?.label(row.variant.name()).legend(key);
         }
-        Ok(())
+        let mut labels = chart.configure_series_labels();
+        labels.background_style(WHITE.mix(0.9)).border_style(BLACK.mix(0.4)).label_font((FONT, 13));
+        labels.position(SeriesLabelPosition::LowerRight).draw().map_err(drawing)
     })
 }
 
@@ -79,7 +82,8 @@ pub(super) fn memory_against_experts(path: &Path, points: &[ExpertMemory]) -> Re
             .map_err(drawing)?;
         let mut mesh = chart.configure_mesh();
         mesh.max_light_lines(1).x_desc("experts in each layer").y_desc("kB").label_style((FONT, 13));
-        mesh.x_label_formatter(&|x| format!("{x:.0}")).draw().map_err(drawing)?;
+        mesh.x_label_formatter(&|x| format!("{x:.0}")).y_label_formatter(&|y| format!("{y:.0}"));
+        mesh.draw().map_err(drawing)?;
         for (i, (name, value)) in series.into_iter().enumerate() {
             let color = color(i);
             let line = points.iter().map(|p| (p.num_experts as f64, value(p) / 1e3));
@@ -153,7 +157,7 @@ fn tile(
     for (i, color) in (0..).zip(cells) {
         let edge = |n: i32| n * TILE / side;
         let (x, y): (i32, i32) = (i % side, i / side);
-        let corners = [(left + edge(x), top + edge(y)), (left + edge(x + 1) - 1, top + edge(y + 1) - 1)];
+        let corners = [(left + edge(x), top + edge(y)), (left + edge(x + 1), top + edge(y + 1))];
         root.draw(&Rectangle::new(corners, color.filled())).map_err(drawing)?;
     }
     Ok(())
@@ -178,6 +182,7 @@ pub(super) fn expert_utilisation(path: &Path, runs: &[&Outcome]) -> Result<()> {
                 .map_err(drawing)?;
             let mut mesh = chart.configure_mesh();
             mesh.max_light_lines(1).x_desc("experts, busiest first").y_desc("% of choices").label_style((FONT, 11));
+            mesh.x_label_formatter(&|x| format!("{x:.0}")).y_label_formatter(&|y| format!("{y:.0}"));
             mesh.x_labels(5).y_labels(6).draw().map_err(drawing)?;
             let even = 100.0 / experts;
             let level = LineSeries::new([(0.0, even), (experts, even)], BLACK.mix(0.4));
