@@ -47,3 +47,6 @@ REQUIRE_ISA=$isas timeout --foreground 45m cargo test --workspace --locked
 step "packing and kernels under valgrind, which emulates no AVX-512"
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" PROPTEST_CASES=8 \
     cargo test --workspace --locked --lib -- --test-threads=1 kernels:: artifact::pack
+
+step "kernels, engine, golden vectors and a classification as the CPUs of a Raspberry Pi 4 and 5"
+tests/arm

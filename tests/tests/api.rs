@@ -48,7 +48,9 @@ fn every_documented_example_works_as_pasted() {
     python::succeed(python.arg("api/examples.py").arg(server.address.to_string()).arg(root()).arg(folder.path()));
 }
 
-/// All checks, with keys configured so that unguarded routes would show.
+/// All checks but one, with keys configured so that unguarded routes would show. `use_after_free` takes a name that was
+/// deleted for gone for good, but an upload may bring it back, and does in some of the generated sequences; that deleted
+/// sets are gone is tested in `expert_sets.rs`.
 #[test]
 fn schemathesis_finds_nothing() {
     let Some(mut schemathesis) = python::program("schemathesis") else { return };
@@ -73,6 +75,7 @@ fn schemathesis_finds_nothing() {
     schemathesis
         .current_dir(root().join("tests/api"))
         .args(["--config-file", "schemathesis.toml", "run", &server.url("/openapi.json"), "--checks", "all"])
+        .args(["--exclude-checks", "use_after_free"])
         .args(["--header", "Authorization: Bearer schemathesis-admin"])
         .env("BVIT_TEST_IMAGES", root().join("tests/images"))
         .env("BVIT_TEST_SET", root().join("models/cifar100.safetensors"));
