@@ -99,7 +99,8 @@ def throughput(server, image, names, seconds, clients=8):
 
 
 def progress(text):
-    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def resident_sets(store, options, image, names):
