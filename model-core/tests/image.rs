@@ -206,8 +206,77 @@ fn short_of_memory_a_png_is_reduced_to_means() {
 }
 
 #[test]
+fn short_of_memory_a_jpeg_is_reduced_to_about_the_means() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    let large = photo.resize_exact(1203, 901, image::imageops::FilterType::Triangle);
+    let grey = DynamicImage::ImageLuma8(large.to_luma8());
+    for (name, bytes) in [
+        ("colour", encoded(&large, ImageFormat::Jpeg)),
+        ("grey", encoded(&grey, ImageFormat::Jpeg)),
+        ("progressive", fixture("progressive-large.jpg")),
+    ] {
+        let whole = decoded(&bytes);
+        let found = reductions(&bytes);
+        assert_eq!(found.iter().map(|(n, _)| *n).collect::<Vec<_>>(), [1, 2, 4, 8], "{name}");
+        for (n, limits) in found {
+            let (reduced, means) = (decode(&bytes, &limits).unwrap(), means(&whole, n));
+            assert_eq!(reduced.dimensions(), means.dimensions(), "{name} at 1/{n}");
+            // In brightness: colour has half the resolution in many files, and is reduced as much again. Rounded sums of
+            // the whole and of the reduced image are half a step off each.
+            let brightness =
+                |Rgb([r, g, b]): &Rgb<u8>| 0.299 * f64::from(*r) + 0.587 * f64::from(*g) + 0.114 * f64::from(*b);
+            // Blocks at the right and lower edge are filled up with what is not there.
+            let (columns, rows) = (whole.width() / n, whole.height() / n);
+            let apart = |x, y| (brightness(reduced.get_pixel(x, y)) - brightness(means.get_pixel(x, y))).abs();
+            let sum: f64 = (0..rows).map(|y| (0..columns).map(|x| apart(x, y)).sum::<f64>()).sum();
+            let mean = sum / f64::from(columns * rows);
+            // At a half and a quarter the low frequencies are taken, which is somewhat sharper than a mean.
+            let tolerance = if n == 8 { 1.0 } else { 3.0 };
+            assert!(mean <= tolerance, "{name} at 1/{n}: {mean:.2} apart in the mean");
+        }
+    }
+}
+
+/// The distance from what the model would see of the whole image, at most.
+fn distance_with_detail_for(side: usize, bytes: &[u8]) -> (u32, u8) {
+    let limits = DecodeLimits::default().for_side(side);
+    let seen = |image: &RgbImage| Preprocess::default().fit(image, side);
+    let (whole, reduced) = (seen(&decoded(bytes)), seen(&decode(bytes, &limits).unwrap()));
+    let worst = whole.iter().zip(&reduced).map(|(&a, &b)| a.abs_diff(b)).max().unwrap();
+    (probe(bytes, &limits).unwrap().reduction, worst)
+}
+
+#[test]
+fn a_scale_is_chosen_that_leaves_eight_pixels_for_one() {
+    for (shorter, reduction) in
+        [(30, 1), (256, 1), (511, 1), (512, 2), (1023, 2), (1024, 4), (2047, 4), (2048, 8), (3000, 8)]
+    {
+        let image = DynamicImage::new_rgb8(shorter + 100, shorter);
+        for format in [ImageFormat::Png, ImageFormat::Jpeg] {
+            let (found, _) = distance_with_detail_for(32, &encoded(&image, format));
+            assert_eq!(found, reduction, "{format:?}, {shorter} pixels");
+        }
+        let (found, _) = distance_with_detail_for(32, &encoded(&image, ImageFormat::Bmp));
+        assert_eq!(found, 1, "BMP cannot be reduced");
+    }
+}
+
+#[test]
+fn the_model_sees_the_same_of_a_reduced_image() {
+    // Symmetric filters of any width agree on a ramp. What is left: a rounding of block means and four of the resizing,
+    // half a step each, and at the edges half a block of the slope, below one step.
+    let ramp = RgbImage::from_fn(2100, 1500, |x, y| Rgb([(x * 255 / 2100) as u8, (y * 255 / 1500) as u8, 128]));
+    let ramp = DynamicImage::ImageRgb8(ramp);
+    let (reduction, worst) = distance_with_detail_for(32, &encoded(&ramp, ImageFormat::Png));
+    assert!(reduction == 4 && worst <= 3, "PNG at 1/{reduction}: {worst}");
+    // JPEG decoders differ by two steps more.
+    let (reduction, worst) = distance_with_detail_for(32, &encoded(&ramp, ImageFormat::Jpeg));
+    assert!(reduction == 4 && worst <= 5, "JPEG at 1/{reduction}: {worst}");
+}
+
+#[test]
 fn what_cannot_be_reduced_is_refused_for_want_of_memory() {
-    let bytes = fixture("progressive.jpg");
+    let bytes = fixture("lossy.webp");
     let limits = DecodeLimits {
         max_bytes: probe(&bytes, &DecodeLimits::default()).unwrap().decode_bytes_upper_bound - 1,
         ..DecodeLimits::default()
@@ -269,8 +338,11 @@ proptest! {
             let at = index.index(bytes.len());
             bytes[at] = byte;
         }
-        if let Ok(image) = decode(&bytes, &DecodeLimits::default()) {
-            prop_assert!(image.width() > 0 && image.height() > 0);
+        // Whole, and as small as can be.
+        for limits in [DecodeLimits::default(), DecodeLimits { detail: 1, ..DecodeLimits::default() }] {
+            if let Ok(image) = decode(&bytes, &limits) {
+                prop_assert!(image.width() > 0 && image.height() > 0);
+            }
         }
     }
 

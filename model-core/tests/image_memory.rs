@@ -34,8 +34,9 @@ fn decoding_takes_no_more_memory_than_its_bound() {
     let rgba16 = DynamicImage::ImageRgba16(rgb.to_rgba16());
     let rgba = DynamicImage::ImageRgba8(rgb.to_rgba8());
     let flat = DynamicImage::new_rgb8(1600, 1200);
-    let mut cases: Vec<(String, Vec<u8>)> =
-        ["progressive.jpg", "lossy.webp", "palette.png"].map(|name| (name.to_owned(), fixture(name))).into();
+    let mut cases: Vec<(String, Vec<u8>)> = ["progressive.jpg", "progressive-large.jpg", "lossy.webp", "palette.png"]
+        .map(|name| (name.to_owned(), fixture(name)))
+        .into();
     let mut case = |name: &str, image: &DynamicImage, format| {
         cases.push((format!("{name} {format:?}"), encoded(image, format)));
     };

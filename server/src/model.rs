@@ -325,12 +325,17 @@ impl OfflineModel {
         self.set.labels()
     }
 
+    /// Side of the model's input in pixels.
+    pub fn side(&self) -> usize {
+        self.backbone.config().image_size
+    }
+
     /// The logits of an image of any size.
     ///
     /// # Errors
     /// A sentence.
     pub fn logits(&mut self, image: &RgbImage) -> Result<Vec<f32>, String> {
-        let pixels = self.backbone.preprocess().pixels(image, self.backbone.config().image_size);
+        let pixels = self.backbone.preprocess().pixels(image, self.side());
         if let Some(float) = &self.float {
             return float.logits(&pixels).map_err(|error| error.to_string());
         }

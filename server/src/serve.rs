@@ -105,7 +105,11 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
     let decoder = Decoder::start(
         threads_or_cores(args.pipeline.decode_threads),
         args.pipeline.decode_memory.0,
-        DecodeLimits { max_pixels: args.limits.max_pixels, max_bytes: args.pipeline.decode_memory.0 as u64 },
+        DecodeLimits {
+            max_pixels: args.limits.max_pixels,
+            max_bytes: args.pipeline.decode_memory.0 as u64,
+            ..DecodeLimits::default()
+        },
         Arc::clone(&metrics),
     );
 

@@ -96,7 +96,7 @@ fn artifacts() {
 #[test]
 fn images() {
     let corpus: Vec<Vec<u8>> = image_names().iter().map(|name| image(name)).collect();
-    let limits = DecodeLimits { max_pixels: 1 << 20, max_bytes: 16 << 20 };
+    let limits = DecodeLimits { max_pixels: 1 << 20, max_bytes: 16 << 20, ..DecodeLimits::default() };
     fuzz("images", &corpus, 20_000, |bytes| {
         let Ok(info) = probe(bytes, &limits) else { return };
         assert!(info.decode_bytes_upper_bound <= limits.max_bytes);

@@ -6,7 +6,7 @@ use ::image::metadata::Orientation;
 use ::image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 
 use super::error::ImageError;
-use super::jpeg;
+use super::jpeg::{self, JpegMarkers};
 use super::{reduced, turned};
 
 /// What is decoded at most.
@@ -14,14 +14,30 @@ use super::{reduced, turned};
 pub struct DecodeLimits {
     /// Most pixels of an image, whatever its shape.
     pub max_pixels: u64,
-    /// Most bytes a decoding may take; PNG files that would take more are decoded at a reduced scale.
+    /// Most bytes a decoding may take; JPEG and PNG files that would take more are decoded at a reduced scale.
     pub max_bytes: u64,
+    /// Pixels of the shorter side that are detail enough: JPEG and PNG files with more are decoded at a reduced scale that
+    /// leaves at least so many, which takes less time and memory.
+    pub detail: u32,
+}
+
+impl DecodeLimits {
+    /// Pixels decoded for each that a model sees, along a side. Each of the model's is then a weighted mean of 16 x 16,
+    /// and moves by a sixteenth of the range of samples at the very most along each side.
+    const OVERSAMPLING: u32 = 8;
+
+    /// The same, with detail enough for a model whose input has this side.
+    #[must_use]
+    pub fn for_side(self, side: usize) -> Self {
+        Self { detail: u32::try_from(side).unwrap_or(u32::MAX).saturating_mul(Self::OVERSAMPLING), ..self }
+    }
 }
 
 impl Default for DecodeLimits {
-    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes.
+    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes, at its
+    /// own scale.
     fn default() -> Self {
-        Self { max_pixels: 16 << 20, max_bytes: u64::MAX }
+        Self { max_pixels: 16 << 20, max_bytes: u64::MAX, detail: u32::MAX }
     }
 }
 
@@ -32,7 +48,7 @@ pub struct ImageInfo {
     pub width: u32,
     /// Pixels down, before EXIF orientation.
     pub height: u32,
-    /// Pixels in a row of the file for each that is decoded; 1 unless memory is short.
+    /// Pixels in a row of the file for each that is decoded.
     pub reduction: u32,
     /// No call of [`decode_square`] on these bytes holds more memory than this at any moment, the result included and
     /// the encoded bytes not. [`decode`] holds an image twice while it turns it by a right angle.
@@ -47,8 +63,8 @@ pub fn probe(bytes: &[u8], limits: &DecodeLimits) -> Result<ImageInfo, ImageErro
     Ok(Opened::new(bytes, limits)?.info)
 }
 
-/// Decodes an image to RGB8, a PNG at a reduced scale if [`DecodeLimits::max_bytes`] demands it: EXIF orientation applied, grey and palette expanded, 16 bits rounded to 8,
-/// transparency flattened on black, of an animation the first frame.
+/// Decodes an image to RGB8, at the scale that [`probe`] says: EXIF orientation applied, grey and palette expanded, 16
+/// bits rounded to 8, transparency flattened on black, of an animation the first frame.
 ///
 /// # Errors
 /// [`ImageError`] saying which kind of wrong the bytes are.
@@ -70,9 +86,9 @@ pub fn decode_square(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Im
 
 /// The image before its EXIF orientation is applied.
 fn decode_as_stored(bytes: &[u8], limits: &DecodeLimits) -> Result<(RgbImage, Orientation), ImageError> {
-    let Opened { mut decoder, info, orientation } = Opened::new(bytes, limits)?;
+    let Opened { mut decoder, format, info, orientation } = Opened::new(bytes, limits)?;
     if info.reduction > 1 {
-        return Ok((reduced::decode(bytes, info.reduction)?, orientation));
+        return Ok((reduced::decode(format, bytes, info.reduction)?, orientation));
     }
     let mut allocations = Limits::no_limits();
     allocations.max_alloc = Some(info.decode_bytes_upper_bound);
@@ -84,6 +100,7 @@ fn decode_as_stored(bytes: &[u8], limits: &DecodeLimits) -> Result<(RgbImage, Or
 /// A decoder whose header has been read and found acceptable.
 struct Opened<'a> {
     decoder: Box<dyn ImageDecoder + 'a>,
+    format: ImageFormat,
     info: ImageInfo,
     orientation: Orientation,
 }
@@ -94,9 +111,9 @@ impl<'a> Opened<'a> {
             return Err(ImageError::Empty);
         }
         let format = ::image::guess_format(bytes).map_err(|_| ImageError::NotAnImage)?;
-        let progressive = match format {
-            ImageFormat::Jpeg => check_jpeg(bytes)?,
-            ImageFormat::Png | ImageFormat::WebP | ImageFormat::Gif | ImageFormat::Bmp => false,
+        let jpeg = match format {
+            ImageFormat::Jpeg => Some(check_jpeg(bytes)?),
+            ImageFormat::Png | ImageFormat::WebP | ImageFormat::Gif | ImageFormat::Bmp => None,
             other => {
                 let format = other.extensions_str().first().copied().unwrap_or("such");
                 return Err(ImageError::UnsupportedFormat { format });
@@ -120,32 +137,35 @@ impl<'a> Opened<'a> {
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let job = Job {
             format,
-            progressive,
+            jpeg,
             interlaced: format == ImageFormat::Png && reduced::is_interlaced(bytes),
             color: decoder.color_type(),
             width: width.into(),
             height: height.into(),
             file_bytes: bytes.len() as u64,
         };
-        let whole = job.bytes_upper_bound();
-        let fits = |bytes: u64| bytes <= limits.max_bytes;
-        let (reduction, decode_bytes_upper_bound) = if fits(whole) {
-            (1, whole)
-        } else {
-            let reductions = reduced::REDUCTIONS.map(|n| (n, job.reduced_bytes_upper_bound(n)));
-            let fitting = reductions.into_iter().find_map(|(n, bytes)| Some((n, bytes.filter(|&bytes| fits(bytes))?)));
-            fitting.ok_or(ImageError::TooMuchMemory { width, height, needed: whole, limit: limits.max_bytes })?
-        };
+        let scales = [1, 2, 4, 8].map(|n| job.bytes_upper_bound(n).map(|bytes| (n, bytes)));
+        let scales: Vec<(u32, u64)> = scales.into_iter().flatten().collect();
+        let enough = |&(n, _): &(u32, u64)| n == 1 || width.min(height) / n >= limits.detail;
+        // The smallest that is detail enough, or where memory is short a smaller one still.
+        let start = scales.iter().rposition(enough).unwrap_or(0);
+        let fitting = scales[start..].iter().find(|(_, bytes)| *bytes <= limits.max_bytes);
+        let &(reduction, decode_bytes_upper_bound) = fitting.ok_or(ImageError::TooMuchMemory {
+            width,
+            height,
+            needed: scales.last().map_or(0, |(_, bytes)| *bytes),
+            limit: limits.max_bytes,
+        })?;
         let info = ImageInfo { width, height, reduction, decode_bytes_upper_bound };
-        Ok(Self { decoder: Box::new(decoder), info, orientation })
+        Ok(Self { decoder: Box::new(decoder), format, info, orientation })
     }
 }
 
-/// Refuses what the decoder would let pass; returns whether the file is progressive.
-fn check_jpeg(bytes: &[u8]) -> Result<bool, ImageError> {
+/// Refuses what the decoder would let pass.
+fn check_jpeg(bytes: &[u8]) -> Result<JpegMarkers, ImageError> {
     match jpeg::markers(bytes) {
         Some(markers) if markers.components == 4 => Err(ImageError::Cmyk),
-        Some(markers) if markers.complete => Ok(markers.progressive),
+        Some(markers) if markers.complete => Ok(markers),
         _ => Err(ImageError::TruncatedJpeg),
     }
 }
@@ -153,7 +173,7 @@ fn check_jpeg(bytes: &[u8]) -> Result<bool, ImageError> {
 /// What the memory of a decoding depends on.
 struct Job {
     format: ImageFormat,
-    progressive: bool,
+    jpeg: Option<JpegMarkers>,
     interlaced: bool,
     color: ColorType,
     width: u64,
@@ -167,13 +187,20 @@ impl Job {
     /// Bytes a decoder keeps per pixel of width: JPEG holds a few rows of 16x16 blocks, others less.
     const BYTES_PER_COLUMN: u64 = 512;
 
-    fn bytes_upper_bound(&self) -> u64 {
+    /// At 1/`n` of the scale, if the file can be decoded so.
+    fn bytes_upper_bound(&self, n: u32) -> Option<u64> {
+        if n == 1 { Some(self.whole_bytes_upper_bound()) } else { self.reduced_bytes_upper_bound(n) }
+    }
+
+    fn whole_bytes_upper_bound(&self) -> u64 {
         let (pixels, file_bytes) = (self.width * self.height, self.file_bytes);
         let native = pixels * u64::from(self.color.bytes_per_pixel());
         // Beside the output: JPEG keeps a copy of the file, and progressive files 16-bit coefficients of up to three
         // components; WebP holds a frame of 4 bytes a pixel beside its planes; GIF composes one.
         let working = match self.format {
-            ImageFormat::Jpeg => 2 * file_bytes + if self.progressive { 7 * pixels } else { 0 },
+            ImageFormat::Jpeg => {
+                2 * file_bytes + if self.jpeg.is_some_and(|jpeg| jpeg.progressive) { 7 * pixels } else { 0 }
+            }
             ImageFormat::WebP => 8 * pixels + file_bytes,
             ImageFormat::Gif => 5 * pixels,
             _ => 0,
@@ -187,14 +214,23 @@ impl Job {
         peak + Self::FIXED_BYTES + self.width * Self::BYTES_PER_COLUMN
     }
 
-    /// The same at 1/`n` of the scale, if the file can be decoded so.
     fn reduced_bytes_upper_bound(&self, n: u32) -> Option<u64> {
-        if self.format != ImageFormat::Png || self.interlaced {
-            return None;
+        let (width, height) = (self.width.div_ceil(n.into()), self.height.div_ceil(n.into()));
+        // The result, and rows of the file in the forms they take on the way.
+        let common = 3 * width * height + Self::FIXED_BYTES + self.width * Self::BYTES_PER_COLUMN;
+        match (self.format, &self.jpeg) {
+            (ImageFormat::Png, _) if !self.interlaced => Some(common + 64 * self.width),
+            (ImageFormat::Jpeg, Some(jpeg)) => {
+                // Planes of up to three components, filled up to whole units of at most 32 x 32 pixels, what else the file
+                // carries, and of progressive files the coefficients; those of one component twice, if they never
+                // become final.
+                let planes = 3 * (width + 32) * (height + 32);
+                let (all, largest) = jpeg.coefficient_bytes(self.width, self.height);
+                let coefficients = if jpeg.progressive { all + largest } else { 0 };
+                Some(common + planes + self.file_bytes + coefficients)
+            }
+            _ => None,
         }
-        let pixels = self.width.div_ceil(n.into()) * self.height.div_ceil(n.into());
-        // Beside the result, rows of the file in every form they take on the way.
-        Some(3 * pixels + 64 * self.width + Self::FIXED_BYTES + self.width * Self::BYTES_PER_COLUMN)
     }
 }
 

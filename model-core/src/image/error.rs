@@ -39,7 +39,7 @@ pub enum ImageError {
         width: u32,
         /// Height in the header.
         height: u32,
-        /// Bytes at full scale.
+        /// Bytes at the smallest scale it can be decoded at.
         needed: u64,
         /// Most bytes allowed.
         limit: u64,

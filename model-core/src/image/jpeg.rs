@@ -6,10 +6,24 @@
 pub(super) struct JpegMarkers {
     /// Components of the frame: 1 grey, 3 colour, 4 CMYK or YCCK.
     pub(super) components: u8,
+    /// Horizontal and vertical sampling factors of the first components.
+    sampling: [(u8, u8); 4],
     /// The coefficients of the whole image are held in memory until the last scan.
     pub(super) progressive: bool,
     /// There is an end-of-image marker after the first scan's header.
     pub(super) complete: bool,
+}
+
+impl JpegMarkers {
+    /// Bytes of the 16-bit coefficients of an image of this size: of all components, and of the one that has most.
+    pub(super) fn coefficient_bytes(&self, width: u64, height: u64) -> (u64, u64) {
+        let factors = self.sampling.map(|(h, v)| (u64::from(h), u64::from(v)));
+        let most = |axis: fn(&(u64, u64)) -> u64| factors.iter().map(axis).max().unwrap_or(1).max(1);
+        // Units of 8 by 8 blocks for each of a component's factors.
+        let units = width.div_ceil(8 * most(|f| f.0)) * height.div_ceil(8 * most(|f| f.1));
+        let bytes = factors.map(|(h, v)| units * h * v * 64 * 2);
+        (bytes.iter().sum(), bytes.into_iter().max().unwrap_or(0))
+    }
 }
 
 const SOI: u8 = 0xD8;
@@ -39,16 +53,20 @@ pub(super) fn markers(bytes: &[u8]) -> Option<JpegMarkers> {
         match marker {
             // SOF0..15 without DHT (C4), JPG (C8) and DAC (CC): precision, height, width, components.
             0xC0..=0xCF if !matches!(marker, 0xC4 | 0xC8 | 0xCC) => {
-                frame = Some((*segment.get(5)?, matches!(marker & 3, 2)));
+                let mut sampling = [(0, 0); 4];
+                for (factors, component) in sampling.iter_mut().zip(segment.get(6..)?.chunks_exact(3)) {
+                    *factors = (component[1] >> 4, component[1] & 15);
+                }
+                frame = Some((*segment.get(5)?, sampling, matches!(marker & 3, 2)));
             }
             SOS => break,
             _ => {}
         }
     }
-    let (components, progressive) = frame?;
+    let (components, sampling, progressive) = frame?;
     // Inside entropy-coded data 0xFF is followed by a stuffed zero, so this pair can only be the marker.
     let complete = rest.windows(2).any(|pair| pair == [0xFF, EOI]);
-    Some(JpegMarkers { components, progressive, complete })
+    Some(JpegMarkers { components, sampling, progressive, complete })
 }
 
 #[cfg(test)]
@@ -67,9 +85,18 @@ mod tests {
 
     #[test]
     fn only_an_end_after_the_scan_counts() {
-        let expected = JpegMarkers { components: 3, progressive: false, complete: false };
+        let sampling = [(1, 1), (0, 0), (0, 0), (0, 0)];
+        let expected = JpegMarkers { components: 3, sampling, progressive: false, complete: false };
         assert_eq!(markers(&HEAD), Some(expected));
         assert_eq!(markers(&[&HEAD[..], &[0xFF, 0xD9]].concat()), Some(JpegMarkers { complete: true, ..expected }));
+    }
+
+    #[test]
+    fn coefficients_are_those_of_whole_units() {
+        let sampling = [(2, 2), (1, 1), (1, 1), (0, 0)];
+        let markers = JpegMarkers { components: 3, sampling, progressive: true, complete: true };
+        // 17 x 16 pixels are two units of 16 x 16 in a row, each of four blocks of the first component.
+        assert_eq!(markers.coefficient_bytes(17, 16), (2 * (4 + 1 + 1) * 128, 2 * 4 * 128));
     }
 
     #[test]

@@ -1,16 +1,15 @@
-//! Large PNG files at a fraction of their scale, in a fraction of the memory: read row by row, as means of square blocks.
-//! That is an average over the same squares as the resizing that follows.
+//! Large JPEG and PNG files at a fraction of their scale, in a fraction of the memory. PNG is read row by row, as means of
+//! square blocks; of each block of a JPEG only the coarsest coefficients are transformed, which at an eighth of the scale is
+//! the mean. Both average over the same squares as the resizing that follows.
 
 use std::io::Cursor;
 
 use ::image::error::{DecodingError, ImageFormatHint};
 use ::image::{DynamicImage, GrayAlphaImage, GrayImage, ImageBuffer, ImageFormat, RgbImage, RgbaImage};
+use jpeg_decoder::PixelFormat;
 
 use super::decode::flatten;
 use super::error::ImageError;
-
-/// Reductions to try, mildest first.
-pub(super) const REDUCTIONS: [u32; 3] = [2, 4, 8];
 
 /// Whether rows of a PNG file come in seven passes, each over the whole image.
 pub(super) fn is_interlaced(bytes: &[u8]) -> bool {
@@ -18,12 +17,37 @@ pub(super) fn is_interlaced(bytes: &[u8]) -> bool {
     bytes.get(28).is_some_and(|&method| method != 0)
 }
 
-/// Decodes a PNG file to 1/`n` of its scale, rounded up.
-pub(super) fn decode(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
-    let undecodable = |error: png::DecodingError| {
-        let hint = ImageFormatHint::Exact(ImageFormat::Png);
-        ImageError::Undecodable(::image::ImageError::Decoding(DecodingError::new(hint, error)))
+/// Decodes a JPEG or PNG file to 1/`n` of its scale, rounded up; `n` is 2, 4 or 8.
+pub(super) fn decode(format: ImageFormat, bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
+    if format == ImageFormat::Jpeg { jpeg(bytes, n) } else { png(bytes, n) }
+}
+
+fn undecodable(format: ImageFormat, error: impl std::error::Error + Send + Sync + 'static) -> ImageError {
+    ImageError::Undecodable(::image::ImageError::Decoding(DecodingError::new(ImageFormatHint::Exact(format), error)))
+}
+
+fn jpeg(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
+    let undecodable = |error: jpeg_decoder::Error| undecodable(ImageFormat::Jpeg, error);
+    let mut decoder = jpeg_decoder::Decoder::new(bytes);
+    decoder.read_info().map_err(undecodable)?;
+    let whole = decoder.info().ok_or(ImageError::TruncatedJpeg)?;
+    // The decoder takes the smallest of its scales that gives a side as long as asked for.
+    let part = |side: u16| u32::from(side).div_ceil(n) as u16;
+    decoder.scale(part(whole.width), part(whole.height)).map_err(undecodable)?;
+    let samples = decoder.decode().map_err(undecodable)?;
+    let (width, height) = decoder.info().map_or((0, 0), |info| (info.width.into(), info.height.into()));
+    let image = match whole.pixel_format {
+        PixelFormat::RGB24 => RgbImage::from_raw(width, height, samples),
+        PixelFormat::L8 => {
+            GrayImage::from_raw(width, height, samples).map(|grey| DynamicImage::ImageLuma8(grey).into_rgb8())
+        }
+        PixelFormat::L16 | PixelFormat::CMYK32 => None,
     };
+    image.ok_or(ImageError::TruncatedJpeg)
+}
+
+fn png(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
+    let undecodable = |error: png::DecodingError| undecodable(ImageFormat::Png, error);
     let mut decoder = png::Decoder::new(Cursor::new(bytes));
     decoder.set_transformations(png::Transformations::EXPAND);
     let mut reader = decoder.read_info().map_err(undecodable)?;

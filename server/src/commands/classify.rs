@@ -59,7 +59,7 @@ fn find(models: &ModelArgs, set: Option<&str>) -> Result<(BackboneDescriptor, Se
 
 fn logits(model: &mut OfflineModel, file: &Path, limits: &DecodeLimits) -> Result<Vec<f32>, String> {
     let bytes = std::fs::read(file).map_err(|error| error.to_string())?;
-    let image = decode(&bytes, limits).map_err(|error| error.to_string())?;
+    let image = decode(&bytes, &limits.for_side(model.side())).map_err(|error| error.to_string())?;
     model.logits(&image)
 }
 

@@ -91,7 +91,7 @@ impl Decoder {
         side: usize,
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<Attempt, ApiError> {
-        let (limits, memory, most) = (self.limits, Arc::clone(&self.memory), self.memory_grains);
+        let (limits, memory, most) = (self.limits.for_side(side), Arc::clone(&self.memory), self.memory_grains);
         let work = move || {
             let info = match probe(&encoded, &limits) {
                 Ok(info) => info,

@@ -87,7 +87,7 @@ fn decode_all(class: &Path, side: usize) -> Result<Vec<(PathBuf, Result<Vec<u8>>
     let files: Vec<PathBuf> = entries(class)?.into_iter().filter(is_image).collect();
     let preprocess = Preprocess::default();
     let read = |path: &PathBuf| -> Result<Vec<u8>> {
-        let image = decode(&fs::read(path)?, &DecodeLimits::default())?;
+        let image = decode(&fs::read(path)?, &DecodeLimits::default().for_side(side))?;
         Ok(preprocess.fit(&image, side))
     };
     let decoded: Vec<_> = files.par_iter().map(read).collect();
