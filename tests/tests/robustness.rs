@@ -86,6 +86,67 @@ fn sigterm_under_load_loses_no_request_that_was_accepted() {
     assert!(log.iter().any(|line| line.contains("stopped")) && !log.iter().any(|line| line.contains("timeout passed")));
 }
 
+#[test]
+fn after_kill_9_under_load_every_upload_is_there_in_full_or_not_at_all() {
+    const CLIENTS: usize = 4;
+    let store = tempfile::tempdir().unwrap();
+    let backbone = write_store(store.path(), &config(), &["first"]);
+    let mut server = serve(store.path());
+    let acknowledged = AtomicUsize::new(0);
+    let uploads: Vec<(String, Vec<u8>, bool)> = thread::scope(|scope| {
+        let client = |client: usize| {
+            let (server, acknowledged) = (&server, &acknowledged);
+            move || {
+                let mut uploads = Vec::new();
+                for number in 0.. {
+                    let name = format!("set-{client}-{number}");
+                    let bytes = artifact(backbone, &name, (client * 1000 + number) as u64);
+                    let answer = server.request("PUT", &format!("/sets/{name}/1")).body(bytes.clone()).send();
+                    let created = answer.as_ref().is_ok_and(|answer| answer.status() == 201);
+                    uploads.push((name.clone(), bytes, created));
+                    if answer.is_err() {
+                        break;
+                    }
+                    assert!(created, "{answer:?}");
+                    acknowledged.fetch_add(1, Ordering::Relaxed);
+                    // Loads race with the signal too.
+                    drop(server.post(&format!("/classify/{name}")).body(image("test-00.png")).send());
+                }
+                uploads
+            }
+        };
+        let clients: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(client(number))).collect();
+        while acknowledged.load(Ordering::Relaxed) < 10 * CLIENTS {
+            thread::yield_now();
+        }
+        server.signal("KILL");
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+    });
+    assert_eq!(server.wait().code(), None, "ended by the signal");
+
+    let server = serve(store.path());
+    assert_eq!(classify(&server, "first").status, 200);
+    for (name, bytes, created) in &uploads {
+        let file = store.path().join(format!("expert-sets/{name}/1.safetensors"));
+        match classify(&server, name).status {
+            200 => assert!(std::fs::read(&file).unwrap() == *bytes, "{name} is not what was uploaded"),
+            404 => assert!(!created, "{name} was acknowledged and is gone"),
+            status => panic!("{name}: {status}"),
+        }
+    }
+    let metrics = server.get("/metrics").text;
+    assert!(
+        metrics.lines().any(|line| line == "bvit_sets_failed 0"),
+        "a file that was being written was taken for a set"
+    );
+    let leftovers =
+        std::fs::read_dir(store.path().join("expert-sets")).unwrap().map(|entry| entry.unwrap().file_name());
+    let leftovers: Vec<_> = leftovers.filter(|name| name.to_string_lossy().starts_with('.')).collect();
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+    let (name, bytes, _) = uploads.iter().find(|(_, _, created)| !created).unwrap();
+    assert!(matches!(upload(&server, &format!("/sets/{name}/1"), bytes).status, 200 | 201), "doing it again");
+}
+
 /// A file system in memory, of a few megabytes, unmounted when dropped. `None` without the right to mount one.
 struct SmallDisk(tempfile::TempDir);
 
