@@ -162,8 +162,8 @@ pub struct PipelineArgs {
     /// Threads that decode images; 0 for one per core.
     #[arg(long, env = "BVIT_DECODE_THREADS", default_value_t = 0, value_name = "N")]
     pub decode_threads: usize,
-    /// Bytes that images being decoded may take together: others wait. A PNG that takes more by itself is decoded at a
-    /// reduced scale, any other image is answered 413.
+    /// Bytes that images being decoded may take together: others wait. A JPEG or PNG that takes more by itself is decoded
+    /// at a smaller scale, any other image is answered 413.
     #[arg(long, env = "BVIT_DECODE_MEMORY", default_value = "60MiB", value_name = "SIZE")]
     pub decode_memory: ByteSize,
 }
