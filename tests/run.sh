@@ -48,5 +48,15 @@ step "packing and kernels under valgrind, which emulates no AVX-512"
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" PROPTEST_CASES=8 \
     cargo test --workspace --locked --lib -- --test-threads=1 kernels:: artifact::pack
 
+step "Kubernetes manifests against their schemas"
+target/venv/bin/kubernetes-validate --strict deploy/k8s/{deployment,service,autoscaler}.yaml
+
+step "two minutes of steady load"
+/usr/bin/python3 loadtests/load.py soak --minutes 2 --rate 30
+
 step "kernels, engine, golden vectors and a classification as the CPUs of a Raspberry Pi 4 and 5"
 tests/arm
+
+step "container images, run as an operator would, and what Prometheus makes of them"
+as_root=$([ "$(id -u)" -eq 0 ] || echo "sudo env PATH=$PATH HOME=$HOME")
+$as_root deploy/verify
