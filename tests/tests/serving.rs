@@ -55,6 +55,23 @@ fn the_embedded_model_knows_the_committed_images() {
     assert!(right >= 3, "{right} of 12");
 }
 
+/// `models/store`, whose other two sets `specialise` made. One image says that a set is the one it should be, not how good
+/// it is.
+#[test]
+fn the_example_sets_serve_beside_the_default_one() {
+    let store = root().join("models/store");
+    let server = Server::start(["--model-store", store.to_str().unwrap()]);
+    for (set, name, label) in [
+        ("cifar100", "test-00.png", "hamster"),
+        ("cifar100-coarse", "test-00.png", "small_mammals"),
+        ("fashion-mnist", "fashion/test-00.png", "Ankle boot"),
+        ("fashion-mnist", "fashion/test-02.png", "Trouser"),
+    ] {
+        let answer = Answer::of(server.post(&format!("/classify/{set}")).body(image(name)));
+        assert_eq!(answer.label(), label, "{set}, {name}: {}", answer.text);
+    }
+}
+
 #[test]
 fn every_form_of_request_gets_the_same_answer() {
     let server = embedded();
