@@ -98,10 +98,13 @@ fn images() {
     let corpus: Vec<Vec<u8>> = image_names().iter().map(|name| image(name)).collect();
     let limits = DecodeLimits { max_pixels: 1 << 20, max_bytes: 16 << 20, ..DecodeLimits::default() };
     fuzz("images", &corpus, 20_000, |bytes| {
-        let Ok(info) = probe(bytes, &limits) else { return };
-        assert!(info.decode_bytes_upper_bound <= limits.max_bytes);
-        if let Ok(image) = decode(bytes, &limits) {
-            assert_eq!(Preprocess::default().pixels(&image, 32).len(), 32 * 32 * 3);
+        // Whole, and at the smallest scale, which other decoders see to.
+        for limits in [limits, DecodeLimits { detail: 1, ..limits }] {
+            let Ok(info) = probe(bytes, &limits) else { return };
+            assert!(info.decode_bytes_upper_bound <= limits.max_bytes);
+            if let Ok(image) = decode(bytes, &limits) {
+                assert_eq!(Preprocess::default().pixels(&image, 32).len(), 32 * 32 * 3);
+            }
         }
     });
 }

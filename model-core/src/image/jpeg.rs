@@ -26,7 +26,6 @@ impl JpegMarkers {
     }
 }
 
-const SOI: u8 = 0xD8;
 const EOI: u8 = 0xD9;
 const SOS: u8 = 0xDA;
 const TEM: u8 = 0x01;
@@ -44,7 +43,6 @@ pub(super) fn markers(bytes: &[u8]) -> Option<JpegMarkers> {
             if marker == EOI {
                 return None;
             }
-            debug_assert!(marker != SOI || frame.is_none(), "a thumbnail lies inside a segment and is skipped");
             continue;
         }
         let length = usize::from(u16::from_be_bytes([*rest.first()?, *rest.get(1)?]));
