@@ -8,10 +8,11 @@
     loadtests/load.py soak --minutes 30   steady rate; failures and growth of resident memory
     loadtests/load.py compare             beside FastAPI and ONNX Runtime with dense experts of the same shape
 
-Each starts the server itself. Clients are this process's, on the same cores as the server, so absolute figures are
-low; a closed loop hides queueing, which is why `rate` exists. `--json FILE` keeps the figures, `--picture FILE` draws
-them (needs matplotlib). Exit code 1 when a threshold was missed. Needs Python 3.11; `photos` needs Pillow, `compare`
-what loadtests/requirements.txt lists. Build first: cargo build --release.
+Each starts the server itself. Clients share its cores, so absolute figures are low: `saturate` and `compare` use Debian's
+`wrk` where it is installed, the others are this process. A closed loop hides queueing, which is why `rate` exists.
+`--json FILE` keeps the figures, `--picture FILE` draws them (needs matplotlib). Exit code 1 when a threshold was missed.
+Needs Python 3.11; `photos` needs Pillow, `compare` what loadtests/requirements.txt lists. Build first:
+cargo build --release.
 """
 import argparse
 import asyncio
@@ -20,9 +21,11 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -76,17 +79,15 @@ def butterflyvit(arguments, *flags):
     return Server(command, lambda line: " ready " in line)
 
 
-def requests(arguments):
+def files_and_targets(arguments):
     """What is sent, in turn: every image to every set named."""
     images = arguments.images or sorted((ROOT / "tests/images").glob("*.png"))
-    sets = arguments.sets.split(",") if arguments.sets else [None]
-    out = []
-    for path in images:
-        body = pathlib.Path(path).read_bytes()
-        for name in sets:
-            target = f"/classify/{name}" if name else "/classify"
-            out.append(request(target, body))
-    return out
+    targets = [f"/classify/{name}" for name in arguments.sets.split(",")] if arguments.sets else ["/classify"]
+    return [(path, target) for path in images for target in targets]
+
+
+def requests(arguments):
+    return [request(target, pathlib.Path(path).read_bytes()) for path, target in files_and_targets(arguments)]
 
 
 def request(target, body):
@@ -160,6 +161,47 @@ async def closed_loop(port, payloads, concurrency, seconds):
     return tally.row(seconds)
 
 
+# Sends the files of a folder in turn. `%s` are their names and the targets they go to.
+WRK_SCRIPT = """
+local requests, at = {}, 0
+for path, target in string.gmatch([[%s]], "(%%S+) (%%S+)") do
+  local file = io.open(path, "rb")
+  wrk.headers["Content-Type"] = "application/octet-stream"
+  requests[#requests + 1] = {target, file:read("*a")}
+  file:close()  -- wrk has no room for more files than connections.
+end
+request = function()
+  at = at %% #requests + 1
+  return wrk.format("POST", requests[at][1], nil, requests[at][2])
+end
+done = function(summary, latency)
+  local errors = summary.errors
+  io.write(string.format('\\n{"requests": %%d, "seconds": %%f, "p50": %%f, "p95": %%f, "p99": %%f, "refused": %%d, "broken": %%d}\\n',
+    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(95) / 1e3,
+    latency:percentile(99) / 1e3, errors.status, errors.connect + errors.read + errors.write + errors.timeout))
+end
+"""
+
+
+def saturated(port, arguments, concurrency):
+    """A closed loop. By `wrk` where it is installed, because a compiled client leaves more of the cores to the server."""
+    if not shutil.which("wrk"):
+        return asyncio.run(closed_loop(port, requests(arguments), concurrency, arguments.seconds))
+    files = "\n".join(f"{path} {target}" for path, target in files_and_targets(arguments))
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(WRK_SCRIPT % files)
+        script.flush()
+        command = ["wrk", "--threads", "1", "--connections", concurrency, "--duration", f"{int(arguments.seconds)}s",
+                   "--script", script.name, f"http://127.0.0.1:{port}"]
+        output = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    found = json.loads(output.strip().splitlines()[-1])
+    accepted = found["requests"] - found["refused"]
+    statuses = {"200": accepted, "refused": found["refused"], "broken": found["broken"]}
+    return {"requests_per_second": round(accepted / found["seconds"], 1),
+            **{f"{share}_ms": round(found[share], 2) for share in ("p50", "p95", "p99")},
+            "statuses": {status: n for status, n in statuses.items() if n}}
+
+
 async def open_loop(port, payloads, rate, seconds, sample=None):
     """Requests leave when they are due, whatever became of those before; latency counts from then on."""
     tally, idle, running = Tally(), [], set()
@@ -194,12 +236,11 @@ def answered(row):
 
 
 def saturate(arguments, report):
-    payloads = requests(arguments)
     with butterflyvit(arguments) as server:
         idle = server.memory()[0]
         rows = []
         for concurrency in (1, 4, 16):
-            row = asyncio.run(closed_loop(server.port, payloads, concurrency, arguments.seconds))
+            row = saturated(server.port, arguments, concurrency)
             rows.append({"concurrency": concurrency, **row})
             report.check(f"every request at concurrency {concurrency} was answered 200", set(row["statuses"]) == {"200"},
                          row["statuses"])
@@ -291,7 +332,7 @@ def compare(arguments, report):
     folder = ROOT / "loadtests/dense_onnx"
     model = pathlib.Path(arguments.work or ROOT / "target") / "dense-experts.onnx"
     subprocess.run([arguments.python, folder / "make_model.py", model], check=True)
-    payloads, rows = requests(arguments), []
+    rows = []
     dense = [arguments.python, "-u", folder / "serve.py", model]
     for name, start in (("ButterflyViT Gateway", lambda: butterflyvit(arguments)),
                         ("FastAPI + ONNX Runtime, dense experts",
@@ -299,7 +340,7 @@ def compare(arguments, report):
         with start() as server:
             idle = server.memory()[0]
             for concurrency in (1, 4, 16):
-                row = asyncio.run(closed_loop(server.port, payloads, concurrency, arguments.seconds))
+                row = saturated(server.port, arguments, concurrency)
                 rss, peak = server.memory()
                 rows.append({"server": name, "concurrency": concurrency, **row, "start_s": round(server.start_seconds, 2),
                              "idle_mb": mb(idle), "rss_mb": mb(rss), "peak_mb": mb(peak)})
