@@ -221,7 +221,7 @@ fn the_log_shows_neither_keys_nor_images() {
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys");
     std::fs::write(&keys, "camera:the-users-secret\n").unwrap();
-    let server = Server::start(["--user-key-file", keys.to_str().unwrap(), "--log", "trace"]);
+    let mut server = Server::start(["--user-key-file", keys.to_str().unwrap(), "--log", "trace"]);
     let picture = image("test-00.png");
     let base64 = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &picture);
     let json = serde_json::json!({ "inputs": base64 });
@@ -230,7 +230,10 @@ fn the_log_shows_neither_keys_nor_images() {
     Answer::of(wrong).assert_refused(401, "unauthorized");
     let unknown = server.get("/no/such/route?token=in-a-query");
     unknown.assert_refused(404, "route_not_found");
-    let log = server.log_so_far().join("\n");
+    // To the end, because lines may still be on their way.
+    server.signal("TERM");
+    server.wait();
+    let log = server.log_to_end().join("\n");
     assert!(log.contains("request refused"), "{log}");
     for secret in ["the-users-secret", "a-wrong-secret", "in-a-query", &base64[..24], &base64[base64.len() - 24..]] {
         assert!(!log.contains(secret), "{secret} is in the log");
