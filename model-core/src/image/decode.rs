@@ -86,9 +86,9 @@ pub fn decode_square(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Im
 
 /// The image before its EXIF orientation is applied.
 fn decode_as_stored(bytes: &[u8], limits: &DecodeLimits) -> Result<(RgbImage, Orientation), ImageError> {
-    let Opened { mut decoder, format, info, orientation } = Opened::new(bytes, limits)?;
+    let Opened { mut decoder, jpeg, info, orientation } = Opened::new(bytes, limits)?;
     if info.reduction > 1 {
-        return Ok((reduced::decode(format, bytes, info.reduction)?, orientation));
+        return Ok((reduced::decode(bytes, jpeg.as_ref(), &info)?, orientation));
     }
     let mut allocations = Limits::no_limits();
     allocations.max_alloc = Some(info.decode_bytes_upper_bound);
@@ -100,7 +100,7 @@ fn decode_as_stored(bytes: &[u8], limits: &DecodeLimits) -> Result<(RgbImage, Or
 /// A decoder whose header has been read and found acceptable.
 struct Opened<'a> {
     decoder: Box<dyn ImageDecoder + 'a>,
-    format: ImageFormat,
+    jpeg: Option<JpegMarkers>,
     info: ImageInfo,
     orientation: Orientation,
 }
@@ -157,7 +157,7 @@ impl<'a> Opened<'a> {
             limit: limits.max_bytes,
         })?;
         let info = ImageInfo { width, height, reduction, decode_bytes_upper_bound };
-        Ok(Self { decoder: Box::new(decoder), format, info, orientation })
+        Ok(Self { decoder: Box::new(decoder), jpeg, info, orientation })
     }
 }
 

@@ -6,10 +6,11 @@ use std::io::Cursor;
 
 use ::image::error::{DecodingError, ImageFormatHint};
 use ::image::{DynamicImage, GrayAlphaImage, GrayImage, ImageBuffer, ImageFormat, RgbImage, RgbaImage};
-use jpeg_decoder::PixelFormat;
+use jpeg_decoder::{CodingProcess, PixelFormat};
 
-use super::decode::flatten;
+use super::decode::{ImageInfo, flatten};
 use super::error::ImageError;
+use super::jpeg::JpegMarkers;
 
 /// Whether rows of a PNG file come in seven passes, each over the whole image.
 pub(super) fn is_interlaced(bytes: &[u8]) -> bool {
@@ -17,22 +18,30 @@ pub(super) fn is_interlaced(bytes: &[u8]) -> bool {
     bytes.get(28).is_some_and(|&method| method != 0)
 }
 
-/// Decodes a JPEG or PNG file to 1/`n` of its scale, rounded up; `n` is 2, 4 or 8.
-pub(super) fn decode(format: ImageFormat, bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
-    if format == ImageFormat::Jpeg { jpeg(bytes, n) } else { png(bytes, n) }
+/// Decodes a JPEG file, whose markers are given, or a PNG file at the scale that `info` says, rounded up.
+pub(super) fn decode(bytes: &[u8], jpeg: Option<&JpegMarkers>, info: &ImageInfo) -> Result<RgbImage, ImageError> {
+    match jpeg {
+        Some(markers) => decode_jpeg(bytes, markers, info),
+        None => decode_png(bytes, info.reduction),
+    }
 }
 
 fn undecodable(format: ImageFormat, error: impl std::error::Error + Send + Sync + 'static) -> ImageError {
     ImageError::Undecodable(::image::ImageError::Decoding(DecodingError::new(ImageFormatHint::Exact(format), error)))
 }
 
-fn jpeg(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
+fn decode_jpeg(bytes: &[u8], markers: &JpegMarkers, info: &ImageInfo) -> Result<RgbImage, ImageError> {
     let undecodable = |error: jpeg_decoder::Error| undecodable(ImageFormat::Jpeg, error);
     let mut decoder = jpeg_decoder::Decoder::new(bytes);
     decoder.read_info().map_err(undecodable)?;
     let whole = decoder.info().ok_or(ImageError::TruncatedJpeg)?;
+    // The memory was granted for the frame that another decoder and our own walk over the markers found.
+    let same_size = (u32::from(whole.width), u32::from(whole.height)) == (info.width, info.height);
+    if !same_size || (whole.coding_process == CodingProcess::DctProgressive) != markers.progressive {
+        return Err(ImageError::TruncatedJpeg);
+    }
     // The decoder takes the smallest of its scales that gives a side as long as asked for.
-    let part = |side: u16| u32::from(side).div_ceil(n) as u16;
+    let part = |side: u16| u32::from(side).div_ceil(info.reduction) as u16;
     decoder.scale(part(whole.width), part(whole.height)).map_err(undecodable)?;
     let samples = decoder.decode().map_err(undecodable)?;
     let (width, height) = decoder.info().map_or((0, 0), |info| (info.width.into(), info.height.into()));
@@ -46,7 +55,7 @@ fn jpeg(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
     image.ok_or(ImageError::TruncatedJpeg)
 }
 
-fn png(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
+fn decode_png(bytes: &[u8], n: u32) -> Result<RgbImage, ImageError> {
     let undecodable = |error: png::DecodingError| undecodable(ImageFormat::Png, error);
     let mut decoder = png::Decoder::new(Cursor::new(bytes));
     decoder.set_transformations(png::Transformations::EXPAND);
