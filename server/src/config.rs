@@ -11,6 +11,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model_core::config::ViTConfig;
 
+use crate::admission::ImageLimits;
 use crate::units::{ByteSize, parse_duration};
 
 /// Image-classification inference server for edge gateways: ButterflyViT over HTTP.
@@ -141,17 +142,18 @@ pub struct LimitArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Queue and batching")]
 pub struct PipelineArgs {
-    /// Most images waiting for a compute thread; more are answered 429.
-    #[arg(long, env = "BVIT_QUEUE_IMAGES", default_value_t = 256, value_name = "N")]
+    /// Most images from admission to answer; more are answered 429, and then, until a second has passed without, all that
+    /// exceed two batches per compute thread.
+    #[arg(long, env = "BVIT_QUEUE_IMAGES", default_value_t = 64, value_name = "N")]
     pub queue_images: usize,
-    /// Most bytes of preprocessed images waiting for a compute thread; part of the memory budget.
+    /// Most bytes of preprocessed images on their way; part of the memory budget.
     #[arg(long, env = "BVIT_QUEUE_BYTES", default_value = "8MiB", value_name = "SIZE")]
     pub queue_bytes: ByteSize,
-    /// Most of the waiting images that may belong to one expert set; without it three quarters of the queue.
+    /// Most of these images that may belong to one expert set; without it three quarters of the queue.
     #[arg(long, env = "BVIT_SET_QUEUE_IMAGES", value_name = "N")]
     pub set_queue_images: Option<usize>,
     /// Most images in one batch.
-    #[arg(long, env = "BVIT_MAX_BATCH", default_value_t = 8, value_name = "N")]
+    #[arg(long, env = "BVIT_MAX_BATCH", default_value_t = 4, value_name = "N")]
     pub max_batch: usize,
     /// How long the oldest image may wait for company; with 0 a batch closes as soon as a compute thread is free.
     #[arg(long, env = "BVIT_MAX_WAIT", default_value = "0ms", value_parser = parse_duration, value_name = "TIME")]
@@ -169,9 +171,21 @@ pub struct PipelineArgs {
 }
 
 impl PipelineArgs {
-    /// Most waiting images of one expert set.
+    /// Bounds on images, with so many compute threads.
+    pub fn image_limits(&self, compute_threads: usize) -> ImageLimits {
+        // One batch that runs and one that waits.
+        let images_when_busy = compute_threads.saturating_mul(self.max_batch).saturating_mul(2);
+        ImageLimits {
+            images: self.queue_images,
+            bytes: self.queue_bytes.0,
+            images_per_set: self.images_per_set(),
+            images_when_busy: images_when_busy.min(self.queue_images),
+        }
+    }
+
+    /// Most images of one expert set.
     pub fn images_per_set(&self) -> usize {
-        self.set_queue_images.unwrap_or((self.queue_images * 3).div_ceil(4)).min(self.queue_images)
+        self.set_queue_images.unwrap_or(self.queue_images - self.queue_images / 4).min(self.queue_images)
     }
 }
 

@@ -210,7 +210,7 @@ impl Metrics {
                 COUNT_BUCKETS,
             )?,
             queue_depth: IntGauge::new("bvit_queue_depth", "Images waiting for a compute thread.")?,
-            queue_capacity: IntGauge::new("bvit_queue_capacity", "Images that may wait for a compute thread.")?,
+            queue_capacity: IntGauge::new("bvit_queue_capacity", "Images that may be on their way at once.")?,
             requests_in_flight: IntGauge::new("bvit_requests_in_flight", "Requests being worked on.")?,
             connections_open: IntGauge::new("bvit_connections_open", "Open connections.")?,
             request_failures: counter_vec(

@@ -16,7 +16,7 @@ use crate::connection::{ConnectionSettings, serve};
 use crate::http::Keys;
 use crate::http::oip::Statistics;
 use crate::lifecycle::Lifecycle;
-use crate::metrics::{Metrics, ProcessMemory};
+use crate::metrics::{Metrics, ProcessMemory, saturating};
 use crate::model::{ArtifactSource, Row, SetLease, SetRegistry};
 use crate::pipeline::Pipeline;
 use crate::pipeline::decode::Decoder;
@@ -101,7 +101,14 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
     if let Some(first) = catalog.broken().first().filter(|_| args.registry.strict) {
         return Err(first.reason.clone());
     }
-    let pipeline = start_pipeline(args, compute_threads, &metrics).map_err(no_threads)?;
+    let batching = QueueSettings {
+        max_batch: args.pipeline.max_batch,
+        max_wait: args.pipeline.max_wait,
+        threads: compute_threads,
+    };
+    let pipeline = Pipeline::start(batching, &metrics).map_err(no_threads)?;
+    let images = args.pipeline.image_limits(compute_threads);
+    metrics.queue_capacity.set(saturating(images.images));
     let decoder = Decoder::start(
         threads_or_cores(args.pipeline.decode_threads),
         args.pipeline.decode_memory.0,
@@ -128,12 +135,7 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
         decoder: decoder.map_err(no_threads)?,
         decompression: BlockingPool::start("inflate", 1, Priority::Normal).map_err(no_threads)?,
         pipeline,
-        admission: Admission::new(
-            args.limits.max_requests,
-            args.pipeline.queue_images,
-            args.pipeline.queue_bytes.0,
-            args.limits.body_memory.0,
-        ),
+        admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images),
         lifecycle: Lifecycle::default(),
         metrics,
         statistics: Statistics::default(),
@@ -210,18 +212,6 @@ async fn default_set(args: &ServeArgs, app: &AppState) -> Result<SetLease, Strin
         Some(reason) => format!("no expert set can be loaded: {reason}"),
         None => format!("{store}: no expert set in expert-sets/SET/VERSION.safetensors"),
     })
-}
-
-fn start_pipeline(args: &ServeArgs, threads: usize, metrics: &Arc<Metrics>) -> std::io::Result<Pipeline> {
-    let images = args.pipeline.queue_images;
-    let settings = QueueSettings {
-        images,
-        bytes: args.pipeline.queue_bytes.0,
-        images_per_set: args.pipeline.images_per_set(),
-        max_batch: args.pipeline.max_batch,
-        max_wait: args.pipeline.max_wait,
-    };
-    Pipeline::start(settings, threads, metrics)
 }
 
 /// One forward pass on every thread's scratch, so that the first request finds memory touched and code paged in.

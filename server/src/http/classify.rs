@@ -23,6 +23,7 @@ use super::openapi::{
     Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape, set_name_schema, version_schema,
 };
 use super::{body, input};
+use crate::admission::ImagePermit;
 use crate::error::{ApiError, ErrorBody, ErrorCode};
 use crate::metrics::ImageResult;
 use crate::model::SetLease;
@@ -336,15 +337,15 @@ async fn answer_in_time(app: &AppState, name: &str, request: ImageRequest) -> Re
     caller.charge(images.len().saturating_sub(1))?;
     let wait = app.limits.load_wait.min(deadline.saturating_duration_since(Instant::now()));
     let lease = app.registry.acquire(name, version, wait).await?;
-    let _admitted = app.admission.images(images.len(), lease.backbone.value.input_bytes())?;
+    let permits = admit_images(app, name, images.len(), lease.backbone.value.input_bytes())?;
 
     let prepared = join_all(images.into_iter().map(|image| prepare(app, &lease, image))).await;
 
     let mut jobs = Vec::new();
     let mut slots = Vec::with_capacity(prepared.len());
-    for image in prepared {
+    for (image, permit) in prepared.into_iter().zip(permits) {
         slots.push(image.map(|(pixels, decode)| {
-            jobs.push(Job { lease: lease.clone(), pixels, routing, deadline: deadline.into_std() });
+            jobs.push(Job { lease: lease.clone(), pixels, routing, deadline: deadline.into_std(), permit });
             decode
         }));
     }
@@ -361,6 +362,12 @@ async fn answer_in_time(app: &AppState, name: &str, request: ImageRequest) -> Re
         });
     }
     Ok(ImageAnswers { lease, images: answers })
+}
+
+/// Places for images of one set. Those that are still taken for clients who have gone are given up first.
+fn admit_images(app: &AppState, set: &str, count: usize, bytes_each: usize) -> Result<Vec<ImagePermit>, ApiError> {
+    let admitted = app.admission.images.admit(set, count, bytes_each, || app.pipeline.drop_dead());
+    admitted.map_err(|refused| ApiError::new(ErrorCode::QueueFull, format!("{refused}; try again later")))
 }
 
 /// The model's input, with the time it took.

@@ -1,4 +1,4 @@
-//! From pixels to logits: a bounded queue, and compute threads that own the forward pass.
+//! From pixels to logits: a queue, and compute threads that own the forward pass.
 //!
 //! Tokio's threads only move bytes; decoding has its own bounded threads ([`decode`]) and compute has these.
 
@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use crate::admission::ImagePermit;
 use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
 use crate::model::{self, RowOutput, SetLease};
-use queue::{Entry, Queue, QueueSettings, Rejected};
+use queue::{Entry, Queue, QueueSettings};
 
 /// One image on its way through a compute thread.
 pub struct Job {
@@ -27,6 +28,8 @@ pub struct Job {
     pub routing: bool,
     /// When the answer is no longer wanted.
     pub deadline: Instant,
+    /// Its place, held until it is answered or dropped.
+    pub permit: ImagePermit,
 }
 
 /// What a compute thread made of an image.
@@ -60,10 +63,6 @@ impl Entry for QueuedJob {
         Arc::as_ptr(&self.job.lease.backbone) as usize
     }
 
-    fn set(&self) -> &str {
-        &self.job.lease.descriptor.name
-    }
-
     fn bytes(&self) -> usize {
         size_of_val(self.job.pixels.as_slice())
     }
@@ -88,10 +87,9 @@ impl Pipeline {
     ///
     /// # Errors
     /// When the operating system gives no thread.
-    pub fn start(settings: QueueSettings, threads: usize, metrics: &Arc<Metrics>) -> std::io::Result<Self> {
-        metrics.queue_capacity.set(crate::metrics::saturating(settings.images));
+    pub fn start(settings: QueueSettings, metrics: &Arc<Metrics>) -> std::io::Result<Self> {
         let queue = Queue::new(settings);
-        let workers = (0..threads)
+        let workers = (0..settings.threads)
             .map(|index| {
                 let (queue, metrics) = (queue.clone(), Arc::clone(metrics));
                 let thread = std::thread::Builder::new().name(format!("bvit-compute-{index}"));
@@ -104,7 +102,7 @@ impl Pipeline {
     /// Queues images of one request, all or none, and returns what will receive their answers.
     ///
     /// # Errors
-    /// 429 when they do not fit, 503 when the server is shutting down.
+    /// 503 when the server is shutting down.
     pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<oneshot::Receiver<Result<Answer, ForwardFailed>>>, ApiError> {
         let enqueued = Instant::now();
         let (entries, receivers): (Vec<_>, Vec<_>) = jobs
@@ -114,14 +112,14 @@ impl Pipeline {
                 (QueuedJob { job, enqueued, reply }, receiver)
             })
             .unzip();
-        self.queue.push_all(entries).map_err(|rejected| {
-            let code = match rejected {
-                Rejected::Full | Rejected::SetFull => ErrorCode::QueueFull,
-                Rejected::Closed => ErrorCode::Draining,
-            };
-            ApiError::new(code, format!("{rejected}; try again later"))
-        })?;
+        let closed = |closed| ApiError::new(ErrorCode::Draining, format!("{closed}; try again later"));
+        self.queue.push_all(entries).map_err(closed)?;
         Ok(receivers)
+    }
+
+    /// Drops images that nobody waits for.
+    pub fn drop_dead(&self) {
+        self.queue.drop_dead();
     }
 
     /// Images and bytes waiting.
@@ -176,7 +174,8 @@ fn run_batch(index: usize, batch: &[QueuedJob], metrics: &Metrics) -> Result<Bat
         .collect();
     let outputs = first.job.lease.backbone.value.forward(index, &rows, Some(metrics))?;
     let inference = started.elapsed();
-    let sets: std::collections::HashSet<&str> = batch.iter().map(Entry::set).collect();
+    let sets: std::collections::HashSet<&str> =
+        batch.iter().map(|entry| entry.job.lease.descriptor.name.as_str()).collect();
     metrics.batches.inc();
     metrics.batch_size.observe(batch.len() as f64);
     metrics.batch_distinct_sets.observe(sets.len() as f64);

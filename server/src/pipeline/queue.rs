@@ -1,37 +1,25 @@
-//! The bounded queue between requests and compute threads, and the rule by which a batch closes.
+//! The queue between requests and compute threads, and the rule by which a batch closes. How much it may hold is decided
+//! before images are decoded, by [`crate::admission`].
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How much may wait, and how batches form.
+/// How batches form.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueSettings {
-    /// Most images waiting.
-    pub images: usize,
-    /// Most bytes waiting.
-    pub bytes: usize,
-    /// Most images of one expert set waiting, so that one busy camera cannot fill the queue.
-    pub images_per_set: usize,
     /// Most images in a batch.
     pub max_batch: usize,
     /// How long the oldest image may wait for company.
     pub max_wait: Duration,
+    /// Threads that take batches.
+    pub threads: usize,
 }
 
-/// Why nothing was queued.
+/// The server is shutting down: nothing was queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Rejected {
-    /// Too many images or bytes wait already.
-    #[error("the queue is full")]
-    Full,
-    /// Too many images of this expert set wait already.
-    #[error("the queue holds as many images of this expert set as it may")]
-    SetFull,
-    /// The server is shutting down.
-    #[error("the server is shutting down")]
-    Closed,
-}
+#[error("the server is shutting down")]
+pub struct Closed;
 
 /// What the queue needs to know of its entries.
 pub trait Entry {
@@ -40,8 +28,6 @@ pub trait Entry {
 
     /// Entries of one group may share a batch.
     fn group(&self) -> Self::Group;
-    /// Name of the expert set.
-    fn set(&self) -> &str;
     /// Bytes held while waiting.
     fn bytes(&self) -> usize;
     /// When it began to wait.
@@ -61,6 +47,16 @@ pub enum Decision {
     Close,
 }
 
+impl QueueSettings {
+    /// How many of the `waiting` images a free thread takes: what fills a batch, but no more than its share when there
+    /// are fewer than fill one for every thread. One thread with all of them would leave the others idle. Images that
+    /// were made to wait for company stay together.
+    pub fn batch_of(&self, waiting: usize) -> usize {
+        let share = if self.max_wait.is_zero() { waiting.div_ceil(self.threads.max(1)) } else { waiting };
+        share.clamp(1, self.max_batch.max(1))
+    }
+}
+
 /// The closing rule: a batch closes when it is full, when its oldest entry has waited long enough, or when no more
 /// entries will come. With `max_wait` zero that is as soon as a compute thread is free.
 pub fn decide(
@@ -77,12 +73,10 @@ pub fn decide(
 
 struct State<E> {
     entries: VecDeque<E>,
-    bytes: usize,
-    per_set: HashMap<String, usize>,
     closed: bool,
 }
 
-/// A bounded first-in-first-out queue that hands out batches; clones share it.
+/// A first-in-first-out queue that hands out batches; clones share it.
 pub struct Queue<E> {
     shared: Arc<(Mutex<State<E>>, Condvar)>,
     settings: QueueSettings,
@@ -97,47 +91,29 @@ impl<E> Clone for Queue<E> {
 impl<E: Entry> Queue<E> {
     /// An empty queue.
     pub fn new(settings: QueueSettings) -> Self {
-        let state = State { entries: VecDeque::new(), bytes: 0, per_set: HashMap::new(), closed: false };
+        let state = State { entries: VecDeque::new(), closed: false };
         Self { shared: Arc::new((Mutex::new(state), Condvar::new())), settings }
     }
 
-    /// Its bounds.
-    pub fn settings(&self) -> &QueueSettings {
-        &self.settings
-    }
-
-    /// Queues all of `entries`, which belong to one expert set, or none of them.
+    /// Queues all of `entries` or none of them.
     ///
     /// # Errors
-    /// [`Rejected`].
-    pub fn push_all(&self, entries: Vec<E>) -> Result<(), Rejected> {
-        let Some(first) = entries.first() else { return Ok(()) };
-        let (count, bytes) = (entries.len(), entries.iter().map(E::bytes).sum::<usize>());
+    /// [`Closed`].
+    pub fn push_all(&self, entries: Vec<E>) -> Result<(), Closed> {
         let mut state = self.lock();
         if state.closed {
-            return Err(Rejected::Closed);
+            return Err(Closed);
         }
-        if let Err(rejected) = self.check(&state, first.set(), count, bytes) {
-            // Work for clients that have gone must not keep out work for those that wait.
-            let now = Instant::now();
-            state.retain(|entry| !entry.is_dead(now));
-            self.check(&state, first.set(), count, bytes).map_err(|_| rejected)?;
-        }
-        for entry in entries {
-            state.push(entry);
-        }
+        state.entries.extend(entries);
         drop(state);
         self.shared.1.notify_one();
         Ok(())
     }
 
-    fn check(&self, state: &State<E>, set: &str, count: usize, bytes: usize) -> Result<(), Rejected> {
-        let QueueSettings { images, bytes: max_bytes, images_per_set, .. } = self.settings;
-        if state.entries.len() + count > images || state.bytes.saturating_add(bytes) > max_bytes {
-            return Err(Rejected::Full);
-        }
-        let of_set = state.per_set.get(set).copied().unwrap_or(0);
-        if of_set + count > images_per_set { Err(Rejected::SetFull) } else { Ok(()) }
+    /// Drops entries that nobody waits for.
+    pub fn drop_dead(&self) {
+        let now = Instant::now();
+        self.lock().entries.retain(|entry| !entry.is_dead(now));
     }
 
     /// Blocks until a batch closes: entries of one group, oldest first, dead ones dropped. `None` once the queue is
@@ -148,11 +124,10 @@ impl<E: Entry> Queue<E> {
             let now = Instant::now();
             let oldest = state.entries.front().map(E::enqueued);
             let group = state.entries.front().map(E::group);
-            let company = state.entries.iter().filter(|entry| Some(entry.group()) == group);
-            let waiting = company.take(self.settings.max_batch).count();
+            let waiting = state.entries.iter().filter(|entry| Some(entry.group()) == group).count();
             match decide(oldest, waiting, state.closed, &self.settings, now) {
                 Decision::Close => {
-                    let batch = state.take_batch(self.settings.max_batch, now);
+                    let batch = state.take_batch(self.settings.batch_of(waiting), now);
                     // One wake-up per push is not enough when a push brought more than one batch.
                     if !state.entries.is_empty() {
                         self.shared.1.notify_one();
@@ -180,7 +155,7 @@ impl<E: Entry> Queue<E> {
     /// Images and bytes waiting.
     pub fn depth(&self) -> (usize, usize) {
         let state = self.lock();
-        (state.entries.len(), state.bytes)
+        (state.entries.len(), state.entries.iter().map(E::bytes).sum())
     }
 
     fn lock(&self) -> MutexGuard<'_, State<E>> {
@@ -189,42 +164,14 @@ impl<E: Entry> Queue<E> {
 }
 
 impl<E: Entry> State<E> {
-    fn push(&mut self, entry: E) {
-        self.bytes += entry.bytes();
-        *self.per_set.entry(entry.set().to_owned()).or_default() += 1;
-        self.entries.push_back(entry);
-    }
-
-    /// Takes an entry out of the books.
-    fn forget(&mut self, entry: &E) {
-        self.bytes -= entry.bytes();
-        if let Some(count) = self.per_set.get_mut(entry.set()) {
-            *count -= 1;
-            if *count == 0 {
-                self.per_set.remove(entry.set());
-            }
-        }
-    }
-
-    fn retain(&mut self, keep: impl Fn(&E) -> bool) {
-        for entry in std::mem::take(&mut self.entries) {
-            if keep(&entry) {
-                self.entries.push_back(entry);
-            } else {
-                self.forget(&entry);
-            }
-        }
-    }
-
     /// Up to `max` live entries of the oldest live entry's group; dead ones met on the way are dropped.
     fn take_batch(&mut self, max: usize, now: Instant) -> Vec<E> {
         let mut batch: Vec<E> = Vec::new();
         let mut rest = VecDeque::with_capacity(self.entries.len());
         while let Some(entry) = self.entries.pop_front() {
             if entry.is_dead(now) {
-                self.forget(&entry);
+                drop(entry);
             } else if batch.len() < max && batch.first().is_none_or(|first| first.group() == entry.group()) {
-                self.forget(&entry);
                 batch.push(entry);
             } else {
                 rest.push_back(entry);
@@ -246,7 +193,6 @@ mod tests {
     #[derive(Debug, PartialEq)]
     struct Image {
         id: usize,
-        set: &'static str,
         backbone: u8,
         dead: bool,
         enqueued: Instant,
@@ -256,9 +202,6 @@ mod tests {
         type Group = u8;
         fn group(&self) -> u8 {
             self.backbone
-        }
-        fn set(&self) -> &str {
-            self.set
         }
         fn bytes(&self) -> usize {
             10
@@ -271,12 +214,12 @@ mod tests {
         }
     }
 
-    fn image(id: usize, set: &'static str, backbone: u8) -> Image {
-        Image { id, set, backbone, dead: false, enqueued: Instant::now() }
+    fn image(id: usize, backbone: u8) -> Image {
+        Image { id, backbone, dead: false, enqueued: Instant::now() }
     }
 
     fn settings() -> QueueSettings {
-        QueueSettings { images: 8, bytes: 1000, images_per_set: 6, max_batch: 3, max_wait: Duration::ZERO }
+        QueueSettings { max_batch: 3, max_wait: Duration::ZERO, threads: 1 }
     }
 
     fn ids(batch: Option<Vec<Image>>) -> Vec<usize> {
@@ -303,10 +246,10 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_mixes_sets_of_one_backbone_oldest_first() {
+    fn a_batch_is_of_one_backbone_oldest_first() {
         let queue = Queue::new(settings());
-        for (id, set, backbone) in [(0, "a", 1), (1, "x", 2), (2, "b", 1), (3, "c", 1), (4, "a", 1), (5, "x", 2)] {
-            queue.push_all(vec![image(id, set, backbone)]).unwrap();
+        for (id, backbone) in [(0, 1), (1, 2), (2, 1), (3, 1), (4, 1), (5, 2)] {
+            queue.push_all(vec![image(id, backbone)]).unwrap();
         }
         assert_eq!(ids(queue.next_batch()), [0, 2, 3]);
         assert_eq!(ids(queue.next_batch()), [1, 5]);
@@ -315,30 +258,22 @@ mod tests {
     }
 
     #[test]
-    fn guarantee_11_one_set_cannot_fill_the_queue() {
-        let queue = Queue::new(settings());
-        queue.push_all((0..6).map(|id| image(id, "hot", 1)).collect()).unwrap();
-        assert_eq!(queue.push_all(vec![image(6, "hot", 1)]), Err(Rejected::SetFull));
-        queue.push_all(vec![image(7, "other", 1)]).unwrap();
-    }
-
-    #[test]
-    fn guarantee_12_limits_count_images_and_take_all_or_none() {
-        let queue = Queue::new(settings());
-        queue.push_all((0..5).map(|id| image(id, "a", 1)).collect()).unwrap();
-        assert_eq!(queue.push_all((5..9).map(|id| image(id, "b", 1)).collect()), Err(Rejected::Full));
-        assert_eq!(queue.depth(), (5, 50));
-        let small = Queue::new(QueueSettings { bytes: 25, ..settings() });
-        assert_eq!(small.push_all((0..3).map(|id| image(id, "a", 1)).collect()), Err(Rejected::Full));
-        assert_eq!(small.push_all(vec![]), Ok(()));
+    fn a_thread_takes_no_more_than_its_share() {
+        let queue = Queue::new(QueueSettings { threads: 2, ..settings() });
+        queue.push_all((0..9).map(|id| image(id, 1)).collect()).unwrap();
+        let batches: Vec<_> = (0..4).map(|_| ids(queue.next_batch())).collect();
+        assert_eq!(batches, [vec![0, 1, 2], vec![3, 4, 5], vec![6, 7], vec![8]]);
+        let patient = Queue::new(QueueSettings { max_wait: Duration::from_millis(1), ..queue.settings });
+        patient.push_all(vec![image(0, 1), image(1, 1)]).unwrap();
+        assert_eq!(ids(patient.next_batch()), [0, 1]);
     }
 
     #[test]
     fn the_dead_are_neither_run_nor_in_the_way() {
         let queue = Queue::new(settings());
-        queue.push_all((0..6).map(|id| Image { dead: true, ..image(id, "a", 1) }).collect()).unwrap();
-        queue.push_all((6..9).map(|id| image(id, "a", 1)).collect()).unwrap();
-        queue.push_all(vec![Image { dead: true, ..image(9, "b", 1) }, image(10, "b", 1)]).unwrap();
+        queue.push_all((0..6).map(|id| Image { dead: true, ..image(id, 1) }).collect()).unwrap();
+        queue.push_all((6..9).map(|id| image(id, 1)).collect()).unwrap();
+        queue.push_all(vec![Image { dead: true, ..image(9, 1) }, image(10, 1)]).unwrap();
         assert_eq!(ids(queue.next_batch()), [6, 7, 8]);
         assert_eq!(ids(queue.next_batch()), [10]);
     }
@@ -346,9 +281,9 @@ mod tests {
     #[test]
     fn a_closed_queue_drains() {
         let queue = Queue::new(settings());
-        queue.push_all((0..4).map(|id| image(id, "a", 1)).collect()).unwrap();
+        queue.push_all((0..4).map(|id| image(id, 1)).collect()).unwrap();
         queue.close();
-        assert_eq!(queue.push_all(vec![image(9, "a", 1)]), Err(Rejected::Closed));
+        assert_eq!(queue.push_all(vec![image(9, 1)]), Err(Closed));
         assert_eq!(ids(queue.next_batch()), [0, 1, 2]);
         assert_eq!(ids(queue.next_batch()), [3]);
         assert!(queue.next_batch().is_none());
@@ -356,8 +291,7 @@ mod tests {
 
     #[test]
     fn many_threads_lose_and_repeat_nothing() {
-        let roomy = QueueSettings { images: 10_000, bytes: usize::MAX, images_per_set: 10_000, ..settings() };
-        let queue: Queue<Image> = Queue::new(roomy);
+        let queue: Queue<Image> = Queue::new(settings());
         let takers: Vec<_> = (0..4)
             .map(|_| {
                 let queue = queue.clone();
@@ -367,7 +301,7 @@ mod tests {
             })
             .collect();
         for id in 0..1000 {
-            queue.push_all(vec![image(2 * id, "a", 1), image(2 * id + 1, "b", 2)]).unwrap();
+            queue.push_all(vec![image(2 * id, 1), image(2 * id + 1, 2)]).unwrap();
         }
         queue.close();
         let mut seen: Vec<usize> = takers.into_iter().flat_map(|taker| taker.join().unwrap()).collect();

@@ -1,11 +1,14 @@
 //! What is let in: requests, images and body bytes, each bounded, each given back when its holder is done. Fullness is
 //! a normal answer (429), decided before any work is spent.
 
+mod images;
+
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{ApiError, ErrorCode};
+pub use images::{ImageLimits, ImagePermit, Images, Refused};
 
 /// Semaphores count this many bytes as one, so that large budgets fit their counters on 32-bit machines.
 const GRAIN: usize = 1024;
@@ -14,16 +17,9 @@ const GRAIN: usize = 1024;
 #[derive(Debug, Clone)]
 pub struct Admission {
     requests: Arc<Semaphore>,
-    images: Arc<Semaphore>,
-    image_bytes: Arc<Semaphore>,
     body_bytes: Arc<Semaphore>,
-}
-
-/// Images on their way from admission to answer.
-#[derive(Debug)]
-pub struct ImagePermit {
-    _images: OwnedSemaphorePermit,
-    _bytes: OwnedSemaphorePermit,
+    /// Images.
+    pub images: Images,
 }
 
 /// Body bytes in memory.
@@ -35,15 +31,10 @@ pub struct BodyPermit {
 }
 
 impl Admission {
-    /// Bounds on requests, on images with their preprocessed bytes, and on bytes of bodies.
-    pub fn new(requests: usize, images: usize, image_bytes: usize, body_bytes: usize) -> Self {
+    /// Bounds on requests, on bytes of bodies and on images.
+    pub fn new(requests: usize, body_bytes: usize, images: ImageLimits) -> Self {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
-        Self {
-            requests: semaphore(requests),
-            images: semaphore(images),
-            image_bytes: semaphore(image_bytes / GRAIN),
-            body_bytes: semaphore(body_bytes / GRAIN),
-        }
+        Self { requests: semaphore(requests), body_bytes: semaphore(body_bytes / GRAIN), images: Images::new(images) }
     }
 
     /// Lets one request in.
@@ -52,17 +43,6 @@ impl Admission {
     /// 429 when as many as allowed are being worked on.
     pub fn request(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         take(&self.requests, 1, "too many requests are being worked on")
-    }
-
-    /// Lets `count` images of `bytes_each` preprocessed bytes in, all or none.
-    ///
-    /// # Errors
-    /// 429 when they do not fit.
-    pub fn images(&self, count: usize, bytes_each: usize) -> Result<ImagePermit, ApiError> {
-        let full = "the queue is full";
-        let _images = take(&self.images, count, full)?;
-        let _bytes = take(&self.image_bytes, count.saturating_mul(bytes_each).div_ceil(GRAIN), full)?;
-        Ok(ImagePermit { _images, _bytes })
     }
 
     /// A permit for a body that grows as it arrives: bytes are counted when a client has sent them, so that announcing
@@ -103,20 +83,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn images_are_let_in_all_or_none_and_come_back() {
-        let admission = Admission::new(1, 4, 8 * GRAIN, GRAIN);
-        let three = admission.images(3, GRAIN).unwrap();
-        assert_eq!(admission.images(2, 1).unwrap_err().code(), ErrorCode::QueueFull);
-        let one = admission.images(1, 2 * GRAIN).unwrap();
-        drop((three, one));
-        assert!(admission.images(4, 3 * GRAIN).is_err(), "bytes count too");
-        assert!(admission.images(4, 2 * GRAIN).is_ok());
-        assert!(admission.images(usize::MAX, usize::MAX).is_err());
-    }
-
-    #[test]
     fn bodies_count_what_has_arrived() {
-        let admission = Admission::new(1, 1, 1, 2 * GRAIN);
+        let images = ImageLimits { images: 1, bytes: 1, images_per_set: 1, images_when_busy: 1 };
+        let admission = Admission::new(1, 2 * GRAIN, images);
         let mut first = admission.body().unwrap();
         first.grow(1).unwrap();
         first.grow(GRAIN - 1).unwrap();
