@@ -9,7 +9,7 @@ step() { printf '\n== %s\n' "$*"; }
 # python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics;
 # chromium looks at the console; curl runs the documented examples.
 missing=()
-command -v cc >/dev/null || missing+=(build-essential)
+{ command -v cc && command -v c++; } >/dev/null || missing+=(build-essential)
 /usr/bin/python3 -c 'import numpy, prometheus_client' 2>/dev/null ||
     missing+=(python3 python3-numpy python3-prometheus-client)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
@@ -47,6 +47,11 @@ REQUIRE_ISA=$isas timeout --foreground 45m cargo test --workspace --locked
 step "packing and kernels under valgrind, which emulates no AVX-512"
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" PROPTEST_CASES=8 \
     cargo test --workspace --locked --lib -- --test-threads=1 kernels:: artifact::pack
+
+step "fuzz targets, shortly"
+export PATH=$PWD/target/tools/bin:$PATH
+command -v cargo-fuzz >/dev/null || cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
+fuzz/run 10
 
 step "Kubernetes manifests against their schemas"
 target/venv/bin/kubernetes-validate --strict deploy/k8s/{deployment,service,autoscaler}.yaml

@@ -1,0 +1,15 @@
+//! Any bytes as an inference request with binary tensors. The first four stand for the header that says how long the
+//! JSON is, so that it is varied too.
+
+#![no_main]
+
+use axum::http::Request;
+use fuzz::answer;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((length, body)) = bytes.split_first_chunk() else { return };
+    let length = u32::from_le_bytes(*length);
+    let request = Request::post("/v2/models/cifar100/infer").header("inference-header-content-length", length);
+    answer(request, body);
+});

@@ -1,0 +1,37 @@
+//! The whole server without a socket, for targets that send it requests.
+
+use std::sync::OnceLock;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::request;
+use butterflyvit::config::Cli;
+use butterflyvit::{http, serve};
+use clap::Parser;
+use tokio::runtime::Runtime;
+use tower::ServiceExt;
+
+/// Sends `body` and insists on an answer that lays no blame on the server. A panic on any thread ends the process.
+///
+/// # Panics
+/// When the answer is one that no request may get.
+pub fn answer(request: request::Builder, body: &[u8]) {
+    static SERVER: OnceLock<(Runtime, Router)> = OnceLock::new();
+    let (runtime, router) = SERVER.get_or_init(|| start().expect("the embedded model is served"));
+    let request = request.body(Body::from(body.to_vec())).expect("a valid head");
+    let Ok(response) = runtime.block_on(router.clone().oneshot(request));
+    let status = response.status().as_u16();
+    assert!([200, 400, 413, 415, 422].contains(&status), "answered {status}");
+}
+
+fn start() -> Result<(Runtime, Router), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
+    let router = runtime.block_on(async {
+        let flags = ["butterflyvit", "--compute-threads=1", "--decode-threads=1", "--request-timeout=1h"];
+        let args = Cli::try_parse_from(flags).map_err(|error| error.to_string())?.serve;
+        let app = serve::assemble(&args)?;
+        serve::make_ready(&app, &args).await?;
+        Ok::<_, String>(http::build_router(app))
+    })?;
+    Ok((runtime, router))
+}
