@@ -16,6 +16,7 @@ cargo build --release.
 """
 import argparse
 import asyncio
+import importlib.util
 import io
 import json
 import os
@@ -438,6 +439,8 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
     parser.add_argument("--picture", type=pathlib.Path, help="draw the figures there")
     arguments = parser.parse_args()
+    if arguments.picture and not importlib.util.find_spec("matplotlib"):
+        parser.error("--picture needs matplotlib")
     report = Report()
     tests[arguments.test](arguments, report)
     if arguments.json:

@@ -143,7 +143,7 @@ pub struct LimitArgs {
 #[command(next_help_heading = "Queue and batching")]
 pub struct PipelineArgs {
     /// Most images from admission to answer; more are answered 429, and then, until a second has passed without, all that
-    /// exceed two batches per compute thread.
+    /// exceed one batch per compute thread.
     #[arg(long, env = "BVIT_QUEUE_IMAGES", default_value_t = 64, value_name = "N")]
     pub queue_images: usize,
     /// Most bytes of preprocessed images on their way; part of the memory budget.
@@ -173,8 +173,8 @@ pub struct PipelineArgs {
 impl PipelineArgs {
     /// Bounds on images, with so many compute threads.
     pub fn image_limits(&self, compute_threads: usize) -> ImageLimits {
-        // One batch that runs and one that waits.
-        let images_when_busy = compute_threads.saturating_mul(self.max_batch).saturating_mul(2);
+        // One that runs, and one that comes while it does, keep a thread busy.
+        let images_when_busy = compute_threads.saturating_mul(self.max_batch.max(2));
         ImageLimits {
             images: self.queue_images,
             bytes: self.queue_bytes.0,
