@@ -142,8 +142,8 @@ pub struct LimitArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Queue and batching")]
 pub struct PipelineArgs {
-    /// Most images from admission to answer; more are answered 429, and then, until a second has passed without, all that
-    /// exceed one batch per compute thread.
+    /// Most images from admission to answer; more are answered 429. While more come than can be served, only as many are
+    /// let in as keep the compute threads busy.
     #[arg(long, env = "BVIT_QUEUE_IMAGES", default_value_t = 64, value_name = "N")]
     pub queue_images: usize,
     /// Most bytes of preprocessed images on their way; part of the memory budget.
@@ -173,8 +173,10 @@ pub struct PipelineArgs {
 impl PipelineArgs {
     /// Bounds on images, with so many compute threads.
     pub fn image_limits(&self, compute_threads: usize) -> ImageLimits {
-        // One that runs, and one that comes while it does, keep a thread busy.
-        let images_when_busy = compute_threads.saturating_mul(self.max_batch.max(2));
+        // One that runs and one that comes while it does keep a thread busy; where images wait for company, a batch each.
+        let per_thread = if self.max_wait.is_zero() { self.max_batch } else { self.max_batch.saturating_mul(2) };
+        // Of three, one set may have two.
+        let images_when_busy = compute_threads.saturating_mul(per_thread.max(2)).max(3);
         ImageLimits {
             images: self.queue_images,
             bytes: self.queue_bytes.0,

@@ -209,8 +209,8 @@ impl Metrics {
                 "Different expert sets per forward pass.",
                 COUNT_BUCKETS,
             )?,
-            queue_depth: IntGauge::new("bvit_queue_depth", "Images waiting for a compute thread.")?,
-            queue_capacity: IntGauge::new("bvit_queue_capacity", "Images that may be on their way at once.")?,
+            queue_depth: IntGauge::new("bvit_queue_depth", "Images from admission to answer.")?,
+            queue_capacity: IntGauge::new("bvit_queue_capacity", "Most images from admission to answer.")?,
             requests_in_flight: IntGauge::new("bvit_requests_in_flight", "Requests being worked on.")?,
             connections_open: IntGauge::new("bvit_connections_open", "Open connections.")?,
             request_failures: counter_vec(

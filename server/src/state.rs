@@ -111,7 +111,7 @@ impl App {
     /// Reads the gauges of what *is* from their owners.
     pub fn refresh_metrics(&self) {
         let (metrics, totals, budget) = (&self.metrics, self.registry.totals(), self.registry.budget());
-        let (images, bytes) = self.pipeline.depth();
+        let (images, bytes) = self.admission.images.held();
         metrics.queue_depth.set(saturating(images));
         metrics.sets_registered.set(saturating(totals.registered));
         metrics.sets_resident.set(saturating(totals.resident));

@@ -23,7 +23,7 @@ use super::openapi::{
     Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape, set_name_schema, version_schema,
 };
 use super::{body, input};
-use crate::admission::ImagePermit;
+use crate::admission::{ImagePermit, Refused};
 use crate::error::{ApiError, ErrorBody, ErrorCode};
 use crate::metrics::ImageResult;
 use crate::model::SetLease;
@@ -367,7 +367,13 @@ async fn answer_in_time(app: &AppState, name: &str, request: ImageRequest) -> Re
 /// Places for images of one set. Those that are still taken for clients who have gone are given up first.
 fn admit_images(app: &AppState, set: &str, count: usize, bytes_each: usize) -> Result<Vec<ImagePermit>, ApiError> {
     let admitted = app.admission.images.admit(set, count, bytes_each, || app.pipeline.drop_dead());
-    admitted.map_err(|refused| ApiError::new(ErrorCode::QueueFull, format!("{refused}; try again later")))
+    admitted.map_err(|refused| {
+        let code = match refused {
+            Refused::Full | Refused::SetFull => ErrorCode::QueueFull,
+            Refused::TooMany { .. } => ErrorCode::BatchTooLarge,
+        };
+        ApiError::new(code, refused.to_string())
+    })
 }
 
 /// The model's input, with the time it took.

@@ -119,7 +119,7 @@ fn example() -> Value {
 /// For people: one look at what is running.
 async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
     app.lifecycle.check()?;
-    let (totals, budget, (images, bytes)) = (app.registry.totals(), app.registry.budget(), app.pipeline.depth());
+    let (totals, budget, (images, bytes)) = (app.registry.totals(), app.registry.budget(), app.admission.images.held());
     Ok(Json(Health {
         status: app.lifecycle.as_str(),
         version: env!("CARGO_PKG_VERSION"),

@@ -63,10 +63,6 @@ impl Entry for QueuedJob {
         Arc::as_ptr(&self.job.lease.backbone) as usize
     }
 
-    fn bytes(&self) -> usize {
-        size_of_val(self.job.pixels.as_slice())
-    }
-
     fn enqueued(&self) -> Instant {
         self.enqueued
     }
@@ -122,11 +118,6 @@ impl Pipeline {
         self.queue.drop_dead();
     }
 
-    /// Images and bytes waiting.
-    pub fn depth(&self) -> (usize, usize) {
-        self.queue.depth()
-    }
-
     /// Refuses new images, finishes those that wait, and ends the compute threads. Blocking.
     pub fn drain(&self) {
         self.queue.close();
@@ -146,11 +137,14 @@ fn run_worker(index: usize, queue: &Queue<QueuedJob>, metrics: &Metrics) {
         match outputs {
             Ok((outputs, started, inference)) => {
                 for (entry, output) in batch.into_iter().zip(outputs) {
-                    entry.job.lease.mark_served();
-                    let queued = started.saturating_duration_since(entry.enqueued);
+                    let QueuedJob { job, enqueued, reply } = entry;
+                    job.lease.mark_served();
+                    // Its place is free before the client can know.
+                    drop(job);
+                    let queued = started.saturating_duration_since(enqueued);
                     metrics.queue_duration.observe(queued.as_secs_f64());
                     // A client that has gone meanwhile is no error.
-                    let _ = entry.reply.send(Ok(Answer { output, queued, inference }));
+                    let _ = reply.send(Ok(Answer { output, queued, inference }));
                 }
             }
             Err(cause) => {

@@ -28,8 +28,6 @@ pub trait Entry {
 
     /// Entries of one group may share a batch.
     fn group(&self) -> Self::Group;
-    /// Bytes held while waiting.
-    fn bytes(&self) -> usize;
     /// When it began to wait.
     fn enqueued(&self) -> Instant;
     /// Whether nobody wants the answer any more.
@@ -152,12 +150,6 @@ impl<E: Entry> Queue<E> {
         self.shared.1.notify_all();
     }
 
-    /// Images and bytes waiting.
-    pub fn depth(&self) -> (usize, usize) {
-        let state = self.lock();
-        (state.entries.len(), state.entries.iter().map(E::bytes).sum())
-    }
-
     fn lock(&self) -> MutexGuard<'_, State<E>> {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -202,9 +194,6 @@ mod tests {
         type Group = u8;
         fn group(&self) -> u8 {
             self.backbone
-        }
-        fn bytes(&self) -> usize {
-            10
         }
         fn enqueued(&self) -> Instant {
             self.enqueued
@@ -254,7 +243,7 @@ mod tests {
         assert_eq!(ids(queue.next_batch()), [0, 2, 3]);
         assert_eq!(ids(queue.next_batch()), [1, 5]);
         assert_eq!(ids(queue.next_batch()), [4]);
-        assert_eq!(queue.depth(), (0, 0));
+        assert!(queue.lock().entries.is_empty());
     }
 
     #[test]
