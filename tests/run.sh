@@ -7,13 +7,14 @@ cd "$(dirname "$0")/.."
 step() { printf '\n== %s\n' "$*"; }
 
 # python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics;
-# chromium looks at the console; curl runs the documented examples.
+# chromium looks at the console; curl runs the documented examples; faketime turns the clock.
 missing=()
 { command -v cc && command -v c++; } >/dev/null || missing+=(build-essential)
 /usr/bin/python3 -c 'import numpy, prometheus_client' 2>/dev/null ||
     missing+=(python3 python3-numpy python3-prometheus-client)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 command -v valgrind >/dev/null || missing+=(valgrind)
+[ -e "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketimeMT.so.1" ] || missing+=(faketime)
 command -v curl >/dev/null || missing+=(curl ca-certificates)
 [ -x /usr/bin/chromedriver ] || missing+=(chromium chromium-driver fonts-dejavu-core)
 if [ ${#missing[@]} -gt 0 ]; then

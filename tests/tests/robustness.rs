@@ -1,4 +1,5 @@
-//! What a gateway in a cupboard lives through: being stopped under load, full and vanishing disks.
+//! What a gateway in a cupboard lives through: being stopped under load, full and vanishing disks, a clock
+//! that jumps.
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -10,7 +11,7 @@ use std::thread;
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
 use system_tests::fixtures::{expert_set_artifact, write, write_store};
-use system_tests::server::{Answer, Connection, Server, image};
+use system_tests::server::{Answer, Connection, Server, image, request_head};
 
 fn config() -> ViTConfig {
     ViTConfig::preset("tiny").unwrap()
@@ -257,4 +258,42 @@ fn junk_in_the_store_is_counted_and_left_alone() {
     for (path, bytes) in junk {
         assert_eq!(std::fs::read(store.path().join(path)).unwrap(), bytes, "{path} was touched");
     }
+}
+
+/// A gateway without a clock of its own starts years back, and jumps when it has found a time server.
+#[test]
+fn the_clock_of_the_wall_may_jump() {
+    let library = format!("/usr/lib/{}-linux-gnu/faketime/libfaketimeMT.so.1", std::env::consts::ARCH);
+    if !Path::new(&library).exists() {
+        assert!(std::env::var_os("CI").is_none(), "libfaketime is missing");
+        println!("skipped: libfaketime is missing");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let offset = folder.path().join("offset");
+    std::fs::write(&offset, "-30y\n").unwrap();
+    let server = Server::start_with(
+        ["--log", "debug", "--request-timeout", "2s", "--header-timeout", "2s"],
+        [
+            ("LD_PRELOAD", library.as_str()),
+            ("FAKETIME_TIMESTAMP_FILE", offset.to_str().unwrap()),
+            ("FAKETIME_NO_CACHE", "1"),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ],
+    );
+    let picture = image("test-00.png");
+    let expected = server.classify(&picture).label();
+    for jump in ["+0d", "-30y", "+30y"] {
+        // Headers are there before the jump, the body comes after it.
+        let mut waiting = server.connect();
+        waiting.send(&request_head("POST /classify", picture.len()));
+        std::fs::write(&offset, format!("{jump}\n")).unwrap();
+        let (status, text) = waiting.send(&picture).read_one();
+        assert_eq!(status, 200, "{jump}: {text}");
+        assert_eq!(server.classify(&picture).label(), expected, "{jump}");
+    }
+    server.signal("TERM");
+    let years: HashSet<String> =
+        server.log_to_end().iter().filter_map(|line| line.get(..4)).map(str::to_owned).collect();
+    assert!(years.len() >= 3, "the clock was seen in {years:?} only");
 }
