@@ -13,13 +13,13 @@ use candle_core::{Device, Tensor};
 
 use crate::artifact::{ArtifactError, BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set};
 use crate::config::{BackboneConfig, ConfigError, ExpertConfig};
-use crate::engine;
+use crate::engine::{self, Pool};
 use crate::image::Preprocess;
 use crate::kernels::{Isa, KernelError};
 use crate::vit::{Quantizers, ViT};
 use crate::weights::{BackboneWeights, ExpertSetWeights};
 
-pub use crate::engine::Row;
+pub use crate::engine::{Row, Team, Welcome};
 
 /// Why a model could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -222,8 +222,23 @@ impl Session {
     /// Scratch for batches of up to `max_batch` images on `backbone`, computed by `threads` threads: the caller's and
     /// `threads - 1` helpers that live as long as the session. Zeros count as one.
     pub fn new(backbone: &Arc<Backbone>, max_batch: usize, threads: usize) -> Self {
-        let engine = engine::Session::new(&backbone.engine, max_batch.max(1), threads.max(1));
+        Self::with_pool(backbone, max_batch, Pool::new(threads))
+    }
+
+    /// As [`Session::new`], but without threads of its own: `guests` threads that are idle elsewhere may share its
+    /// forward passes through [`Session::team`].
+    pub fn with_seats_for(guests: usize, backbone: &Arc<Backbone>, max_batch: usize) -> Self {
+        Self::with_pool(backbone, max_batch, Pool::with_seats_for(guests))
+    }
+
+    fn with_pool(backbone: &Arc<Backbone>, max_batch: usize, pool: Pool) -> Self {
+        let engine = engine::Session::new(&backbone.engine, max_batch.max(1), pool);
         Self { backbone: Arc::clone(backbone), engine }
+    }
+
+    /// Its seats for guests.
+    pub fn team(&self) -> Team {
+        self.engine.team()
     }
 
     /// The backbone that it runs.

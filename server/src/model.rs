@@ -11,7 +11,7 @@ use model_core::image::{Preprocess, RgbImage};
 use crate::metrics::Metrics;
 use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
 use crate::routing::RoutingMap;
-use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session};
+use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session, Team};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -25,6 +25,8 @@ pub struct ArtifactSource {
     pub compute_threads: usize,
     /// Most images in one forward pass.
     pub max_batch: usize,
+    /// Bytes of preprocessed images that may be on their way; a backbone whose images are larger is of no use.
+    pub queue_bytes: usize,
 }
 
 /// A backbone with the scratch of every compute thread: loaded, accounted and dropped together.
@@ -32,6 +34,8 @@ pub struct LoadedBackbone {
     backbone: Arc<Backbone>,
     /// One per compute thread; each thread only ever locks its own.
     sessions: Vec<Mutex<Session>>,
+    /// The sessions' seats for compute threads that are idle.
+    teams: Vec<Team>,
 }
 
 /// An expert set ready to run.
@@ -118,6 +122,11 @@ impl LoadedBackbone {
         Ok(outputs.collect())
     }
 
+    /// The seats for others in the forward passes of compute thread `thread`.
+    pub fn team(&self, thread: usize) -> Option<&Team> {
+        self.teams.get(thread)
+    }
+
     /// Shapes.
     pub fn config(&self) -> &BackboneConfig {
         self.backbone.config()
@@ -174,15 +183,25 @@ impl Source for ArtifactSource {
 
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<LoadedBackbone>, String> {
         let at = |error: &dyn std::fmt::Display| format!("{}: {error}", descriptor.location);
+        let input_bytes = descriptor.image_size.pow(2) * 3 * size_of::<f32>();
+        if input_bytes > self.queue_bytes {
+            let (side, limit) = (descriptor.image_size, self.queue_bytes);
+            return Err(at(&format!(
+                "an image of {side} x {side} takes {input_bytes} bytes, --queue-bytes is {limit}"
+            )));
+        }
         let bytes = read(&descriptor.location)?;
         let backbone = Arc::new(Backbone::from_bytes(&bytes).map_err(|error| at(&error))?);
         if backbone.digest() != descriptor.digest {
             return Err(at(&"the file was replaced by another backbone; restart to use it"));
         }
+        let guests = self.compute_threads.saturating_sub(1);
         let sessions: Vec<_> =
-            (0..self.compute_threads).map(|_| Mutex::new(Session::new(&backbone, self.max_batch, 1))).collect();
-        let scratch = sessions.iter().map(|session| session.lock().map_or(0, |session| session.resident_bytes())).sum();
-        Ok(Loaded { bytes: backbone.resident_bytes(), scratch, value: LoadedBackbone { backbone, sessions } })
+            (0..self.compute_threads).map(|_| Session::with_seats_for(guests, &backbone, self.max_batch)).collect();
+        let scratch = sessions.iter().map(Session::resident_bytes).sum();
+        let teams = sessions.iter().map(Session::team).collect();
+        let sessions = sessions.into_iter().map(Mutex::new).collect();
+        Ok(Loaded { bytes: backbone.resident_bytes(), scratch, value: LoadedBackbone { backbone, sessions, teams } })
     }
 
     fn load_set(
@@ -307,7 +326,7 @@ impl OfflineModel {
     /// # Errors
     /// A sentence that names file and reason.
     pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor, arithmetic: Arithmetic) -> Result<Self, String> {
-        let source = ArtifactSource { compute_threads: 1, max_batch: 1 };
+        let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
         let loaded_backbone = source.load_backbone(backbone)?.value;
         let loaded_set = source.load_set_on(set, &loaded_backbone)?.value;
         let float = match arithmetic {

@@ -183,7 +183,11 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
         drop_idle_backbones: args.registry.drop_idle_backbones,
         ..registry::Settings::default()
     };
-    let source = ArtifactSource { compute_threads, max_batch: args.pipeline.max_batch };
+    let source = ArtifactSource {
+        compute_threads,
+        max_batch: args.pipeline.max_batch,
+        queue_bytes: args.pipeline.queue_bytes.0,
+    };
     let loader = BlockingPool::start("load", args.registry.load_threads, Priority::Background);
     let loader = loader.map_err(|error| format!("threads: {error}"))?;
     Registry::new(source, settings, loader, metrics.sets.clone()).map_err(|_| {

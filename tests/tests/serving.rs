@@ -163,6 +163,7 @@ fn a_wrong_start_is_one_line_and_exit_code_2() {
         (vec!["--listen", "not-an-address"], "not-an-address"),
         (vec!["--memory-budget", "12parsecs"], "12parsecs"),
         (vec!["--memory-budget", "1KiB"], "budget"),
+        (vec!["--queue-bytes", "4KiB"], "--queue-bytes is 4096"),
         (vec!["inspect", "tests/images/test-00.png"], "test-00.png"),
         (vec!["inspect", "/no/such/file"], "/no/such/file"),
     ] {

@@ -21,7 +21,7 @@ use linear::{Linear, Quantized, TILE};
 use moe::LENGTHS;
 pub use moe::{ExpertLayer, Moe, MoeScratch, Span, Substrates};
 use pool::Parts;
-pub use pool::Pool;
+pub use pool::{Pool, Team, Welcome};
 use stem::Convolution;
 
 use crate::config::{BackboneConfig, ExpertConfig};
@@ -205,11 +205,10 @@ struct ThreadScratch {
 }
 
 impl Session {
-    pub(crate) fn new(backbone: &Backbone, max_batch: usize, threads: usize) -> Self {
+    pub(crate) fn new(backbone: &Backbone, max_batch: usize, pool: Pool) -> Self {
         let config = &backbone.config;
         let (d_model, tokens) = (config.d_model, config.num_tokens());
         let (stem_len, windows, outputs) = stem::scratch_sizes(config);
-        let pool = Pool::new(threads);
         let rows = outputs.max(TILE * d_model);
         let thread = || ThreadScratch {
             windows: vec![0.0; windows],
@@ -229,14 +228,18 @@ impl Session {
             normed: vec![0.0; max_batch * tokens * d_model],
             qkv: vec![0.0; max_batch * tokens * 3 * d_model],
             heads: vec![0.0; max_batch * tokens * d_model],
-            moe: MoeScratch::new(d_model, config.d_ff, max_batch * tokens, pool.threads()),
-            threads: (0..pool.threads()).map(|_| thread()).collect(),
+            moe: MoeScratch::new(d_model, config.d_ff, max_batch * tokens, pool.seats()),
+            threads: (0..pool.seats()).map(|_| thread()).collect(),
             pool,
         }
     }
 
     pub(crate) fn max_batch(&self) -> usize {
         self.max_batch
+    }
+
+    pub(crate) fn team(&self) -> Team {
+        self.pool.team()
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {

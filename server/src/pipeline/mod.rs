@@ -16,7 +16,8 @@ use crate::admission::ImagePermit;
 use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
 use crate::model::{self, RowOutput, SetLease};
-use queue::{Entry, Queue, QueueSettings};
+use model_core::model::Team;
+use queue::{Entry, Queue, QueueSettings, Work};
 
 /// One image on its way through a compute thread.
 pub struct Job {
@@ -55,6 +56,9 @@ struct QueuedJob {
     reply: Reply,
 }
 
+/// Threads without a batch of their own share the forward passes of others.
+type JobQueue = Queue<QueuedJob, Team>;
+
 impl Entry for QueuedJob {
     type Group = usize;
 
@@ -74,7 +78,7 @@ impl Entry for QueuedJob {
 
 /// The queue and its compute threads.
 pub struct Pipeline {
-    queue: Queue<QueuedJob>,
+    queue: JobQueue,
     workers: std::sync::Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -129,10 +133,24 @@ impl Pipeline {
     }
 }
 
-fn run_worker(index: usize, queue: &Queue<QueuedJob>, metrics: &Metrics) {
-    while let Some(batch) = queue.next_batch() {
+fn run_worker(index: usize, queue: &JobQueue, metrics: &Metrics) {
+    while let Some(work) = queue.next() {
+        let (batch, others_idle) = match work {
+            Work::Batch { entries, others_idle } => (entries, others_idle),
+            Work::Help(team) => {
+                team.help(|| queue.has_waiting());
+                continue;
+            }
+        };
         // A panic in a forward pass fails its batch, not the thread.
-        let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| run_batch(index, &batch, metrics)));
+        let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let team = batch.first().and_then(|entry| entry.job.lease.backbone.value.team(index));
+            let team = team.filter(|_| others_idle);
+            // The call ends first, so that nobody answers it in vain.
+            let _welcome = team.map(Team::welcome);
+            let _call = team.map(|team| queue.call(team.clone()));
+            run_batch(index, &batch, metrics)
+        }));
         let outputs = batch_result.unwrap_or_else(|_| Err("the forward pass panicked".to_owned()));
         match outputs {
             Ok((outputs, started, inference)) => {

@@ -2,6 +2,7 @@
 //! before images are decoded, by [`crate::admission`].
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,28 +70,95 @@ pub fn decide(
     if closed || waiting >= settings.max_batch || due <= now { Decision::Close } else { Decision::WaitUntil(due) }
 }
 
-struct State<E> {
+/// What a thread is to do next.
+#[derive(Debug)]
+pub enum Work<E, H> {
+    /// Run these entries, of one group.
+    Batch {
+        /// Oldest first.
+        entries: Vec<E>,
+        /// Whether other threads are idle.
+        others_idle: bool,
+    },
+    /// Answer a call for help.
+    Help(H),
+}
+
+struct State<E, H> {
     entries: VecDeque<E>,
+    /// Calls for help, each with a number; the front one is answered next.
+    calls: VecDeque<(u64, H)>,
+    next_call: u64,
+    /// Threads that sleep because nothing waits.
+    idle: usize,
     closed: bool,
 }
 
-/// A first-in-first-out queue that hands out batches; clones share it.
-pub struct Queue<E> {
-    shared: Arc<(Mutex<State<E>>, Condvar)>,
+struct Shared<E, H> {
+    state: Mutex<State<E, H>>,
+    changed: Condvar,
+    /// Number of entries, for those who look without the lock.
+    waiting: AtomicUsize,
+}
+
+/// A first-in-first-out queue that hands out batches, and calls for help (`H`) to threads that would sleep otherwise;
+/// clones share it.
+pub struct Queue<E, H> {
+    shared: Arc<Shared<E, H>>,
     settings: QueueSettings,
 }
 
-impl<E> Clone for Queue<E> {
+impl<E, H> Clone for Queue<E, H> {
     fn clone(&self) -> Self {
         Self { shared: Arc::clone(&self.shared), settings: self.settings }
     }
 }
 
-impl<E: Entry> Queue<E> {
+/// A call for help, taken back when dropped.
+pub struct Call<'a, E, H> {
+    queue: &'a Queue<E, H>,
+    number: u64,
+}
+
+impl<E, H> Drop for Call<'_, E, H> {
+    fn drop(&mut self) {
+        self.queue.lock().calls.retain(|(number, _)| *number != self.number);
+    }
+}
+
+impl<E, H> Queue<E, H> {
+    fn lock(&self) -> MutexGuard<'_, State<E, H>> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<E: Entry, H: Clone> Queue<E, H> {
     /// An empty queue.
     pub fn new(settings: QueueSettings) -> Self {
-        let state = State { entries: VecDeque::new(), closed: false };
-        Self { shared: Arc::new((Mutex::new(state), Condvar::new())), settings }
+        let state = State { entries: VecDeque::new(), calls: VecDeque::new(), next_call: 0, idle: 0, closed: false };
+        let shared = Shared { state: Mutex::new(state), changed: Condvar::new(), waiting: AtomicUsize::new(0) };
+        Self { shared: Arc::new(shared), settings }
+    }
+
+    /// Asks idle threads to help with `what` until the call is dropped.
+    pub fn call(&self, what: H) -> Call<'_, E, H> {
+        let mut state = self.lock();
+        let number = state.next_call;
+        state.next_call += 1;
+        state.calls.push_back((number, what));
+        drop(state);
+        self.shared.changed.notify_all();
+        Call { queue: self, number }
+    }
+
+    /// Whether entries wait: a thread that helps should come back.
+    pub fn has_waiting(&self) -> bool {
+        self.shared.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// For those who look without the lock.
+    fn count(&self, state: &State<E, H>) {
+        self.shared.waiting.store(state.entries.len(), Ordering::Relaxed);
     }
 
     /// Queues all of `entries` or none of them.
@@ -103,20 +171,28 @@ impl<E: Entry> Queue<E> {
             return Err(Closed);
         }
         state.entries.extend(entries);
+        self.count(&state);
         drop(state);
-        self.shared.1.notify_one();
+        self.shared.changed.notify_one();
         Ok(())
     }
 
     /// Drops entries that nobody waits for.
     pub fn drop_dead(&self) {
         let now = Instant::now();
-        self.lock().entries.retain(|entry| !entry.is_dead(now));
+        let mut state = self.lock();
+        let (dead, live): (VecDeque<E>, _) =
+            std::mem::take(&mut state.entries).into_iter().partition(|e| e.is_dead(now));
+        state.entries = live;
+        self.count(&state);
+        drop(state);
+        // Without the lock: what they hold may take a while to free.
+        drop(dead);
     }
 
-    /// Blocks until a batch closes: entries of one group, oldest first, dead ones dropped. `None` once the queue is
-    /// closed and empty.
-    pub fn next_batch(&self) -> Option<Vec<E>> {
+    /// Blocks until a batch closes (entries of one group, oldest first, dead ones dropped) or, while nothing waits,
+    /// somebody calls for help. `None` once the queue is closed and empty.
+    pub fn next(&self) -> Option<Work<E, H>> {
         let mut state = self.lock();
         loop {
             let now = Instant::now();
@@ -125,20 +201,36 @@ impl<E: Entry> Queue<E> {
             let waiting = state.entries.iter().filter(|entry| Some(entry.group()) == group).count();
             match decide(oldest, waiting, state.closed, &self.settings, now) {
                 Decision::Close => {
-                    let batch = state.take_batch(self.settings.batch_of(waiting), now);
+                    let (entries, dead) = state.take_batch(self.settings.batch_of(waiting), now);
+                    self.count(&state);
                     // One wake-up per push is not enough when a push brought more than one batch.
                     if !state.entries.is_empty() {
-                        self.shared.1.notify_one();
+                        self.shared.changed.notify_one();
                     }
-                    if !batch.is_empty() {
-                        return Some(batch);
+                    let others_idle = state.idle > 0 && state.entries.is_empty();
+                    drop(state);
+                    // Without the lock: what they hold may take a while to free.
+                    drop(dead);
+                    if !entries.is_empty() {
+                        return Some(Work::Batch { entries, others_idle });
                     }
+                    state = self.lock();
                 }
                 Decision::Sleep if state.closed => return None,
-                Decision::Sleep => state = self.shared.1.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Decision::Sleep => {
+                    if let Some(call) = state.calls.pop_front() {
+                        let what = call.1.clone();
+                        // The next helper goes to the next caller.
+                        state.calls.push_back(call);
+                        return Some(Work::Help(what));
+                    }
+                    state.idle += 1;
+                    state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    state.idle -= 1;
+                }
                 Decision::WaitUntil(due) => {
                     let wait = due.saturating_duration_since(now);
-                    state = self.shared.1.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+                    state = self.shared.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
                 }
             }
         }
@@ -147,22 +239,18 @@ impl<E: Entry> Queue<E> {
     /// Refuses new entries; what waits is still handed out.
     pub fn close(&self) {
         self.lock().closed = true;
-        self.shared.1.notify_all();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State<E>> {
-        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.changed.notify_all();
     }
 }
 
-impl<E: Entry> State<E> {
-    /// Up to `max` live entries of the oldest live entry's group; dead ones met on the way are dropped.
-    fn take_batch(&mut self, max: usize, now: Instant) -> Vec<E> {
-        let mut batch: Vec<E> = Vec::new();
+impl<E: Entry, H> State<E, H> {
+    /// Up to `max` live entries of the oldest live entry's group, and the dead ones met on the way.
+    fn take_batch(&mut self, max: usize, now: Instant) -> (Vec<E>, Vec<E>) {
+        let (mut batch, mut dead): (Vec<E>, Vec<E>) = (Vec::new(), Vec::new());
         let mut rest = VecDeque::with_capacity(self.entries.len());
         while let Some(entry) = self.entries.pop_front() {
             if entry.is_dead(now) {
-                drop(entry);
+                dead.push(entry);
             } else if batch.len() < max && batch.first().is_none_or(|first| first.group() == entry.group()) {
                 batch.push(entry);
             } else {
@@ -174,7 +262,7 @@ impl<E: Entry> State<E> {
         }
         rest.append(&mut self.entries);
         self.entries = rest;
-        batch
+        (batch, dead)
     }
 }
 
@@ -211,8 +299,17 @@ mod tests {
         QueueSettings { max_batch: 3, max_wait: Duration::ZERO, threads: 1 }
     }
 
-    fn ids(batch: Option<Vec<Image>>) -> Vec<usize> {
-        batch.unwrap().iter().map(|image| image.id).collect()
+    type TestQueue = Queue<Image, &'static str>;
+
+    fn entries(work: Work<Image, &str>) -> Vec<Image> {
+        match work {
+            Work::Batch { entries, .. } => entries,
+            Work::Help(what) => panic!("asked to help {what}"),
+        }
+    }
+
+    fn ids(work: Option<Work<Image, &str>>) -> Vec<usize> {
+        entries(work.unwrap()).iter().map(|image| image.id).collect()
     }
 
     #[test]
@@ -236,56 +333,101 @@ mod tests {
 
     #[test]
     fn a_batch_is_of_one_backbone_oldest_first() {
-        let queue = Queue::new(settings());
+        let queue = TestQueue::new(settings());
         for (id, backbone) in [(0, 1), (1, 2), (2, 1), (3, 1), (4, 1), (5, 2)] {
             queue.push_all(vec![image(id, backbone)]).unwrap();
         }
-        assert_eq!(ids(queue.next_batch()), [0, 2, 3]);
-        assert_eq!(ids(queue.next_batch()), [1, 5]);
-        assert_eq!(ids(queue.next_batch()), [4]);
+        assert_eq!(ids(queue.next()), [0, 2, 3]);
+        assert_eq!(ids(queue.next()), [1, 5]);
+        assert_eq!(ids(queue.next()), [4]);
         assert!(queue.lock().entries.is_empty());
     }
 
     #[test]
     fn a_thread_takes_no_more_than_its_share() {
-        let queue = Queue::new(QueueSettings { threads: 2, ..settings() });
+        let queue = TestQueue::new(QueueSettings { threads: 2, ..settings() });
         queue.push_all((0..9).map(|id| image(id, 1)).collect()).unwrap();
-        let batches: Vec<_> = (0..4).map(|_| ids(queue.next_batch())).collect();
+        let batches: Vec<_> = (0..4).map(|_| ids(queue.next())).collect();
         assert_eq!(batches, [vec![0, 1, 2], vec![3, 4, 5], vec![6, 7], vec![8]]);
-        let patient = Queue::new(QueueSettings { max_wait: Duration::from_millis(1), ..queue.settings });
+        let patient = TestQueue::new(QueueSettings { max_wait: Duration::from_millis(1), ..queue.settings });
         patient.push_all(vec![image(0, 1), image(1, 1)]).unwrap();
-        assert_eq!(ids(patient.next_batch()), [0, 1]);
+        assert_eq!(ids(patient.next()), [0, 1]);
     }
 
     #[test]
     fn the_dead_are_neither_run_nor_in_the_way() {
-        let queue = Queue::new(settings());
+        let queue = TestQueue::new(settings());
         queue.push_all((0..6).map(|id| Image { dead: true, ..image(id, 1) }).collect()).unwrap();
         queue.push_all((6..9).map(|id| image(id, 1)).collect()).unwrap();
         queue.push_all(vec![Image { dead: true, ..image(9, 1) }, image(10, 1)]).unwrap();
-        assert_eq!(ids(queue.next_batch()), [6, 7, 8]);
-        assert_eq!(ids(queue.next_batch()), [10]);
+        assert_eq!(ids(queue.next()), [6, 7, 8]);
+        assert_eq!(ids(queue.next()), [10]);
     }
 
     #[test]
     fn a_closed_queue_drains() {
-        let queue = Queue::new(settings());
+        let queue = TestQueue::new(settings());
         queue.push_all((0..4).map(|id| image(id, 1)).collect()).unwrap();
         queue.close();
         assert_eq!(queue.push_all(vec![image(9, 1)]), Err(Closed));
-        assert_eq!(ids(queue.next_batch()), [0, 1, 2]);
-        assert_eq!(ids(queue.next_batch()), [3]);
-        assert!(queue.next_batch().is_none());
+        assert_eq!(ids(queue.next()), [0, 1, 2]);
+        assert_eq!(ids(queue.next()), [3]);
+        assert!(queue.next().is_none());
+    }
+
+    #[test]
+    fn idle_threads_are_sent_to_callers_in_turn_and_entries_go_first() {
+        let queue = TestQueue::new(settings());
+        let (first, _second) = (queue.call("first"), queue.call("second"));
+        let help = || match queue.next() {
+            Some(Work::Help(what)) => what,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([help(), help(), help()], ["first", "second", "first"]);
+        drop(first);
+        assert_eq!([help(), help()], ["second"; 2]);
+        assert!(!queue.has_waiting());
+        queue.push_all(vec![image(0, 1)]).unwrap();
+        assert!(queue.has_waiting());
+        assert_eq!(ids(queue.next()), [0]);
+        assert!(!queue.has_waiting());
+        queue.push_all(vec![Image { dead: true, ..image(1, 1) }]).unwrap();
+        queue.drop_dead();
+        assert!(!queue.has_waiting());
+        queue.close();
+        assert!(queue.next().is_none(), "nobody helps in a server that ends");
+    }
+
+    #[test]
+    fn a_batch_knows_whether_others_are_idle() {
+        let queue = TestQueue::new(settings());
+        std::thread::scope(|scope| {
+            let sleeper = scope.spawn(|| queue.next());
+            while queue.lock().idle == 0 {
+                std::thread::yield_now();
+            }
+            // Under one lock, so that the sleeper cannot have woken up.
+            let mut state = queue.lock();
+            state.entries.push_back(image(0, 1));
+            state.entries.push_back(image(1, 1));
+            drop(state);
+            match queue.next() {
+                Some(Work::Batch { entries, others_idle }) => assert_eq!((entries.len(), others_idle), (2, true)),
+                other => panic!("{other:?}"),
+            }
+            let _call = queue.call("the batch");
+            assert!(matches!(sleeper.join().unwrap(), Some(Work::Help("the batch"))));
+        });
     }
 
     #[test]
     fn many_threads_lose_and_repeat_nothing() {
-        let queue: Queue<Image> = Queue::new(settings());
+        let queue = TestQueue::new(settings());
         let takers: Vec<_> = (0..4)
             .map(|_| {
                 let queue = queue.clone();
                 std::thread::spawn(move || {
-                    std::iter::from_fn(|| queue.next_batch()).flatten().map(|i| i.id).collect::<Vec<_>>()
+                    std::iter::from_fn(|| queue.next()).flat_map(entries).map(|i| i.id).collect::<Vec<_>>()
                 })
             })
             .collect();
