@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-step() { printf '\n== %s\n' "$*"; }
+# With the minutes gone, so that what is slow can be seen.
+step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 # python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics;
 # chromium looks at the console; curl runs the documented examples; faketime turns the clock.

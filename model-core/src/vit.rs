@@ -397,12 +397,31 @@ impl ViT {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, pixels: &Tensor, quantizers: Quantizers) -> Result<Output> {
+        self.forward_scaled(pixels, quantizers, None)
+    }
+
+    /// [`ViT::forward`] with the residual branches of every image multiplied by `branch_scales [batch, 2 * layers]`,
+    /// attention before feed-forward.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward_scaled(
+        &self,
+        pixels: &Tensor,
+        quantizers: Quantizers,
+        branch_scales: Option<&Tensor>,
+    ) -> Result<Output> {
+        let scaled = |y: Tensor, branch: usize| match branch_scales {
+            Some(scales) => y.broadcast_mul(&scales.narrow(1, branch, 1)?.unsqueeze(2)?),
+            None => Ok(y),
+        };
         let mut x = self.stem.forward(pixels)?;
         let mut routing = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            x = (&x + block.attention.forward(&block.norm1.forward(&x)?)?)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let y = block.attention.forward(&block.norm1.forward(&x)?)?;
+            x = (x + scaled(y, 2 * layer)?)?;
             let (y, chosen) = block.feed_forward.forward(&block.norm2.forward(&x)?, quantizers)?;
-            x = (x + y)?;
+            x = (x + scaled(y, 2 * layer + 1)?)?;
             routing.extend(chosen);
         }
         let pooled = self.norm.forward(&x)?.mean(1)?;

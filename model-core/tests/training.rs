@@ -16,7 +16,7 @@ fn batch(config: &ViTConfig, len: usize) -> Batch {
     for i in 0..len {
         targets[i * config.num_classes + i % config.num_classes] = 1.0;
     }
-    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len }
+    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, branch_scales: Vec::new() }
 }
 
 fn logits(vit: &ViT, batch: &Batch, quantizers: Quantizers) -> Vec<f32> {
@@ -30,7 +30,7 @@ fn every_parameter_receives_gradient_the_router_included() {
     let config = tiny();
     let vit = ViT::init(&config, 1).unwrap();
     // Without routing losses: what reaches the router here came through the weights of the chosen experts.
-    let weights = LossWeights { balance: 0.0, smoothness: 0.0 };
+    let weights = LossWeights { balance: 0.0, smoothness: 0.0, contiguity: 0.0 };
     let (gradients, _) = gradients(&vit, Quantizers::ALL, &batch(&config, 8), weights, 8, 1).unwrap();
     for name in vit.parameters().all().keys() {
         let largest = gradients[name].iter().fold(0f32, |m, g| m.max(g.abs()));

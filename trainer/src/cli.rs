@@ -172,9 +172,12 @@ pub struct RecipeArgs {
     /// Weight of the load-balance loss.
     #[arg(long)]
     pub balance: Option<f64>,
-    /// Weight of the spatial smoothness loss.
+    /// Weight of the paper's spatial smoothness loss.
     #[arg(long)]
     pub smoothness: Option<f64>,
+    /// Weight of the contiguity ratio: smoothness relative to how much routing varies at all, moving routers only.
+    #[arg(long)]
+    pub contiguity: Option<f64>,
     /// Share of the target spread evenly over the classes.
     #[arg(long)]
     pub label_smoothing: Option<f32>,
@@ -199,6 +202,12 @@ pub struct RecipeArgs {
     /// Share of the mixed images that get CutMix rather than mixup.
     #[arg(long)]
     pub cutmix_share: Option<f64>,
+    /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks.
+    #[arg(long)]
+    pub drop_path: Option<f64>,
+    /// Passes at the beginning without any rounding.
+    #[arg(long)]
+    pub float_epochs: Option<u64>,
     /// Decay of the moving average of the weights; 0 for none.
     #[arg(long)]
     pub ema_decay: Option<f64>,
@@ -231,6 +240,7 @@ impl RecipeArgs {
         set(&mut recipe.optimizer.max_grad_norm, self.max_grad_norm);
         set(&mut recipe.losses.balance, self.balance);
         set(&mut recipe.losses.smoothness, self.smoothness);
+        set(&mut recipe.losses.contiguity, self.contiguity);
         set(&mut recipe.label_smoothing, self.label_smoothing);
         set(&mut recipe.augment.crop_padding, self.crop_padding);
         set(&mut recipe.augment.flip, self.flip);
@@ -239,11 +249,28 @@ impl RecipeArgs {
         set(&mut recipe.augment.erase, self.erase);
         set(&mut recipe.mixing.probability, self.mix);
         set(&mut recipe.mixing.cutmix_share, self.cutmix_share);
+        set(&mut recipe.drop_path, self.drop_path);
+        set(&mut recipe.float_epochs, self.float_epochs);
         set(&mut recipe.ema_decay, self.ema_decay);
         set(&mut recipe.hold_out, self.hold_out);
         set(&mut recipe.labels, self.labels);
         set(&mut recipe.seed, self.seed);
     }
+}
+
+/// Distillation.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Teacher")]
+pub struct TeacherArgs {
+    /// Learn also from this finished model with the same classes: its backbone's file.
+    #[arg(long, value_name = "FILE", requires = "teacher_set")]
+    pub teacher_backbone: Option<PathBuf>,
+    /// The teacher's expert set.
+    #[arg(long, value_name = "FILE", requires = "teacher_backbone")]
+    pub teacher_set: Option<PathBuf>,
+    /// Share of every target that is the teacher's answer [default: 0.5].
+    #[arg(long, value_name = "SHARE", requires = "teacher_backbone")]
+    pub distil: Option<f64>,
 }
 
 /// What the artifacts are called.
@@ -275,6 +302,9 @@ pub struct TrainArgs {
     /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
+    /// Distillation.
+    #[command(flatten)]
+    pub teacher: TeacherArgs,
 }
 
 /// `specialise`.
@@ -298,6 +328,9 @@ pub struct SpecialiseArgs {
     /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
+    /// Distillation.
+    #[command(flatten)]
+    pub teacher: TeacherArgs,
 }
 
 /// `compare`.
@@ -321,6 +354,9 @@ pub struct CompareArgs {
     /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
+    /// Distillation.
+    #[command(flatten)]
+    pub teacher: TeacherArgs,
 }
 
 /// `export`.

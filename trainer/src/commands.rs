@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{
-    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, SpeedArgs, TrainArgs, threads,
+    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, SpeedArgs, TeacherArgs,
+    TrainArgs, threads,
 };
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
@@ -25,6 +26,7 @@ use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe};
 use crate::speed;
 use crate::store::{Store, load_backbone, load_set};
+use crate::teacher::Teacher;
 use crate::train::{Ended, Run, Settings, averaged};
 
 /// `init`: a random backbone with random expert sets.
@@ -80,10 +82,11 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         // A preset is a shape for any number of classes; a configuration file says exactly what it wants.
         recipe.model.num_classes = dataset.num_classes();
     }
+    let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
     let vit = recipe.init_model()?;
-    let preprocess = dataset.preprocess();
-    let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess)?;
+    let preprocess = teacher.as_ref().map_or_else(|| dataset.preprocess(), |teacher| teacher.preprocess().clone());
+    let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
         export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names)
     })
@@ -106,12 +109,13 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
     recipe.model.num_classes = dataset.num_classes();
+    let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
 
     let (_, mut set) = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?;
     set.layers = start.weights.layers;
     let vit = ViT::from_weights(&backbone.weights, &set)?.freeze(|name| !is_expert_set_parameter(name))?;
-    let run = Run::new(recipe, settings, vit, Arc::new(dataset), backbone.preprocess.clone())?;
+    let run = Run::new(recipe, settings, vit, Arc::new(dataset), backbone.preprocess.clone(), teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
         export_set(checkpoint, &Store::new(args.run.out.join("store")), &args.backbone, &args.set_name)
     })
@@ -127,6 +131,8 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let side = base.model.backbone.image_size;
     let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
     base.model.num_classes = dataset.num_classes();
+    let teacher = teacher(&args.teacher, &mut base)?;
+    let preprocess = teacher.as_ref().map_or_else(|| dataset.preprocess(), |teacher| teacher.preprocess().clone());
     let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
     crate::files::create_folder(&args.run.out)?;
     compare::write_memory(&args.run.out, &base.model)?;
@@ -140,7 +146,7 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
             let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
             let vit = recipe.init_model()?;
             let settings = Settings { out: out.clone(), ..args.run.settings() };
-            let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess())?;
+            let run = Run::new(recipe, settings, vit, dataset.clone(), preprocess.clone(), teacher.clone())?;
             let mut outcome = None;
             let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
                 outcome = Some(measure_run(variant, checkpoint, &test, threads(args.run.threads))?);
@@ -307,6 +313,21 @@ fn open_train(args: &DataArgs, side: usize, labels: LabelColumn) -> Result<Datas
     }
     say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
     Ok(dataset)
+}
+
+/// The teacher that was asked for, entered in the recipe.
+fn teacher(args: &TeacherArgs, recipe: &mut Recipe) -> Result<Option<Arc<Teacher>>> {
+    let (Some(backbone), Some(set)) = (&args.teacher_backbone, &args.teacher_set) else {
+        ensure!(
+            recipe.distillation.is_none(),
+            "the run learns from a teacher; give --teacher-backbone and --teacher-set again"
+        );
+        return Ok(None);
+    };
+    let teacher = Teacher::load(backbone, set)?;
+    let before = recipe.distillation.as_ref().map(|distillation| distillation.share);
+    recipe.distillation = Some(teacher.distillation(args.distil.or(before).unwrap_or(0.5)));
+    Ok(Some(Arc::new(teacher)))
 }
 
 /// The checkpoint to go on from; refuses to overwrite one by accident.

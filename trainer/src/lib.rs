@@ -31,4 +31,5 @@ pub mod predict;
 pub mod recipe;
 pub mod speed;
 pub mod store;
+pub mod teacher;
 pub mod train;

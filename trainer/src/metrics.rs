@@ -27,6 +27,9 @@ pub struct StepLine {
     pub balance: f64,
     /// Spatial smoothness of the routers.
     pub smoothness: f64,
+    /// Contiguity ratio of the routers; 0 when it has no weight.
+    #[serde(default)]
+    pub contiguity: f64,
     /// Share of the (augmented) training images whose larger label was found.
     pub accuracy: f64,
     /// Gradient's global norm before clipping.

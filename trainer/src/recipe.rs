@@ -33,6 +33,18 @@ pub enum Origin {
     },
 }
 
+/// Learning from a finished model beside the labels.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Distillation {
+    /// Share of every target that is the teacher's answer.
+    pub share: f64,
+    /// Digest of the teacher's backbone.
+    pub backbone: String,
+    /// Digest of the teacher's expert set.
+    pub set: String,
+}
+
 /// What a training run computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -71,6 +83,15 @@ pub struct Recipe {
     pub augment: Augment,
     /// Blending of pairs.
     pub mixing: Mixing,
+    /// Stochastic depth: the probability that the last block's branches are left out, less for earlier ones.
+    #[serde(default)]
+    pub drop_path: f64,
+    /// The teacher, where there is one.
+    #[serde(default)]
+    pub distillation: Option<Distillation>,
+    /// Passes at the beginning without any rounding.
+    #[serde(default)]
+    pub float_epochs: u64,
     /// Decay of the moving average of the weights, which is what is validated and exported; 0 for none.
     pub ema_decay: f64,
     /// Share of the training images held out for validation.
@@ -99,6 +120,9 @@ impl Recipe {
             label_smoothing: 0.1,
             augment: Augment { crop_padding: 4, reflect: true, flip: true, operations: 1, magnitude: 0.6, erase: 0.1 },
             mixing: Mixing { probability: 0.5, ..Mixing::NONE },
+            drop_path: 0.0,
+            distillation: None,
+            float_epochs: 0,
             ema_decay: 0.999,
             hold_out: 0.05,
             labels: LabelColumn::Fine,
@@ -126,7 +150,7 @@ impl Recipe {
         Ok(ViT::init_kind(&self.model, self.feed_forward, self.seed)?)
     }
 
-    /// The roundings that training makes.
+    /// The roundings that training makes, after [`Recipe::float_epochs`].
     pub fn quantizers(&self) -> Quantizers {
         let quantizers = match (self.feed_forward, &self.origin) {
             (FeedForwardKind::DenseExperts | FeedForwardKind::Dense, _) => Quantizers::NONE,
@@ -165,6 +189,15 @@ impl Recipe {
         share(f64::from(self.label_smoothing), "label_smoothing")?;
         share(self.hold_out, "hold_out")?;
         share(self.ema_decay, "ema_decay")?;
+        share(self.drop_path, "drop_path")?;
+        if let Some(distillation) = &self.distillation {
+            let value = distillation.share;
+            ensure!((0.0..=1.0).contains(&value), "distillation.share is {value}; it must be in 0..=1");
+        }
+        let LossWeights { balance, smoothness, contiguity } = self.losses;
+        for (value, name) in [(balance, "balance"), (smoothness, "smoothness"), (contiguity, "contiguity")] {
+            ensure!(value >= 0.0 && value.is_finite(), "losses.{name} is {value}; it must not be negative");
+        }
         ensure!((0.0..=1.0).contains(&self.final_rate), "final_rate is {}; it must be in 0..=1", self.final_rate);
         for (value, name) in
             [(self.mixing.probability, "mixing.probability"), (self.mixing.cutmix_share, "mixing.cutmix_share")]
@@ -268,11 +301,16 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_named() {
         type Edit = fn(&mut Recipe);
-        let cases: [(&str, Edit); 6] = [
+        let cases: [(&str, Edit); 9] = [
             ("epochs", |r| r.epochs = 0),
             ("learning_rate", |r| r.learning_rate = f64::NAN),
             ("hold_out", |r| r.hold_out = 1.0),
             ("ema_decay", |r| r.ema_decay = -0.1),
+            ("losses.contiguity", |r| r.losses.contiguity = -1.0),
+            ("drop_path", |r| r.drop_path = 1.0),
+            ("distillation.share", |r| {
+                r.distillation = Some(Distillation { share: 1.5, backbone: "b".into(), set: "s".into() });
+            }),
             ("mixup_alpha", |r| r.mixing.mixup_alpha = 0.0),
             ("magnitude", |r| r.augment.magnitude = 1.5),
         ];

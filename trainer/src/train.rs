@@ -18,13 +18,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, State, Values};
 use crate::data::Dataset;
-use crate::data::loader::{Loader, Plan, Position, batches_per_epoch};
+use crate::data::loader::{Loader, Plan, Position, StochasticDepth, batches_per_epoch};
 use crate::data::split::{HeldOut, hold_out};
 use crate::evaluate::Tally;
 use crate::files::create_folder;
 use crate::metrics::{Diary, Line, StepLine};
 use crate::predict::{Candle, for_each_shard};
 use crate::recipe::Recipe;
+use crate::teacher::Teacher;
 
 /// What does not change the result.
 #[derive(Debug, Clone)]
@@ -82,6 +83,7 @@ pub struct Run {
     dataset: Arc<Dataset>,
     parts: HeldOut,
     preprocess: Preprocess,
+    teacher: Option<Arc<Teacher>>,
     quantizers: Quantizers,
     vit: ViT,
     optimizer: AdamW,
@@ -94,18 +96,29 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run at its beginning. `vit` holds the initial parameters, with those frozen that must not move.
+    /// A run at its beginning. `vit` holds the initial parameters, with those frozen that must not move; `teacher` is
+    /// the recipe's.
     ///
     /// # Errors
-    /// When the recipe does not hold together or does not fit the images.
+    /// When the recipe does not hold together or does not fit the images or the teacher.
     pub fn new(
         recipe: Recipe,
         settings: Settings,
         vit: ViT,
         dataset: Arc<Dataset>,
         preprocess: Preprocess,
+        teacher: Option<Arc<Teacher>>,
     ) -> Result<Self> {
         recipe.validate()?;
+        if let Some(teacher) = &teacher {
+            teacher.check(&dataset)?;
+            ensure!(*teacher.preprocess() == preprocess, "the teacher normalises pixels in another way than the model");
+        }
+        let share = recipe.distillation.as_ref().map_or(0.0, |distillation| distillation.share);
+        ensure!(
+            recipe.distillation == teacher.as_ref().map(|teacher| teacher.distillation(share)),
+            "the recipe's teacher is missing, or another one"
+        );
         let config = &recipe.model;
         ensure!(
             dataset.num_classes() == config.num_classes,
@@ -129,6 +142,7 @@ impl Run {
             dataset,
             parts,
             preprocess,
+            teacher,
             vit,
         })
     }
@@ -215,13 +229,17 @@ impl Run {
     }
 
     fn step(&mut self, loader: &mut Loader, rate: f64) -> Result<(StepStats, f64)> {
-        let batch = loader.next_batch();
+        let mut batch = loader.next_batch();
         debug_assert_eq!(batch.position, self.position);
+        if let (Some(teacher), Some(distillation)) = (&self.teacher, &self.recipe.distillation) {
+            teacher.teach(&batch.pixels, &mut batch.targets, distillation.share, self.settings.threads)?;
+        }
         let len = batch.labels.len();
-        let batch = Batch { pixels: batch.pixels, targets: batch.targets, len };
+        let batch = Batch { pixels: batch.pixels, targets: batch.targets, len, branch_scales: batch.branch_scales };
+        let float = self.position.epoch < self.recipe.float_epochs;
         let (gradients, stats) = gradients(
             &self.vit,
-            self.quantizers,
+            if float { Quantizers::NONE } else { self.quantizers },
             &batch,
             self.recipe.losses,
             self.recipe.shard_size,
@@ -271,6 +289,10 @@ impl Run {
             mixing: self.recipe.mixing,
             label_smoothing: self.recipe.label_smoothing,
             preprocess: self.preprocess.clone(),
+            depth: StochasticDepth {
+                probability: self.recipe.drop_path,
+                layers: self.recipe.model.backbone.num_layers,
+            },
         };
         Loader::start(self.dataset.clone(), self.parts.train.clone().into(), plan, self.position)
     }
@@ -382,6 +404,7 @@ impl Recent {
         self.sum.cross_entropy += stats.cross_entropy;
         self.sum.balance += stats.balance;
         self.sum.smoothness += stats.smoothness;
+        self.sum.contiguity += stats.contiguity;
         self.sum.accuracy += stats.accuracy;
     }
 
@@ -392,6 +415,7 @@ impl Recent {
             cross_entropy: self.sum.cross_entropy / n,
             balance: self.sum.balance / n,
             smoothness: self.sum.smoothness / n,
+            contiguity: self.sum.contiguity / n,
             accuracy: self.sum.accuracy / n,
             gradient_norm: self.norm / n,
             images_per_second: images as f64 / self.since.elapsed().as_secs_f64().max(1e-9),

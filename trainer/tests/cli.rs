@@ -122,6 +122,31 @@ fn train_evaluate_and_specialise() {
 }
 
 #[test]
+fn a_finished_model_teaches_another() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, first, second) = (images(root.path()), root.path().join("first"), root.path().join("second"));
+    let rate = ["--preset", "tiny", "--learning-rate", "0.01"];
+    succeed(&train(text(&data), text(&first), &rate));
+    let backbone = first.join("store/backbones/backbone.safetensors");
+    let set = first.join("store/expert-sets/default/1.safetensors");
+    let teacher = ["--teacher-backbone", text(&backbone), "--teacher-set", text(&set)];
+    let recipe = ["--distil", "0.7", "--drop-path", "0.1", "--float-epochs", "2", "--seed", "2"];
+    let more = [&rate[..], &teacher, &recipe].concat();
+    succeed(&train(text(&data), text(&second), &[&more[..], &["--limit-seconds", "0"]].concat()));
+    let resume = ["train", "--data", text(&data), "--out", text(&second), "--resume", "--quiet"];
+    let error = fail(&resume);
+    assert!(error.contains("give --teacher-backbone and --teacher-set again"), "{error}");
+    succeed(&[&resume[..], &teacher].concat());
+    let set = second.join("store/expert-sets/default/1.safetensors");
+    let backbone = second.join("store/backbones/backbone.safetensors");
+    let evaluate = ["evaluate", "--json", "--data", text(&data), "--backbone", text(&backbone), "--set", text(&set)];
+    let report: Value = serde_json::from_slice(&succeed(&evaluate).stdout).unwrap();
+    assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
+    let error = fail(&train(text(&data), text(&root.path().join("third")), &["--teacher-set", text(&set)]));
+    assert!(error.contains("--teacher-backbone"), "{error}");
+}
+
+#[test]
 fn compare_trains_variants_and_goes_on_after_an_interruption() {
     let root = tempfile::tempdir().unwrap();
     let (data, out) = (images(root.path()), root.path().join("study"));

@@ -10,9 +10,12 @@ use butterflyvit_trainer::checkpoint::Checkpoint;
 use butterflyvit_trainer::data::Dataset;
 use butterflyvit_trainer::data::loader::Mixing;
 use butterflyvit_trainer::recipe::{Origin, Recipe};
+use butterflyvit_trainer::store::Store;
+use butterflyvit_trainer::teacher::Teacher;
 use butterflyvit_trainer::train::{Ended, Run, Settings};
 use model_core::config::ViTConfig;
 use model_core::vit::{ViT, is_expert_set_parameter};
+use serde_json::Value;
 
 /// 45 noisy images of 8x8 in 5 classes.
 fn dataset() -> Arc<Dataset> {
@@ -37,6 +40,17 @@ fn recipe() -> Recipe {
     }
 }
 
+/// A teacher with random weights.
+fn teacher() -> Teacher {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, dataset) = (Store::new(folder.path()), dataset());
+    let (backbone, set) =
+        ViT::init(&ViTConfig::preset("tiny").unwrap(), 9).unwrap().to_weights(&dataset.class_names).unwrap();
+    let (path, digest) = store.write_backbone("b", &backbone, &dataset.preprocess(), &Value::Null).unwrap();
+    let set = store.write_set("s", 1, &set, (&backbone.config, digest), &Value::Null).unwrap();
+    Teacher::load(&path, &set).unwrap()
+}
+
 fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> Run {
     let settings = Settings {
         out: out.to_owned(),
@@ -54,7 +68,8 @@ fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> 
         Origin::Specialise { .. } => vit.freeze(|name| !is_expert_set_parameter(name)).unwrap(),
     };
     let preprocess = dataset.preprocess();
-    Run::new(recipe.clone(), settings, vit, dataset, preprocess).unwrap()
+    let teacher = recipe.distillation.as_ref().map(|_| Arc::new(teacher()));
+    Run::new(recipe.clone(), settings, vit, dataset, preprocess, teacher).unwrap()
 }
 
 /// Everything but the time, in bits.
@@ -71,7 +86,9 @@ fn bits(checkpoint: &Checkpoint) -> Vec<(String, Vec<u32>)> {
 #[test]
 fn interrupted_at_every_step_equals_uninterrupted() {
     let specialise = Origin::Specialise { backbone: "digest".into(), start: "digest".into() };
-    for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }] {
+    let taught =
+        Recipe { drop_path: 0.5, float_epochs: 1, distillation: Some(teacher().distillation(0.5)), ..recipe() };
+    for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }, taught] {
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut uninterrupted = run(&recipe, whole.path(), 2, None);
         assert_eq!(uninterrupted.train(&AtomicBool::new(false)).unwrap(), Ended::Finished);

@@ -17,6 +17,18 @@ pub struct Routing {
     pub probabilities: Tensor,
     /// Chosen experts, best first, `[tokens * top_k]`.
     pub experts: Arc<Vec<u16>>,
+    rows: Tensor,
+    gate: Tensor,
+}
+
+impl Routing {
+    /// The probabilities once more, with a gradient that moves the router and not what it looks at.
+    ///
+    /// # Errors
+    /// Never for a routing that a router made.
+    pub fn router_only_probabilities(&self) -> Result<Tensor> {
+        ops::softmax(&self.rows.detach().matmul(&self.gate.t()?)?)
+    }
 }
 
 /// A linear gate, softmax over its `top_k` largest logits.
@@ -59,6 +71,7 @@ impl Router {
         let ids: Vec<u32> = experts.iter().map(|&e| u32::from(e)).collect();
         let ids = Tensor::from_vec(ids, (tokens, self.top_k), rows.device())?.to_dtype(DType::U32)?;
         let weights = ops::softmax(&logits.gather(&ids, D::Minus1)?)?;
-        Ok((Routing { probabilities: ops::softmax(&logits)?, experts: Arc::new(experts) }, weights))
+        let probabilities = ops::softmax(&logits)?;
+        Ok((Routing { probabilities, experts: Arc::new(experts), rows: rows.clone(), gate }, weights))
     }
 }

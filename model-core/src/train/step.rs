@@ -18,6 +18,9 @@ pub struct Batch {
     pub targets: Vec<f32>,
     /// Number of images.
     pub len: usize,
+    /// Stochastic depth (arXiv 1603.09382): what every image's residual branches are multiplied by,
+    /// `[batch, 2 * layers]`, attention before feed-forward; empty for one everywhere.
+    pub branch_scales: Vec<f32>,
 }
 
 /// Means over a batch.
@@ -31,6 +34,8 @@ pub struct StepStats {
     pub balance: f64,
     /// Spatial smoothness.
     pub smoothness: f64,
+    /// Contiguity ratio; 0 when it has no weight.
+    pub contiguity: f64,
     /// Share of images whose largest logit is the largest target.
     pub accuracy: f64,
 }
@@ -84,6 +89,7 @@ pub fn gradients(
         stats.cross_entropy += shard.cross_entropy;
         stats.balance += shard.balance;
         stats.smoothness += shard.smoothness;
+        stats.contiguity += shard.contiguity;
         stats.accuracy += shard.accuracy;
     }
     Ok((sum, stats))
@@ -104,7 +110,13 @@ fn shard_gradients(
     let pixels = batch.pixels[start * side * side * 3..][..len * side * side * 3].to_vec();
     let targets = &batch.targets[start * classes..][..len * classes];
     let pixels = Tensor::from_vec(pixels, (len, side, side, 3), &Device::Cpu)?;
-    let output = vit.forward(&pixels, quantizers)?;
+    let branches = 2 * vit.config().backbone.num_layers;
+    let output = if batch.branch_scales.is_empty() {
+        vit.forward(&pixels, quantizers)?
+    } else {
+        let scales = batch.branch_scales[start * branches..][..len * branches].to_vec();
+        vit.forward_scaled(&pixels, quantizers, Some(&Tensor::from_vec(scales, (len, branches), &Device::Cpu)?))?
+    };
     let target_tensor = Tensor::from_slice(targets, (len, classes), &Device::Cpu)?;
     let losses = losses(&output, &target_tensor, vit.config().backbone.grid_side(), weights)?;
     let grads = (&losses.total * share)?.backward()?;
@@ -125,6 +137,7 @@ fn shard_gradients(
         cross_entropy: scalar(&losses.cross_entropy)? * share,
         balance: scalar(&losses.balance)? * share,
         smoothness: scalar(&losses.smoothness)? * share,
+        contiguity: scalar(&losses.contiguity)? * share,
         accuracy: hits as f64 / batch.len as f64,
     };
     Ok((named, stats))

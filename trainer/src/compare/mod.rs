@@ -30,7 +30,7 @@ pub enum Variant {
     DenseExperts,
     /// A single fp32 feed-forward layer in each block, no router.
     Dense,
-    /// Without the spatial smoothness loss.
+    /// Without spatial smoothness and contiguity losses.
     NoSmoothness,
     /// Two stages in both rotations.
     Stages2,
@@ -73,7 +73,7 @@ impl Variant {
             Self::Butterfly => {}
             Self::DenseExperts => recipe.feed_forward = FeedForwardKind::DenseExperts,
             Self::Dense => recipe.feed_forward = FeedForwardKind::Dense,
-            Self::NoSmoothness => recipe.losses.smoothness = 0.0,
+            Self::NoSmoothness => (recipe.losses.smoothness, recipe.losses.contiguity) = (0.0, 0.0),
             Self::Stages2 => stages(2),
             Self::Stages4 => stages(4),
             Self::StagesAll => stages(16),

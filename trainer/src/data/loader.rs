@@ -51,6 +51,28 @@ pub struct Plan {
     pub label_smoothing: f32,
     /// From bytes to the model's pixels.
     pub preprocess: Preprocess,
+    /// Which residual branches are left out.
+    pub depth: StochasticDepth,
+}
+
+/// Stochastic depth (arXiv 1603.09382): residual branches of single images are left out at random, the more often the
+/// deeper they lie, and the others multiplied so that the mean stays.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StochasticDepth {
+    /// Probability in the last block; block l of L (from 1) has l / L of it.
+    pub probability: f64,
+    /// Blocks, of two branches each.
+    pub layers: usize,
+}
+
+impl StochasticDepth {
+    /// One image's factors, `[2 * layers]`: 0 for a branch left out.
+    fn scales(self, rng: &mut impl Rng) -> impl Iterator<Item = f32> {
+        (0..2 * self.layers).map(move |branch| {
+            let probability = self.probability * (branch / 2 + 1) as f64 / self.layers as f64;
+            if rng.random::<f64>() < probability { 0.0 } else { (1.0 / (1.0 - probability)) as f32 }
+        })
+    }
 }
 
 /// The next batch to make.
@@ -73,6 +95,8 @@ pub struct Batch {
     pub targets: Vec<f32>,
     /// `[batch]`, the label with the larger share.
     pub labels: Vec<u16>,
+    /// `[batch, 2 * layers]`, what residual branches are multiplied by; empty without stochastic depth.
+    pub branch_scales: Vec<f32>,
 }
 
 /// An endless sequence of batches, made on another thread; dropping it ends the thread.
@@ -156,7 +180,14 @@ fn make_batch(dataset: &Dataset, order: &[u32], plan: &Plan, position: Position)
         row[partner_label] += (1.0 - plan.label_smoothing) * (1.0 - share);
         labels.push(if share >= 0.5 { label } else { partner_label } as u16);
     }
-    Batch { position, pixels, targets, labels }
+    let mut branch_scales = Vec::new();
+    if plan.depth.probability > 0.0 {
+        for &index in members {
+            let mut rng = rng(plan.seed, Purpose::Depth, position.epoch, u64::from(index));
+            branch_scales.extend(plan.depth.scales(&mut rng));
+        }
+    }
+    Batch { position, pixels, targets, labels, branch_scales }
 }
 
 /// Mixes `partner` into `own` (or does not), and returns the share of `own` that is left.
@@ -203,6 +234,7 @@ mod tests {
             mixing,
             label_smoothing: 0.1,
             preprocess: Preprocess { mean: [0.0; 3], std: [1.0; 3], ..Preprocess::default() },
+            depth: StochasticDepth { probability: 0.0, layers: 3 },
         }
     }
 
@@ -268,6 +300,28 @@ mod tests {
             let share = mix(&mut mixed, &partner, 10, &mixing, &mut rng(1, Purpose::Mix, 0, index));
             assert!((mixed.iter().sum::<f32>() / 300.0 - share).abs() < 1e-5, "{index}");
         }
+    }
+
+    #[test]
+    fn branches_are_left_out_the_more_often_the_deeper_and_keep_their_mean() {
+        let depth = StochasticDepth { probability: 0.6, layers: 3 };
+        let images = 10_000;
+        let mut kept = [0; 6];
+        for image in 0..images {
+            let mut rng = rng(1, Purpose::Depth, 0, image);
+            for ((kept, scale), branch) in kept.iter_mut().zip(depth.scales(&mut rng)).zip(0..) {
+                let share = 1.0 - 0.2 * (branch / 2 + 1) as f32;
+                assert!(scale == 0.0 || (scale * share - 1.0).abs() < 1e-6, "branch {branch}: {scale}");
+                *kept += u64::from(scale > 0.0);
+            }
+        }
+        for (branch, &kept) in kept.iter().enumerate() {
+            let share = 1.0 - 0.2 * (branch / 2 + 1) as f64;
+            // Four standard errors, at most 4 sqrt(0.25 / 10000).
+            assert!((kept as f64 / images as f64 - share).abs() < 0.02, "branch {branch}: {kept}");
+        }
+        let plan = Plan { depth, ..plan(Mixing::NONE) };
+        assert_eq!(loader(plan, Position::default()).next_batch().branch_scales.len(), 4 * 6);
     }
 
     #[test]

@@ -15,8 +15,8 @@ pub enum Purpose {
     Image = 3,
     /// Mixing of one image with its partner.
     Mix = 4,
-    /// Which layers a training step leaves out, and whatever else the model draws.
-    Step = 5,
+    /// Which of one image's residual branches are left out.
+    Depth = 5,
 }
 
 /// The generator for `purpose` number `index` of `epoch`, under `seed`.
