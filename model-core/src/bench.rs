@@ -204,7 +204,7 @@ fn layers(
     let ordered = substrates.input_order().permute_columns(&x);
     let mut residual = vec![0.0; x.len()];
     let mut pool = Pool::new(options.threads);
-    let mut scratch = MoeScratch::new(d_model, d_ff, tokens, pool.threads());
+    let mut scratch = MoeScratch::new(d_model, d_ff, tokens, pool.seats());
     let spans = [Span { set: 0, first: 0, tokens, first_slot: 0 }];
     let moe = Moe { substrates: &substrates, experts: |_| &layer, spans: &spans };
     moe.plan(pool.threads(), &mut scratch);

@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 
 use crate::artifact::{ArtifactError, BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set};
 use crate::config::{BackboneConfig, ConfigError, ExpertConfig};
-use crate::engine::{self, Pool};
+use crate::engine;
 use crate::image::Preprocess;
 use crate::kernels::{Isa, KernelError};
 use crate::vit::{Quantizers, ViT};
@@ -222,23 +222,26 @@ impl Session {
     /// Scratch for batches of up to `max_batch` images on `backbone`, computed by `threads` threads: the caller's and
     /// `threads - 1` helpers that live as long as the session. Zeros count as one.
     pub fn new(backbone: &Arc<Backbone>, max_batch: usize, threads: usize) -> Self {
-        Self::with_pool(backbone, max_batch, Pool::new(threads))
-    }
-
-    /// As [`Session::new`], but without threads of its own: `guests` threads that are idle elsewhere may share its
-    /// forward passes through [`Session::team`].
-    pub fn with_seats_for(guests: usize, backbone: &Arc<Backbone>, max_batch: usize) -> Self {
-        Self::with_pool(backbone, max_batch, Pool::with_seats_for(guests))
-    }
-
-    fn with_pool(backbone: &Arc<Backbone>, max_batch: usize, pool: Pool) -> Self {
-        let engine = engine::Session::new(&backbone.engine, max_batch.max(1), pool);
+        let engine = engine::Session::new(&backbone.engine, max_batch.max(1), threads.max(1));
         Self { backbone: Arc::clone(backbone), engine }
     }
 
-    /// Its seats for guests.
+    /// `count` sessions for as many callers, without threads of their own: a caller that has nothing to do may
+    /// [`help`](Session::help) another. The scratch of each thread serves in all of them.
+    pub fn group(backbone: &Arc<Backbone>, max_batch: usize, count: usize) -> Vec<Self> {
+        let sessions = engine::Session::group(&backbone.engine, max_batch.max(1), count);
+        sessions.into_iter().map(|engine| Self { backbone: Arc::clone(backbone), engine }).collect()
+    }
+
+    /// Where others of its group may help.
     pub fn team(&self) -> Team {
         self.engine.team()
+    }
+
+    /// Shares the forward passes of another session of its group for as long as helpers are welcome there and `leave`,
+    /// which is asked every few microseconds, says no.
+    pub fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
+        self.engine.help(team, leave);
     }
 
     /// The backbone that it runs.

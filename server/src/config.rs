@@ -158,10 +158,10 @@ pub struct PipelineArgs {
     /// How long the oldest image may wait for company; with 0 a batch closes as soon as a compute thread is free.
     #[arg(long, env = "BVIT_MAX_WAIT", default_value = "0ms", value_parser = parse_duration, value_name = "TIME")]
     pub max_wait: Duration,
-    /// Threads that run the model; 0 for one per core.
+    /// Threads that run the model; 0 for one per core, at most 8. Each takes scratch from the memory budget.
     #[arg(long, env = "BVIT_COMPUTE_THREADS", default_value_t = 0, value_name = "N")]
     pub compute_threads: usize,
-    /// Threads that decode images; 0 for one per core.
+    /// Threads that decode images; 0 for one per core, at most 8.
     #[arg(long, env = "BVIT_DECODE_THREADS", default_value_t = 0, value_name = "N")]
     pub decode_threads: usize,
     /// Bytes that images being decoded may take together: others wait. A JPEG or PNG that takes more by itself is decoded
@@ -353,10 +353,14 @@ pub struct HealthcheckArgs {
     pub timeout: Duration,
 }
 
-/// `requested` threads, or one per core when it is 0.
+/// Most threads of a kind unless asked for more: each compute thread's scratch comes out of the memory budget, 3.6 MB with
+/// the default model, and the default budget has to hold expert sets, too.
+const MOST_THREADS_BY_DEFAULT: usize = 8;
+
+/// `requested` threads, or one per core, at most [`MOST_THREADS_BY_DEFAULT`], when it is 0.
 pub fn threads_or_cores(requested: usize) -> usize {
     match requested {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        0 => std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS_BY_DEFAULT),
         n => n,
     }
 }

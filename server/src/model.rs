@@ -11,7 +11,7 @@ use model_core::image::{Preprocess, RgbImage};
 use crate::metrics::Metrics;
 use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
 use crate::routing::RoutingMap;
-use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session, Team};
+use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session, Team, Welcome};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -34,7 +34,7 @@ pub struct LoadedBackbone {
     backbone: Arc<Backbone>,
     /// One per compute thread; each thread only ever locks its own.
     sessions: Vec<Mutex<Session>>,
-    /// The sessions' seats for compute threads that are idle.
+    /// Where an idle compute thread may help each of the others.
     teams: Vec<Team>,
 }
 
@@ -122,9 +122,16 @@ impl LoadedBackbone {
         Ok(outputs.collect())
     }
 
-    /// The seats for others in the forward passes of compute thread `thread`.
-    pub fn team(&self, thread: usize) -> Option<&Team> {
-        self.teams.get(thread)
+    /// Bids the other compute threads welcome to help in the forward passes of `thread`.
+    pub fn welcome(&self, thread: usize) -> Option<Welcome> {
+        self.teams.get(thread).map(Team::welcome)
+    }
+
+    /// Helps compute thread `caller`, as `thread`, for as long as helpers are welcome there and `leave` says no.
+    pub fn help(&self, thread: usize, caller: usize, leave: impl Fn() -> bool) {
+        if let (Some(session), Some(team)) = (self.sessions.get(thread), self.teams.get(caller)) {
+            session.lock().unwrap_or_else(PoisonError::into_inner).help(team, leave);
+        }
     }
 
     /// Shapes.
@@ -195,9 +202,7 @@ impl Source for ArtifactSource {
         if backbone.digest() != descriptor.digest {
             return Err(at(&"the file was replaced by another backbone; restart to use it"));
         }
-        let guests = self.compute_threads.saturating_sub(1);
-        let sessions: Vec<_> =
-            (0..self.compute_threads).map(|_| Session::with_seats_for(guests, &backbone, self.max_batch)).collect();
+        let sessions = Session::group(&backbone, self.max_batch, self.compute_threads);
         let scratch = sessions.iter().map(Session::resident_bytes).sum();
         let teams = sessions.iter().map(Session::team).collect();
         let sessions = sessions.into_iter().map(Mutex::new).collect();

@@ -218,7 +218,7 @@ async fn default_set(args: &ServeArgs, app: &AppState) -> Result<SetLease, Strin
     })
 }
 
-/// One forward pass on every thread's scratch, so that the first request finds memory touched and code paged in.
+/// One forward pass on every compute thread's scratch, so that the first request finds memory touched and code paged in.
 async fn warm_up(lease: SetLease, compute_threads: usize) -> Result<(), String> {
     let run = move || {
         let backbone = &lease.backbone.value;

@@ -16,11 +16,13 @@ mod moe;
 mod pool;
 mod stem;
 
+use std::sync::Arc;
+
 use attention::{AttentionScratch, Head};
 use linear::{Linear, Quantized, TILE};
-use moe::LENGTHS;
 pub use moe::{ExpertLayer, Moe, MoeScratch, Span, Substrates};
-use pool::Parts;
+use moe::{LENGTHS, MoeThread};
+use pool::{Parts, PerThread};
 pub use pool::{Pool, Team, Welcome};
 use stem::Convolution;
 
@@ -188,7 +190,11 @@ pub(crate) struct Session {
     /// `[max_batch, heads, tokens, head_dim]`.
     heads: Vec<f32>,
     moe: MoeScratch,
-    threads: Vec<ThreadScratch>,
+    threads: Arc<PerThread<ThreadScratch>>,
+    /// Bytes of one thread's scratch.
+    thread_bytes: usize,
+    /// Threads whose scratch counts as this session's: all of its own, or one of a group's.
+    own_threads: usize,
 }
 
 /// Buffers of one thread.
@@ -204,19 +210,61 @@ struct ThreadScratch {
     attention: AttentionScratch,
 }
 
-impl Session {
-    pub(crate) fn new(backbone: &Backbone, max_batch: usize, pool: Pool) -> Self {
-        let config = &backbone.config;
-        let (d_model, tokens) = (config.d_model, config.num_tokens());
-        let (stem_len, windows, outputs) = stem::scratch_sizes(config);
-        let rows = outputs.max(TILE * d_model);
-        let thread = || ThreadScratch {
+impl ThreadScratch {
+    fn new(config: &BackboneConfig) -> Self {
+        let (_, windows, outputs) = stem::scratch_sizes(config);
+        let rows = outputs.max(TILE * config.d_model);
+        Self {
             windows: vec![0.0; windows],
             rows: vec![0.0; rows],
             out: vec![0.0; rows],
-            quantized: Quantized::new(d_model.max(windows / TILE)),
-            attention: AttentionScratch::new(tokens, config.head_dim()),
-        };
+            quantized: Quantized::new(config.d_model.max(windows / TILE)),
+            attention: AttentionScratch::new(config.num_tokens(), config.head_dim()),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let floats = self.windows.capacity() + self.rows.capacity() + self.out.capacity();
+        let buffers = floats * size_of::<f32>() + self.quantized.heap_bytes() + self.attention.heap_bytes();
+        size_of::<Self>() + buffers
+    }
+}
+
+/// The scratch of every thread of a pool or of a group of pools.
+struct Threads {
+    rest: Arc<PerThread<ThreadScratch>>,
+    moe: Arc<PerThread<MoeThread>>,
+    /// Of one thread.
+    bytes: usize,
+}
+
+impl Threads {
+    fn new(backbone: &Backbone, count: usize) -> Self {
+        let config = &backbone.config;
+        let (rest, moe) = (|| ThreadScratch::new(config), || MoeThread::new(config.d_model, config.d_ff));
+        let bytes = rest().bytes() + moe().bytes();
+        Self { rest: Arc::new(PerThread::new(count, rest)), moe: Arc::new(PerThread::new(count, moe)), bytes }
+    }
+}
+
+impl Session {
+    pub(crate) fn new(backbone: &Backbone, max_batch: usize, threads: usize) -> Self {
+        let pool = Pool::new(threads);
+        let own_threads = pool.seats();
+        Self::with(backbone, max_batch, pool, own_threads, &Threads::new(backbone, own_threads))
+    }
+
+    /// `count` sessions whose callers may help each other, with scratch for as many threads.
+    pub(crate) fn group(backbone: &Backbone, max_batch: usize, count: usize) -> Vec<Self> {
+        let threads = Threads::new(backbone, count);
+        Pool::group(count).into_iter().map(|pool| Self::with(backbone, max_batch, pool, 1, &threads)).collect()
+    }
+
+    fn with(backbone: &Backbone, max_batch: usize, pool: Pool, own_threads: usize, threads: &Threads) -> Self {
+        let config = &backbone.config;
+        let (d_model, d_ff, tokens) = (config.d_model, config.d_ff, config.num_tokens());
+        let (stem_len, ..) = stem::scratch_sizes(config);
+        let moe_threads = Arc::clone(&threads.moe);
         Self {
             max_batch,
             order: Vec::with_capacity(max_batch),
@@ -228,8 +276,10 @@ impl Session {
             normed: vec![0.0; max_batch * tokens * d_model],
             qkv: vec![0.0; max_batch * tokens * 3 * d_model],
             heads: vec![0.0; max_batch * tokens * d_model],
-            moe: MoeScratch::new(d_model, config.d_ff, max_batch * tokens, pool.seats()),
-            threads: (0..pool.seats()).map(|_| thread()).collect(),
+            moe: MoeScratch::sharing(d_model, d_ff, max_batch * tokens, pool.seats(), moe_threads),
+            threads: Arc::clone(&threads.rest),
+            thread_bytes: threads.bytes,
+            own_threads,
             pool,
         }
     }
@@ -242,11 +292,11 @@ impl Session {
         self.pool.team()
     }
 
+    pub(crate) fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
+        self.pool.help(team, leave);
+    }
+
     pub(crate) fn heap_bytes(&self) -> usize {
-        let thread = |t: &ThreadScratch| {
-            let floats = t.windows.capacity() + t.rows.capacity() + t.out.capacity();
-            size_of::<ThreadScratch>() + floats * size_of::<f32>() + t.quantized.heap_bytes() + t.attention.heap_bytes()
-        };
         let floats = self.stem[0].capacity()
             + self.stem[1].capacity()
             + self.x.capacity()
@@ -257,7 +307,7 @@ impl Session {
             + (self.order.capacity() + self.sets.capacity()) * size_of::<usize>()
             + self.spans.capacity() * size_of::<Span>()
             + self.moe.heap_bytes()
-            + self.threads.iter().map(thread).sum::<usize>()
+            + self.own_threads * self.thread_bytes
     }
 
     pub(crate) fn forward(&mut self, backbone: &Backbone, rows: &mut [Row<'_>]) -> Result<(), ModelError> {
@@ -302,7 +352,7 @@ impl Session {
         let [mut from, mut to] = self.stem.each_mut();
         for (layer, convolution) in backbone.stem.iter().enumerate() {
             let (is_first, is_last) = (layer == 0, layer + 1 == backbone.stem.len());
-            let threads = Parts::new(&mut self.threads);
+            let threads = &*self.threads;
             let (target, target_len) = if is_last { (&mut self.x, image_len) } else { (&mut *to, stem_len) };
             let target = Parts::new(target);
             let (windows, channels) = (convolution.windows(), convolution.channels());
@@ -312,9 +362,8 @@ impl Session {
                 let (image, first) = (item / tiles, item % tiles * TILE);
                 let len = TILE.min(windows - first) * channels;
                 // SAFETY: a thread number is used by one call at a time, and tiles have outputs of their own.
-                let (thread, out) = unsafe {
-                    (&mut threads.part(thread, 1)[0], target.part(image * target_len + first * channels, len))
-                };
+                let (thread, out) =
+                    unsafe { (threads.of(thread), target.part(image * target_len + first * channels, len)) };
                 let input = if is_first { rows[order[image]].pixels } else { &input[image * stem_len..][..stem_len] };
                 let buffers = (&mut thread.windows[..], &mut thread.rows[..], &mut thread.quantized);
                 convolution.forward(isa, input, first, buffers, out).expect(LENGTHS);
@@ -334,14 +383,13 @@ impl Session {
         let tile = all.div_ceil(self.pool.threads()).clamp(8, TILE);
         let tiles = all.div_ceil(tile);
         let range = |item: usize| (item * tile, tile.min(all - item * tile));
-        let threads = Parts::new(&mut self.threads);
+        let threads = &*self.threads;
 
         let (x, qkv) = (&self.x, Parts::new(&mut self.qkv));
         self.pool.run(tiles, |thread, item| {
             let (first, rows) = range(item);
             // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
-            let (thread, qkv) =
-                unsafe { (&mut threads.part(thread, 1)[0], qkv.part(first * 3 * d_model, rows * 3 * d_model)) };
+            let (thread, qkv) = unsafe { (threads.of(thread), qkv.part(first * 3 * d_model, rows * 3 * d_model)) };
             let normed = &mut thread.rows[..rows * d_model];
             let Norm { gamma, beta } = &block.norm1;
             layer_norm(isa, &x[first * d_model..][..rows * d_model], gamma, beta, LAYER_NORM_EPS, normed);
@@ -353,7 +401,7 @@ impl Session {
             let (image, head) = (item / num_heads, item % num_heads);
             // SAFETY: a thread number is used by one call at a time, and heads have outputs of their own.
             let (thread, out) =
-                unsafe { (&mut threads.part(thread, 1)[0], heads.part(item * tokens * head_dim, tokens * head_dim)) };
+                unsafe { (threads.of(thread), heads.part(item * tokens * head_dim, tokens * head_dim)) };
             let qkv = &qkv[image * tokens * 3 * d_model..][..tokens * 3 * d_model];
             Head { isa, qkv, tokens, d_model, head_dim, head }.forward(&mut thread.attention, out);
         });
@@ -364,8 +412,7 @@ impl Session {
             let (first, rows) = range(item);
             let (start, len) = (first * d_model, rows * d_model);
             // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
-            let (thread, x, normed) =
-                unsafe { (&mut threads.part(thread, 1)[0], x.part(start, len), normed.part(start, len)) };
+            let (thread, x, normed) = unsafe { (threads.of(thread), x.part(start, len), normed.part(start, len)) };
             let (mixed, out) = (&mut thread.rows[..len], &mut thread.out[..len]);
             for (row, mixed) in mixed.chunks_exact_mut(d_model).enumerate() {
                 let (image, token) = ((first + row) / tokens, (first + row) % tokens);
@@ -408,7 +455,8 @@ impl Session {
     /// `logits = head(mean over tokens of norm(x))`.
     fn run_head(&mut self, backbone: &Backbone, rows: &mut [Row<'_>]) {
         let (isa, d_model, tokens) = (backbone.isa, backbone.config.d_model, backbone.config.num_tokens());
-        let ThreadScratch { rows: normed, out: pooled, .. } = &mut self.threads[0];
+        // SAFETY: outside of loops the session's number is its caller's, who has the session exclusively.
+        let ThreadScratch { rows: normed, out: pooled, .. } = unsafe { self.threads.of(self.pool.own()) };
         let pooled = &mut pooled[..d_model];
         for (image, &row) in self.order.iter().enumerate() {
             pooled.fill(0.0);

@@ -16,8 +16,10 @@
 //! Every row and token is computed by operations that do not see the other rows, so a row's answer does not depend on
 //! what shares its batch.
 
+use std::sync::Arc;
+
 use super::linear::{Quantized, TILE};
-use super::pool::{Parts, Pool};
+use super::pool::{Parts, PerThread, Pool};
 use crate::config::ExpertConfig;
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
@@ -191,6 +193,7 @@ struct TokenTile {
     first: usize,
     tokens: usize,
     first_slot: usize,
+    top_k: usize,
 }
 
 /// The rows that one expert of one set gets; long ones are cut at tiles.
@@ -239,12 +242,12 @@ pub struct MoeScratch {
     hidden: Vec<f32>,
     /// `[rows, d_model]` outputs of experts with an `out` rotation, in lane order.
     outputs: Vec<f32>,
-    threads: Vec<MoeThread>,
+    threads: Arc<PerThread<MoeThread>>,
 }
 
 /// Buffers of one thread.
 #[derive(Debug)]
-struct MoeThread {
+pub(super) struct MoeThread {
     coefficients: Coefficients,
     quantized: Quantized,
     /// `[TILE, max(d_model, d_ff)]`.
@@ -257,6 +260,25 @@ struct MoeThread {
     logits: Vec<f32>,
 }
 
+impl MoeThread {
+    pub(super) fn new(d_model: usize, d_ff: usize) -> Self {
+        Self {
+            coefficients: Coefficients::new(&[LaneOrder::new(d_model), LaneOrder::new(d_ff)]),
+            quantized: Quantized::new(d_model.max(d_ff)),
+            rows: vec![0.0; TILE * d_model.max(d_ff)],
+            narrow: vec![0.0; TILE * d_model],
+            panel: vec![0.0; PANEL * d_model],
+            logits: vec![0.0; TILE * 64],
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        let floats = self.rows.capacity() + self.narrow.capacity() + self.panel.capacity() + self.logits.capacity();
+        let buffers = self.coefficients.heap_bytes() + self.quantized.heap_bytes() + floats * size_of::<f32>();
+        size_of::<Self>() + buffers
+    }
+}
+
 /// Lengthens a buffer that is only ever as long as the largest batch needed.
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     if buffer.len() < len {
@@ -265,18 +287,22 @@ fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
 }
 
 impl MoeScratch {
-    /// Room for `tokens` tokens with two experts each; more experts grow it once.
+    /// Room for `tokens` tokens with two experts each, and so many threads; more experts grow it once.
     pub fn new(d_model: usize, d_ff: usize, tokens: usize, threads: usize) -> Self {
+        let buffers = PerThread::new(threads, || MoeThread::new(d_model, d_ff));
+        Self::sharing(d_model, d_ff, tokens, threads, Arc::new(buffers))
+    }
+
+    /// As [`MoeScratch::new`], with threads' buffers that belong to a group of pools.
+    pub(super) fn sharing(
+        d_model: usize,
+        d_ff: usize,
+        tokens: usize,
+        threads: usize,
+        buffers: Arc<PerThread<MoeThread>>,
+    ) -> Self {
         let slots = 2 * tokens;
         let rows = slots.min(CHUNK_ROWS);
-        let thread = || MoeThread {
-            coefficients: Coefficients::new(&[LaneOrder::new(d_model), LaneOrder::new(d_ff)]),
-            quantized: Quantized::new(d_model.max(d_ff)),
-            rows: vec![0.0; TILE * d_model.max(d_ff)],
-            narrow: vec![0.0; TILE * d_model],
-            panel: vec![0.0; PANEL * d_model],
-            logits: vec![0.0; TILE * 64],
-        };
         Self {
             d_model,
             d_ff,
@@ -290,16 +316,12 @@ impl MoeScratch {
             row_tiles: Vec::with_capacity(rows),
             hidden: vec![0.0; rows * d_ff],
             outputs: Vec::new(),
-            threads: (0..threads).map(|_| thread()).collect(),
+            threads: buffers,
         }
     }
 
-    /// Bytes on the heap.
-    pub fn heap_bytes(&self) -> usize {
-        let thread = |t: &MoeThread| {
-            let floats = t.rows.capacity() + t.narrow.capacity() + t.panel.capacity() + t.logits.capacity();
-            t.coefficients.heap_bytes() + t.quantized.heap_bytes() + floats * size_of::<f32>() + size_of::<MoeThread>()
-        };
+    /// Bytes on the heap, without those of threads.
+    pub(super) fn heap_bytes(&self) -> usize {
         let words = self.weights.capacity()
             + self.row_of_slot.capacity()
             + self.token_of_row.capacity()
@@ -311,7 +333,6 @@ impl MoeScratch {
             + self.tiles.capacity() * size_of::<TokenTile>()
             + self.segments.capacity() * size_of::<Segment>()
             + self.row_tiles.capacity() * size_of::<RowTile>()
-            + self.threads.iter().map(thread).sum::<usize>()
     }
 
     /// The experts of each slot, as the last [`Moe::route`] chose them.
@@ -338,13 +359,18 @@ pub struct Moe<'a, F> {
 impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
     /// Cuts the spans into tiles, the same for every layer of a forward. Call it before [`Moe::route`] and
     /// [`Moe::forward`] whenever the spans changed.
+    ///
+    /// # Panics
+    /// When the spans overlap or leave gaps.
     pub fn plan(&self, threads: usize, scratch: &mut MoeScratch) {
         let all: usize = self.spans.iter().map(|span| span.tokens).sum();
         let share = all.div_ceil(threads).clamp(8, TILE);
         scratch.tiles.clear();
-        let (mut slots, mut experts) = (0, 0);
+        let (mut tokens, mut slots, mut experts) = (0, 0, 0);
         for span in self.spans {
             let layer = (self.experts)(span.set);
+            // Tiles are worked on at the same time, each with its part of the buffers.
+            assert_eq!((span.first, span.first_slot), (tokens, slots), "spans lie one behind the other");
             let most = share.min(CHUNK_ROWS / layer.top_k).max(1);
             for offset in (0..span.tokens).step_by(most) {
                 scratch.tiles.push(TokenTile {
@@ -352,15 +378,18 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
                     first: span.first + offset,
                     tokens: most.min(span.tokens - offset),
                     first_slot: span.first_slot + offset * layer.top_k,
+                    top_k: layer.top_k,
                 });
             }
-            slots = slots.max(span.first_slot + span.tokens * layer.top_k);
+            tokens += span.tokens;
+            slots += span.tokens * layer.top_k;
             experts = experts.max(layer.num_experts);
         }
         grow(&mut scratch.ids, slots);
         grow(&mut scratch.weights, slots);
         grow(&mut scratch.counts, experts);
-        for thread in &mut scratch.threads {
+        // Threads that are shared see to themselves.
+        for thread in Arc::get_mut(&mut scratch.threads).into_iter().flat_map(PerThread::iter_mut) {
             grow(&mut thread.logits, TILE * experts);
         }
     }
@@ -369,21 +398,18 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
     pub fn route(&self, x: &[f32], pool: &mut Pool, scratch: &mut MoeScratch) {
         let (d_model, isa) = (scratch.d_model, self.substrates.isa);
         let (ids, weights) = (Parts::new(&mut scratch.ids), Parts::new(&mut scratch.weights));
-        let threads = Parts::new(&mut scratch.threads);
-        let tiles = &scratch.tiles;
+        let (threads, tiles) = (&*scratch.threads, &scratch.tiles);
         pool.run(tiles.len(), |thread, item| {
             let tile = tiles[item];
             let layer = (self.experts)(tile.set);
             let k = layer.top_k;
+            assert_eq!(k, tile.top_k, "planned for other experts");
             // SAFETY: a thread number is used by one call at a time, and tiles have slots of their own.
             let (thread, ids, weights) = unsafe {
                 let slots = tile.tokens * k;
-                (
-                    &mut threads.part(thread, 1)[0],
-                    ids.part(tile.first_slot, slots),
-                    weights.part(tile.first_slot, slots),
-                )
+                (threads.of(thread), ids.part(tile.first_slot, slots), weights.part(tile.first_slot, slots))
             };
+            grow(&mut thread.logits, TILE * layer.num_experts);
             let logits = &mut thread.logits[..tile.tokens * layer.num_experts];
             let tokens = &x[tile.first * d_model..][..tile.tokens * d_model];
             layer.logits(isa, tokens, d_model, &mut thread.panel, logits);
@@ -492,14 +518,13 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
         let Substrates { isa, model, up, down, .. } = self.substrates;
         let (d_model, d_ff) = (scratch.d_model, scratch.d_ff);
         let MoeScratch { row_tiles, segments, token_of_row, hidden, outputs, threads, .. } = scratch;
-        let (hidden, outputs, threads) = (Parts::new(hidden), Parts::new(outputs), Parts::new(threads));
+        let (hidden, outputs) = (Parts::new(hidden), Parts::new(outputs));
         pool.run(row_tiles.len(), |thread, item| {
             let tile = row_tiles[item];
             let segments = &segments[tile.first_segment..][..tile.segments];
             let first = tile.first;
             // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
-            let (thread, hidden) =
-                unsafe { (&mut threads.part(thread, 1)[0], hidden.part(first * d_ff, tile.rows * d_ff)) };
+            let (thread, hidden) = unsafe { (threads.of(thread), hidden.part(first * d_ff, tile.rows * d_ff)) };
             let MoeThread { coefficients, quantized, rows, narrow, .. } = thread;
 
             let rows = &mut rows[..tile.rows * d_model];
@@ -547,14 +572,13 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
         let (d_model, d_ff) = (scratch.d_model, scratch.d_ff);
         let base_slot = scratch.tiles[tiles.start].first_slot;
         let MoeScratch { tiles: all_tiles, weights, row_of_slot, hidden, outputs, threads, .. } = scratch;
-        let (residual, threads, tiles) = (Parts::new(residual), Parts::new(threads), &all_tiles[tiles]);
+        let (residual, tiles) = (Parts::new(residual), &all_tiles[tiles]);
         pool.run(tiles.len(), |thread, item| {
             let tile = tiles[item];
             let layer = (self.experts)(tile.set);
             // SAFETY: a thread number is used by one call at a time, and tiles have tokens of their own.
-            let (thread, residual) = unsafe {
-                (&mut threads.part(thread, 1)[0], residual.part(tile.first * d_model, tile.tokens * d_model))
-            };
+            let (thread, residual) =
+                unsafe { (threads.of(thread), residual.part(tile.first * d_model, tile.tokens * d_model)) };
             let MoeThread { quantized, rows, narrow, .. } = thread;
             let rotates_out = layer.rotation_out.stages() > 0;
             let (source, width) = if rotates_out { (&**outputs, d_model) } else { (&**hidden, d_ff) };

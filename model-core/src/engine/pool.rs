@@ -1,5 +1,6 @@
 //! The threads of one session.
 
+use std::cell::UnsafeCell;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -7,17 +8,25 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// Threads that share the items of one loop at a time: the caller, and either helpers of its own, which spin for a
-/// moment and then sleep between loops, or guests, threads that have nothing better to do (see [`Team::help`]).
+/// moment and then sleep between loops, or the callers of other pools of its group that have nothing better to do.
 /// Dropping it ends its own helpers.
 pub struct Pool {
     shared: Arc<Shared>,
+    /// The caller's number.
+    own: usize,
+    /// Numbers lie below this.
     seats: usize,
+    /// Pools with the same one share a set of numbers, each its caller's.
+    group: Arc<()>,
     helpers: Vec<JoinHandle<()>>,
 }
 
-/// A pool's seats for guests; clones are the same seats.
+/// Where the callers of other pools of a group may help; clones are the same place.
 #[derive(Clone)]
-pub struct Team(Arc<Shared>);
+pub struct Team {
+    shared: Arc<Shared>,
+    group: Arc<()>,
+}
 
 /// A loop body with its type erased.
 #[derive(Clone, Copy)]
@@ -42,26 +51,20 @@ struct Shared {
     next: AtomicUsize,
     /// Helpers inside the current loop; grows under the lock of `job`.
     busy: AtomicUsize,
-    /// Whether guests are welcome.
-    open: AtomicBool,
-    /// Numbers that guests may take.
-    free_seats: Mutex<Vec<usize>>,
+    /// How many have bidden guests welcome.
+    open: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
 
-/// How often a helper looks for a new loop before it sleeps or yields: a few tens of microseconds, longer than the
+/// How often a helper looks for a new loop before it sleeps or yields: some tens of microseconds, longer than most of the
 /// serial code between the loops of a forward.
-const SPINS: usize = 20_000;
+const SPINS: usize = 2_000;
 
 impl Shared {
     fn job(&self) -> MutexGuard<'_, Option<Job>> {
         // The lock is never held across a loop body, so nothing can be half-written.
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn free_seats(&self) -> MutexGuard<'_, Vec<usize>> {
-        self.free_seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes items until none are left.
@@ -129,10 +132,10 @@ impl Pool {
     /// A team of `threads`, all but the caller its own; zero counts as one.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared::default());
-        let helpers = (1..threads).filter_map(|thread| {
+        // Numbers must have no gaps, so the first thread that the system refuses is the last one asked for.
+        let helpers = (1..threads).map_while(|thread| {
             let shared = Arc::clone(&shared);
             let builder = std::thread::Builder::new().name(format!("bvit-compute-{thread}"));
-            // A thread that the system refuses is one helper less, not a failure.
             builder.spawn(move || shared.help_until_stopped(thread)).ok()
         });
         let helpers: Vec<_> = helpers.collect();
@@ -141,18 +144,45 @@ impl Pool {
             std::thread::yield_now();
         }
         shared.busy.store(0, Ordering::Relaxed);
-        Self { shared, seats: helpers.len() + 1, helpers }
+        Self { shared, own: 0, seats: helpers.len() + 1, group: Arc::new(()), helpers }
     }
 
-    /// The caller, with seats for `guests`.
-    pub fn with_seats_for(guests: usize) -> Self {
-        let shared = Shared { free_seats: Mutex::new((1..=guests).collect()), ..Shared::default() };
-        Self { shared: Arc::new(shared), seats: guests + 1, helpers: Vec::new() }
+    /// `count` pools without helpers of their own whose callers may help each other.
+    pub fn group(count: usize) -> Vec<Self> {
+        let group = Arc::new(());
+        let pool =
+            |own| Self { shared: Arc::default(), own, seats: count, group: Arc::clone(&group), helpers: Vec::new() };
+        (0..count).map(pool).collect()
     }
 
-    /// Its seats for guests.
+    /// Where others may help its caller.
     pub fn team(&self) -> Team {
-        Team(Arc::clone(&self.shared))
+        Team { shared: Arc::clone(&self.shared), group: Arc::clone(&self.group) }
+    }
+
+    /// Shares another pool's loops for as long as guests are welcome there and `leave`, which is asked between loops, says
+    /// no. Nothing for a pool of another group. Takes this pool exclusively, because its caller's number goes along.
+    pub fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
+        let other = &team.shared;
+        if !Arc::ptr_eq(&self.group, &team.group) || Arc::ptr_eq(&self.shared, other) {
+            return;
+        }
+        let (mut seen, mut spins) = (0, 0);
+        while other.open.load(Ordering::Acquire) > 0 && !leave() {
+            let epoch = other.epoch.load(Ordering::Acquire);
+            if epoch != seen {
+                (seen, spins) = (epoch, 0);
+                other.join(other.job(), self.own);
+            } else {
+                spins += 1;
+                if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            }
+        }
+    }
+
+    /// The caller's number.
+    pub(super) fn own(&self) -> usize {
+        self.own
     }
 
     /// Thread numbers that loops may see lie below this.
@@ -162,14 +192,14 @@ impl Pool {
 
     /// Threads that probably share the next loop, the caller's included: how finely to cut it.
     pub fn threads(&self) -> usize {
-        if self.helpers.is_empty() && !self.shared.open.load(Ordering::Relaxed) { 1 } else { self.seats }
+        if self.helpers.is_empty() && self.shared.open.load(Ordering::Relaxed) == 0 { 1 } else { self.seats }
     }
 
     /// Calls `body(thread, item)` once for every item below `items`, on all threads, in no particular order. At any
     /// time a thread number is used by one call only. Takes the pool exclusively, so that loops do not nest.
     pub(super) fn run<F: Fn(usize, usize) + Sync>(&mut self, items: usize, body: F) {
         if self.threads() < 2 || items < 2 {
-            (0..items).for_each(|item| body(0, item));
+            (0..items).for_each(|item| body(self.own, item));
             return;
         }
         /// # Safety
@@ -189,7 +219,7 @@ impl Pool {
         }
         shared.wake.notify_all();
         let close = CloseLoop(shared);
-        shared.work(job, 0);
+        shared.work(job, self.own);
         drop(close);
         assert!(!shared.panicked.load(Ordering::Acquire), "a compute thread panicked");
     }
@@ -215,39 +245,57 @@ pub struct Welcome(Arc<Shared>);
 
 impl Drop for Welcome {
     fn drop(&mut self) {
-        self.0.open.store(false, Ordering::Release);
+        self.0.open.fetch_sub(1, Ordering::Release);
     }
 }
 
 impl Team {
-    /// Lets guests in, who are waited for in vain by nobody: a loop goes on without those that have not come.
+    /// Bids guests welcome. Nobody waits for them: a loop goes on without those that have not come.
     pub fn welcome(&self) -> Welcome {
-        self.0.open.store(true, Ordering::Release);
-        Welcome(Arc::clone(&self.0))
+        self.shared.open.fetch_add(1, Ordering::Release);
+        Welcome(Arc::clone(&self.shared))
+    }
+}
+
+/// Something for every thread number of a pool, or of a group of pools, that whoever has the number may use.
+pub(super) struct PerThread<T>(Box<[UnsafeCell<T>]>);
+
+// SAFETY: an item is only used by the thread that has its number, as the callers of `of` vouch.
+unsafe impl<T: Send> Sync for PerThread<T> {}
+
+impl<T> PerThread<T> {
+    pub(super) fn new(count: usize, mut make: impl FnMut() -> T) -> Self {
+        Self((0..count).map(|_| UnsafeCell::new(make())).collect())
     }
 
-    /// Shares the pool's loops on the calling thread for as long as guests are welcome, there is a seat, and `leave`,
-    /// which is asked between loops, says no.
-    pub fn help(&self, leave: impl Fn() -> bool) {
-        let Some(seat) = self.0.free_seats().pop() else { return };
-        let (mut seen, mut spins) = (0, 0);
-        while self.0.open.load(Ordering::Acquire) && !leave() {
-            let epoch = self.0.epoch.load(Ordering::Acquire);
-            if epoch != seen {
-                (seen, spins) = (epoch, 0);
-                self.0.join(self.0.job(), seat);
-            } else {
-                spins += 1;
-                if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
-            }
-        }
-        self.0.free_seats().push(seat);
+    /// All items; nobody else can have any.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.0.iter_mut().map(UnsafeCell::get_mut)
+    }
+
+    /// The item of `thread`.
+    ///
+    /// # Safety
+    /// The calling thread has that number in the pools that this is for, and uses no other reference to the item.
+    ///
+    /// # Panics
+    /// When the number is too large.
+    #[expect(clippy::mut_from_ref, reason = "numbers are exclusive, as the caller vouches")]
+    pub(super) unsafe fn of(&self, thread: usize) -> &mut T {
+        // SAFETY: the caller's promise makes the reference the only one.
+        unsafe { &mut *self.0[thread].get() }
+    }
+}
+
+impl<T> fmt::Debug for PerThread<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PerThread").field("threads", &self.0.len()).finish()
     }
 }
 
 impl fmt::Debug for Team {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Team").field("free_seats", &self.0.free_seats().len()).finish()
+        f.debug_struct("Team").finish_non_exhaustive()
     }
 }
 
@@ -309,18 +357,28 @@ mod tests {
         }
     }
 
+    /// Ends the guests of a test even when an assertion fails.
+    struct Done<'a>(&'a AtomicBool);
+
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
     #[test]
     fn guests_come_and_go_and_every_item_runs_once() {
-        let mut pool = Pool::with_seats_for(2);
-        let (team, done, by_guests) = (pool.team(), AtomicBool::new(false), AtomicUsize::new(0));
+        let mut pools = Pool::group(3);
+        let (mut caller, mut stranger) = (pools.remove(1), Pool::new(1));
+        let (team, done, by_guests) = (caller.team(), AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
-            // One more than there are seats; each leaves every now and then.
-            for guest in 0..3 {
+            let _done = Done(&done);
+            for (guest, pool) in pools.iter_mut().chain([&mut stranger]).enumerate() {
                 let (team, done) = (&team, &done);
                 scope.spawn(move || {
                     while !done.load(Ordering::Relaxed) {
                         let asked = AtomicUsize::new(0);
-                        team.help(|| asked.fetch_add(1, Ordering::Relaxed) > 100 * guest);
+                        pool.help(team, || asked.fetch_add(1, Ordering::Relaxed) > 100 * (guest + 1));
                         std::thread::yield_now();
                     }
                 });
@@ -330,24 +388,22 @@ mod tests {
                     break;
                 }
                 let welcome = (round % 5 > 0).then(|| team.welcome());
-                assert_eq!(pool.threads(), if welcome.is_some() { 3 } else { 1 });
+                assert_eq!(caller.threads(), if welcome.is_some() { 3 } else { 1 });
                 for items in [1, 2, 50] {
                     let counts: Vec<_> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-                    let seats: [AtomicBool; 3] = Default::default();
-                    pool.run(items, |thread, item| {
-                        assert!(!seats[thread].swap(true, Ordering::AcqRel), "two calls with one number");
+                    let numbers: [AtomicBool; 3] = Default::default();
+                    caller.run(items, |thread, item| {
+                        assert!(!numbers[thread].swap(true, Ordering::AcqRel), "two calls with one number");
                         counts[item].fetch_add(1, Ordering::Relaxed);
-                        by_guests.fetch_add(usize::from(thread > 0), Ordering::Relaxed);
+                        by_guests.fetch_add(usize::from(thread != 1), Ordering::Relaxed);
                         std::thread::yield_now();
-                        seats[thread].store(false, Ordering::Release);
+                        numbers[thread].store(false, Ordering::Release);
                     });
                     assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{items} items");
                 }
             }
-            done.store(true, Ordering::Relaxed);
         });
         assert!(by_guests.load(Ordering::Relaxed) > 100, "nobody helped");
-        assert_eq!(pool.shared.free_seats().len(), 2);
     }
 
     #[test]

@@ -15,8 +15,7 @@ use tokio::sync::oneshot;
 use crate::admission::ImagePermit;
 use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
-use crate::model::{self, RowOutput, SetLease};
-use model_core::model::Team;
+use crate::model::{self, LoadedBackbone, RowOutput, SetLease};
 use queue::{Entry, Queue, QueueSettings, Work};
 
 /// One image on its way through a compute thread.
@@ -57,7 +56,14 @@ struct QueuedJob {
 }
 
 /// Threads without a batch of their own share the forward passes of others.
-type JobQueue = Queue<QueuedJob, Team>;
+type JobQueue = Queue<QueuedJob, HelpWanted>;
+
+/// A compute thread that would like help with its batch.
+#[derive(Clone)]
+struct HelpWanted {
+    thread: usize,
+    backbone: Arc<LoadedBackbone>,
+}
 
 impl Entry for QueuedJob {
     type Group = usize;
@@ -135,20 +141,20 @@ impl Pipeline {
 
 fn run_worker(index: usize, queue: &JobQueue, metrics: &Metrics) {
     while let Some(work) = queue.next() {
-        let (batch, others_idle) = match work {
-            Work::Batch { entries, others_idle } => (entries, others_idle),
-            Work::Help(team) => {
-                team.help(|| queue.has_waiting());
+        let (batch, others_free, _running) = match work {
+            Work::Batch { entries, others_free, running } => (entries, others_free, running),
+            Work::Help(wanted) => {
+                wanted.backbone.help(index, wanted.thread, || queue.has_waiting());
                 continue;
             }
         };
         // A panic in a forward pass fails its batch, not the thread.
         let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            let team = batch.first().and_then(|entry| entry.job.lease.backbone.value.team(index));
-            let team = team.filter(|_| others_idle);
-            // The call ends first, so that nobody answers it in vain.
-            let _welcome = team.map(Team::welcome);
-            let _call = team.map(|team| queue.call(team.clone()));
+            let backbone = batch.first().filter(|_| others_free).map(|entry| &entry.job.lease.backbone.value);
+            let _welcome = backbone.and_then(|backbone| backbone.welcome(index));
+            // Made last, so that it ends first: a thread that answers a call where it is not welcome would be back at once.
+            let _call =
+                backbone.map(|backbone| queue.call(HelpWanted { thread: index, backbone: Arc::clone(backbone) }));
             run_batch(index, &batch, metrics)
         }));
         let outputs = batch_result.unwrap_or_else(|_| Err("the forward pass panicked".to_owned()));

@@ -72,16 +72,28 @@ pub fn decide(
 
 /// What a thread is to do next.
 #[derive(Debug)]
-pub enum Work<E, H> {
+pub enum Work<'a, E, H> {
     /// Run these entries, of one group.
     Batch {
         /// Oldest first.
         entries: Vec<E>,
-        /// Whether other threads are idle.
-        others_idle: bool,
+        /// Whether there are threads that nothing waits for.
+        others_free: bool,
+        /// To be dropped when they have run.
+        running: Running<'a>,
     },
     /// Answer a call for help.
     Help(H),
+}
+
+/// A batch that runs, until dropped.
+#[derive(Debug)]
+pub struct Running<'a>(&'a AtomicUsize);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 struct State<E, H> {
@@ -89,8 +101,6 @@ struct State<E, H> {
     /// Calls for help, each with a number; the front one is answered next.
     calls: VecDeque<(u64, H)>,
     next_call: u64,
-    /// Threads that sleep because nothing waits.
-    idle: usize,
     closed: bool,
 }
 
@@ -99,6 +109,8 @@ struct Shared<E, H> {
     changed: Condvar,
     /// Number of entries, for those who look without the lock.
     waiting: AtomicUsize,
+    /// Number of batches that threads are running.
+    running: AtomicUsize,
 }
 
 /// A first-in-first-out queue that hands out batches, and calls for help (`H`) to threads that would sleep otherwise;
@@ -135,8 +147,13 @@ impl<E, H> Queue<E, H> {
 impl<E: Entry, H: Clone> Queue<E, H> {
     /// An empty queue.
     pub fn new(settings: QueueSettings) -> Self {
-        let state = State { entries: VecDeque::new(), calls: VecDeque::new(), next_call: 0, idle: 0, closed: false };
-        let shared = Shared { state: Mutex::new(state), changed: Condvar::new(), waiting: AtomicUsize::new(0) };
+        let state = State { entries: VecDeque::new(), calls: VecDeque::new(), next_call: 0, closed: false };
+        let shared = Shared {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            waiting: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+        };
         Self { shared: Arc::new(shared), settings }
     }
 
@@ -191,8 +208,9 @@ impl<E: Entry, H: Clone> Queue<E, H> {
     }
 
     /// Blocks until a batch closes (entries of one group, oldest first, dead ones dropped) or, while nothing waits,
-    /// somebody calls for help. `None` once the queue is closed and empty.
-    pub fn next(&self) -> Option<Work<E, H>> {
+    /// somebody calls for help. `None` once the queue is closed and empty. While an image waits for company
+    /// ([`QueueSettings::max_wait`]), nobody helps.
+    pub fn next(&self) -> Option<Work<'_, E, H>> {
         let mut state = self.lock();
         loop {
             let now = Instant::now();
@@ -207,12 +225,16 @@ impl<E: Entry, H: Clone> Queue<E, H> {
                     if !state.entries.is_empty() {
                         self.shared.changed.notify_one();
                     }
-                    let others_idle = state.idle > 0 && state.entries.is_empty();
+                    let nothing_waits = state.entries.is_empty();
                     drop(state);
                     // Without the lock: what they hold may take a while to free.
                     drop(dead);
                     if !entries.is_empty() {
-                        return Some(Work::Batch { entries, others_idle });
+                        let running = Running(&self.shared.running);
+                        let others = self.shared.running.fetch_add(1, Ordering::Relaxed);
+                        // A thread gets more than one only when there is an image for every other thread, too.
+                        let others_free = nothing_waits && entries.len() == 1 && others + 1 < self.settings.threads;
+                        return Some(Work::Batch { entries, others_free, running });
                     }
                     state = self.lock();
                 }
@@ -224,9 +246,7 @@ impl<E: Entry, H: Clone> Queue<E, H> {
                         state.calls.push_back(call);
                         return Some(Work::Help(what));
                     }
-                    state.idle += 1;
                     state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                    state.idle -= 1;
                 }
                 Decision::WaitUntil(due) => {
                     let wait = due.saturating_duration_since(now);
@@ -301,14 +321,14 @@ mod tests {
 
     type TestQueue = Queue<Image, &'static str>;
 
-    fn entries(work: Work<Image, &str>) -> Vec<Image> {
+    fn entries(work: Work<'_, Image, &str>) -> Vec<Image> {
         match work {
             Work::Batch { entries, .. } => entries,
             Work::Help(what) => panic!("asked to help {what}"),
         }
     }
 
-    fn ids(work: Option<Work<Image, &str>>) -> Vec<usize> {
+    fn ids(work: Option<Work<'_, Image, &str>>) -> Vec<usize> {
         entries(work.unwrap()).iter().map(|image| image.id).collect()
     }
 
@@ -399,25 +419,20 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_knows_whether_others_are_idle() {
-        let queue = TestQueue::new(settings());
-        std::thread::scope(|scope| {
-            let sleeper = scope.spawn(|| queue.next());
-            while queue.lock().idle == 0 {
-                std::thread::yield_now();
-            }
-            // Under one lock, so that the sleeper cannot have woken up.
-            let mut state = queue.lock();
-            state.entries.push_back(image(0, 1));
-            state.entries.push_back(image(1, 1));
-            drop(state);
-            match queue.next() {
-                Some(Work::Batch { entries, others_idle }) => assert_eq!((entries.len(), others_idle), (2, true)),
-                other => panic!("{other:?}"),
-            }
-            let _call = queue.call("the batch");
-            assert!(matches!(sleeper.join().unwrap(), Some(Work::Help("the batch"))));
-        });
+    fn a_batch_knows_whether_others_are_free() {
+        let queue = TestQueue::new(QueueSettings { max_batch: 1, threads: 2, ..settings() });
+        let take = || match queue.next() {
+            Some(Work::Batch { others_free, running, .. }) => (others_free, running),
+            other => panic!("{other:?}"),
+        };
+        queue.push_all((0..2).map(|id| image(id, 1)).collect()).unwrap();
+        let (first, second) = (take(), take());
+        assert!(!first.0, "the other thread has an image to run");
+        assert!(!second.0, "the other thread runs one");
+        drop(first);
+        drop(second);
+        queue.push_all(vec![image(2, 1)]).unwrap();
+        assert!(take().0);
     }
 
     #[test]
