@@ -116,7 +116,7 @@ impl Recipe {
             warmup_epochs: 2.0,
             final_rate: 0.01,
             optimizer: AdamWConfig::default(),
-            losses: LossWeights::default(),
+            losses: LossWeights { smoothness: 0.0, contiguity: 1.0, ..LossWeights::default() },
             label_smoothing: 0.1,
             augment: Augment { crop_padding: 4, reflect: true, flip: true, operations: 1, magnitude: 0.6, erase: 0.1 },
             mixing: Mixing { probability: 0.5, ..Mixing::NONE },
@@ -138,6 +138,7 @@ impl Recipe {
             warmup_epochs: 0.5,
             augment: Augment { crop_padding: 2, operations: 0, erase: 0.0, ..Self::scratch(model.clone()).augment },
             mixing: Mixing::NONE,
+            losses: LossWeights::default(),
             ..Self::scratch(model)
         }
     }
