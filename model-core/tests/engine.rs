@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use candle_core::{Device, Tensor};
 use model_core::artifact::Digest;
@@ -117,6 +118,33 @@ fn batched_answers_are_bit_identical_to_single_ones() {
             assert!(run(&mut session, &batch) == alone, "{isa}, {threads} threads");
             assert!(run(&mut session, &batch[5..9]) == alone[5..9], "{isa}, {threads} threads, four rows");
         }
+        // And with the callers of other sessions as helpers, who come and go.
+        let mut sessions = Session::group(&backbone, 12, 3);
+        let (mut session, done) = (sessions.remove(1), AtomicBool::new(false));
+        let team = session.team();
+        std::thread::scope(|scope| {
+            for helper in &mut sessions {
+                let (team, done) = (&team, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        let asked = AtomicUsize::new(0);
+                        helper.help(team, || asked.fetch_add(1, Ordering::Relaxed) > 1000);
+                        std::thread::yield_now();
+                    }
+                });
+            }
+            let answers = (0..20).map(|i| {
+                let _welcome = team.welcome();
+                if i % 2 == 0 {
+                    run(&mut session, &batch) == alone
+                } else {
+                    run(&mut session, &batch[5..9]) == alone[5..9]
+                }
+            });
+            let right = answers.filter(|&right| right).count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(right, 20, "{isa}, with helpers");
+        });
     }
 }
 

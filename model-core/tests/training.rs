@@ -187,3 +187,30 @@ fn a_frozen_backbone_stays_out_of_the_gradient_and_does_not_change_the_rest() {
         assert_eq!(*gradient, whole[name], "{name}");
     }
 }
+
+/// A branch whose scale is zero is not there, image by image; the attention of block 0 without its projection is as good.
+#[test]
+fn a_scale_of_zero_leaves_a_branch_out() {
+    let config = ViTConfig::preset("tiny").unwrap();
+    let vit = ViT::init(&config, 5).unwrap();
+    let Batch { pixels, .. } = batch(&config, 2);
+    let pixels = Tensor::from_vec(pixels, (2, 8, 8, 3), &Device::Cpu).unwrap();
+    let logits = |vit: &ViT, scales: [[f32; 4]; 2]| {
+        let scales = Tensor::new(&scales, &Device::Cpu).unwrap();
+        let output = vit.forward_scaled(&pixels, Quantizers::NONE, Some(&scales)).unwrap();
+        output.logits.to_vec2::<f32>().unwrap()
+    };
+    let ones = [1.0; 4];
+    let whole = vit.forward(&pixels, Quantizers::NONE).unwrap().logits.to_vec2::<f32>().unwrap();
+    assert_eq!(logits(&vit, [ones; 2]), whole);
+    let dropped = logits(&vit, [ones, [0.0, 1.0, 1.0, 1.0]]);
+    assert_eq!(dropped[0], whole[0], "the other image keeps its branch");
+    let second = logits(&vit, [ones, [1.0, 1.0, 1.0, 0.0]]);
+    assert!(dropped[1] != whole[1] && second[1] != whole[1] && second[1] != dropped[1]);
+    for part in ["weight", "bias"] {
+        let name = format!("blocks.0.attention.proj.{part}");
+        let count = vit.parameters().var(&name).unwrap().elem_count();
+        vit.parameters().set(&name, &vec![0.0; count]).unwrap();
+    }
+    assert_eq!(logits(&vit, [ones; 2])[1], dropped[1]);
+}

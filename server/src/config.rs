@@ -357,7 +357,7 @@ pub struct HealthcheckArgs {
 /// the default model, and the default budget has to hold expert sets, too.
 const MOST_THREADS_BY_DEFAULT: usize = 8;
 
-/// `requested` threads, or one per core, at most [`MOST_THREADS_BY_DEFAULT`], when it is 0.
+/// `requested` threads, or one per core, at most 8, when it is 0.
 pub fn threads_or_cores(requested: usize) -> usize {
     match requested {
         0 => std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS_BY_DEFAULT),

@@ -172,10 +172,11 @@ pub struct RecipeArgs {
     /// Weight of the load-balance loss.
     #[arg(long)]
     pub balance: Option<f64>,
-    /// Weight of the paper's spatial smoothness loss.
+    /// Weight of the paper's spatial smoothness loss [default: 0, 0.1 for `specialise`].
     #[arg(long)]
     pub smoothness: Option<f64>,
-    /// Weight of the contiguity ratio: smoothness relative to how much routing varies at all, moving routers only.
+    /// Weight of the contiguity ratio: smoothness relative to how much an image's routing varies at all, moving routers
+    /// only [default: 1, 0 for `specialise`].
     #[arg(long)]
     pub contiguity: Option<f64>,
     /// Share of the target spread evenly over the classes.
@@ -202,10 +203,10 @@ pub struct RecipeArgs {
     /// Share of the mixed images that get CutMix rather than mixup.
     #[arg(long)]
     pub cutmix_share: Option<f64>,
-    /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks.
+    /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks [default: 0].
     #[arg(long)]
     pub drop_path: Option<f64>,
-    /// Passes at the beginning without any rounding.
+    /// Passes at the beginning without any rounding [default: 0].
     #[arg(long)]
     pub float_epochs: Option<u64>,
     /// Decay of the moving average of the weights; 0 for none.

@@ -85,7 +85,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
     let vit = recipe.init_model()?;
-    let preprocess = teacher.as_ref().map_or_else(|| dataset.preprocess(), |teacher| teacher.preprocess().clone());
+    let preprocess = dataset.preprocess();
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
         export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names)
@@ -132,7 +132,6 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
     base.model.num_classes = dataset.num_classes();
     let teacher = teacher(&args.teacher, &mut base)?;
-    let preprocess = teacher.as_ref().map_or_else(|| dataset.preprocess(), |teacher| teacher.preprocess().clone());
     let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
     crate::files::create_folder(&args.run.out)?;
     compare::write_memory(&args.run.out, &base.model)?;
@@ -146,7 +145,7 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
             let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
             let vit = recipe.init_model()?;
             let settings = Settings { out: out.clone(), ..args.run.settings() };
-            let run = Run::new(recipe, settings, vit, dataset.clone(), preprocess.clone(), teacher.clone())?;
+            let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess(), teacher.clone())?;
             let mut outcome = None;
             let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
                 outcome = Some(measure_run(variant, checkpoint, &test, threads(args.run.threads))?);

@@ -191,13 +191,18 @@ impl Recipe {
         share(self.hold_out, "hold_out")?;
         share(self.ema_decay, "ema_decay")?;
         share(self.drop_path, "drop_path")?;
+        let (float, all) = (self.float_epochs, self.epochs);
+        ensure!(
+            float < all,
+            "float_epochs is {float} of {all} epochs; what is exported must have been trained rounded"
+        );
         if let Some(distillation) = &self.distillation {
             let value = distillation.share;
             ensure!((0.0..=1.0).contains(&value), "distillation.share is {value}; it must be in 0..=1");
         }
         let LossWeights { balance, smoothness, contiguity } = self.losses;
         for (value, name) in [(balance, "balance"), (smoothness, "smoothness"), (contiguity, "contiguity")] {
-            ensure!(value >= 0.0 && value.is_finite(), "losses.{name} is {value}; it must not be negative");
+            ensure!(value >= 0.0 && value.is_finite(), "losses.{name} is {value}; it must be a number from 0");
         }
         ensure!((0.0..=1.0).contains(&self.final_rate), "final_rate is {}; it must be in 0..=1", self.final_rate);
         for (value, name) in
@@ -302,12 +307,13 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_named() {
         type Edit = fn(&mut Recipe);
-        let cases: [(&str, Edit); 9] = [
+        let cases: [(&str, Edit); 10] = [
             ("epochs", |r| r.epochs = 0),
             ("learning_rate", |r| r.learning_rate = f64::NAN),
             ("hold_out", |r| r.hold_out = 1.0),
             ("ema_decay", |r| r.ema_decay = -0.1),
             ("losses.contiguity", |r| r.losses.contiguity = -1.0),
+            ("float_epochs", |r| r.float_epochs = 10),
             ("drop_path", |r| r.drop_path = 1.0),
             ("distillation.share", |r| {
                 r.distillation = Some(Distillation { share: 1.5, backbone: "b".into(), set: "s".into() });

@@ -41,11 +41,6 @@ impl Teacher {
         })
     }
 
-    /// How pixels have to be normalised; the student sees the same ones.
-    pub fn preprocess(&self) -> &Preprocess {
-        &self.preprocess
-    }
-
     /// What a recipe remembers of learning `share` of every target from this teacher.
     pub fn distillation(&self, share: f64) -> Distillation {
         Distillation { share, backbone: self.backbone.clone(), set: self.set.clone() }
@@ -71,12 +66,20 @@ impl Teacher {
         Ok(())
     }
 
-    /// `targets <- (1 - share) targets + share softmax(teacher)`, for `pixels [batch, side, side, 3]` and `targets
-    /// [batch, classes]`. Each image's answer is its own, so that threads do not change the result.
+    /// `targets <- (1 - share) targets + share softmax(teacher)`, for `pixels [batch, side, side, 3]`, normalised as
+    /// `normalized` says, and `targets [batch, classes]`. Each image's answer is its own, so that threads do not change
+    /// the result.
     ///
     /// # Errors
     /// When shapes do not fit.
-    pub fn teach(&self, pixels: &[f32], targets: &mut [f32], share: f64, threads: usize) -> Result<()> {
+    pub fn teach(
+        &self,
+        pixels: &[f32],
+        normalized: &Preprocess,
+        targets: &mut [f32],
+        share: f64,
+        threads: usize,
+    ) -> Result<()> {
         let (classes, image) = (self.labels.len(), self.image_size.pow(2) * 3);
         let share = share as f32;
         /// Images that a thread asks about at once.
@@ -86,7 +89,7 @@ impl Teacher {
             loop {
                 let shard = shards.lock().expect("nobody panics while holding the shards").next();
                 let Some((pixels, targets)) = shard else { return Ok(()) };
-                let answer = self.model.predict(pixels.to_vec(), pixels.len() / image)?;
+                let answer = self.model.predict(self.renormalized(pixels, normalized), pixels.len() / image)?;
                 for (target, logits) in targets.chunks_exact_mut(classes).zip(answer.logits.chunks_exact(classes)) {
                     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                     let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
@@ -101,6 +104,20 @@ impl Teacher {
             let own = work();
             others.into_iter().map(|thread| thread.join().expect("teaching does not panic")).fold(own, Result::and)
         })
+    }
+
+    /// Pixels as the teacher wants them.
+    fn renormalized(&self, pixels: &[f32], normalized: &Preprocess) -> Vec<f32> {
+        let mut pixels = pixels.to_vec();
+        let (from, to) = (normalized, &self.preprocess);
+        if (from.mean, from.std) != (to.mean, to.std) {
+            for pixel in pixels.chunks_exact_mut(3) {
+                for (channel, value) in pixel.iter_mut().enumerate() {
+                    *value = (*value * from.std[channel] + from.mean[channel] - to.mean[channel]) / to.std[channel];
+                }
+            }
+        }
+        pixels
     }
 }
 
@@ -135,11 +152,11 @@ mod tests {
     fn its_share_of_a_target_is_its_softmax() {
         let (teacher, dataset) = (teacher(), dataset());
         teacher.check(&dataset).unwrap();
-        let pixels = teacher.preprocess().normalize(&dataset.images);
+        let pixels = teacher.preprocess.normalize(&dataset.images);
         let labels: Vec<f32> = (0..70 * 5).map(|i| if i % 5 == 2 { 1.0 } else { 0.0 }).collect();
         let taught = |share, threads| {
             let mut targets = labels.clone();
-            teacher.teach(&pixels, &mut targets, share, threads).unwrap();
+            teacher.teach(&pixels, &teacher.preprocess, &mut targets, share, threads).unwrap();
             targets
         };
         assert_eq!(taught(0.0, 1), labels);
@@ -157,6 +174,13 @@ mod tests {
             assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5);
         }
         assert_eq!(taught(0.5, 1), half, "threads change nothing");
+
+        let other = Preprocess { mean: [0.2, 0.5, 0.4], std: [0.1, 0.3, 1.0], ..Preprocess::default() };
+        let mut targets = labels.clone();
+        teacher.teach(&other.normalize(&dataset.images), &other, &mut targets, 1.0, 1).unwrap();
+        let far = targets.iter().zip(&answers).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // Rounding of the pixels may move an activation to the next of 255 codes.
+        assert!(far < 0.02, "the teacher sees the same image however the student's are normalised: {far}");
     }
 
     #[test]

@@ -112,7 +112,6 @@ impl Run {
         recipe.validate()?;
         if let Some(teacher) = &teacher {
             teacher.check(&dataset)?;
-            ensure!(*teacher.preprocess() == preprocess, "the teacher normalises pixels in another way than the model");
         }
         let share = recipe.distillation.as_ref().map_or(0.0, |distillation| distillation.share);
         ensure!(
@@ -232,7 +231,8 @@ impl Run {
         let mut batch = loader.next_batch();
         debug_assert_eq!(batch.position, self.position);
         if let (Some(teacher), Some(distillation)) = (&self.teacher, &self.recipe.distillation) {
-            teacher.teach(&batch.pixels, &mut batch.targets, distillation.share, self.settings.threads)?;
+            let (share, threads) = (distillation.share, self.settings.threads);
+            teacher.teach(&batch.pixels, &self.preprocess, &mut batch.targets, share, threads)?;
         }
         let len = batch.labels.len();
         let batch = Batch { pixels: batch.pixels, targets: batch.targets, len, branch_scales: batch.branch_scales };

@@ -115,6 +115,28 @@ fn interrupted_at_every_step_equals_uninterrupted() {
 }
 
 #[test]
+fn every_part_of_the_recipe_changes_the_result() {
+    let trained = |recipe: Recipe| {
+        let out = tempfile::tempdir().unwrap();
+        let mut run = run(&recipe, out.path(), 2, None);
+        run.train(&AtomicBool::new(false)).unwrap();
+        bits(&run.checkpoint().unwrap())
+    };
+    let plain = trained(recipe());
+    assert!(trained(recipe()) == plain);
+    let mut contiguous = recipe();
+    contiguous.losses.contiguity += 1.0;
+    for (part, recipe) in [
+        ("drop_path", Recipe { drop_path: 0.5, ..recipe() }),
+        ("float_epochs", Recipe { float_epochs: 1, ..recipe() }),
+        ("distillation", Recipe { distillation: Some(teacher().distillation(0.5)), ..recipe() }),
+        ("contiguity", contiguous),
+    ] {
+        assert!(trained(recipe) != plain, "{part}");
+    }
+}
+
+#[test]
 fn a_frozen_backbone_does_not_move() {
     let recipe =
         Recipe { origin: Origin::Specialise { backbone: "digest".into(), start: "digest".into() }, ..recipe() };

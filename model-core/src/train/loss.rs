@@ -78,10 +78,11 @@ fn by_image(probabilities: &Tensor, side: usize) -> Result<Tensor> {
 /// # Errors
 /// When the tokens are not whole grids.
 pub fn contiguity_ratio(probabilities: &Tensor, side: usize) -> Result<Tensor> {
-    let variance = probabilities.broadcast_sub(&probabilities.mean_keepdim(0)?)?.sqr()?.sum(1)?.mean_all()?;
+    let probabilities = by_image(probabilities, side)?;
+    let variance = probabilities.broadcast_sub(&probabilities.mean_keepdim(1)?)?.sqr()?.sum(2)?.mean_all()?;
     // For probabilities that are all the same: 0 over nearly 0.
     let between_any = ((variance * 2.0)? + 1e-12)?;
-    ops::smoothness(&by_image(probabilities, side)?, side)? / between_any
+    ops::smoothness(&probabilities, side)? / between_any
 }
 
 /// Mean over the batch of `-sum_c target_c log softmax(logits)_c`.

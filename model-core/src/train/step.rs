@@ -36,7 +36,7 @@ pub struct StepStats {
     pub smoothness: f64,
     /// Contiguity ratio; 0 when it has no weight.
     pub contiguity: f64,
-    /// Share of images whose largest logit is the largest target.
+    /// Share of images whose largest logit is the largest target, mixed and taught as it may be.
     pub accuracy: f64,
 }
 

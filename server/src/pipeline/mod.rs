@@ -15,7 +15,8 @@ use tokio::sync::oneshot;
 use crate::admission::ImagePermit;
 use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
-use crate::model::{self, LoadedBackbone, RowOutput, SetLease};
+use crate::model::{self, ArtifactSource, RowOutput, SetLease};
+use crate::registry::ResidentBackbone;
 use queue::{Entry, Queue, QueueSettings, Work};
 
 /// One image on its way through a compute thread.
@@ -62,7 +63,8 @@ type JobQueue = Queue<QueuedJob, HelpWanted>;
 #[derive(Clone)]
 struct HelpWanted {
     thread: usize,
-    backbone: Arc<LoadedBackbone>,
+    /// With its place in the memory budget, whatever becomes of the caller's lease.
+    backbone: Arc<ResidentBackbone<ArtifactSource>>,
 }
 
 impl Entry for QueuedJob {
@@ -144,14 +146,14 @@ fn run_worker(index: usize, queue: &JobQueue, metrics: &Metrics) {
         let (batch, others_free, _running) = match work {
             Work::Batch { entries, others_free, running } => (entries, others_free, running),
             Work::Help(wanted) => {
-                wanted.backbone.help(index, wanted.thread, || queue.has_waiting());
+                wanted.backbone.value.help(index, wanted.thread, || queue.has_waiting());
                 continue;
             }
         };
         // A panic in a forward pass fails its batch, not the thread.
         let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            let backbone = batch.first().filter(|_| others_free).map(|entry| &entry.job.lease.backbone.value);
-            let _welcome = backbone.and_then(|backbone| backbone.welcome(index));
+            let backbone = batch.first().filter(|_| others_free).map(|entry| &entry.job.lease.backbone);
+            let _welcome = backbone.and_then(|backbone| backbone.value.welcome(index));
             // Made last, so that it ends first: a thread that answers a call where it is not welcome would be back at once.
             let _call =
                 backbone.map(|backbone| queue.call(HelpWanted { thread: index, backbone: Arc::clone(backbone) }));

@@ -232,7 +232,7 @@ impl<E: Entry, H: Clone> Queue<E, H> {
                     if !entries.is_empty() {
                         let running = Running(&self.shared.running);
                         let others = self.shared.running.fetch_add(1, Ordering::Relaxed);
-                        // A thread gets more than one only when there is an image for every other thread, too.
+                        // More than one means that there is work for the others, or that images wait for company.
                         let others_free = nothing_waits && entries.len() == 1 && others + 1 < self.settings.threads;
                         return Some(Work::Batch { entries, others_free, running });
                     }
