@@ -186,6 +186,7 @@ fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, thread
         top1: scores.top1,
         top5: scores.top5,
         routing_agreement: scores.routing_agreement,
+        far_agreement: scores.far_agreement,
         images_per_second: state.step as f64 * recipe.batch_size as f64 / state.seconds.max(1e-9),
         load: if routed { report.layers.into_iter().map(|layer| layer.load).collect() } else { Vec::new() },
         sample: if routed { Some(sample(&*model, &recipe.model, test, &state.preprocess)?) } else { None },

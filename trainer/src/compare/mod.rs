@@ -111,6 +111,8 @@ pub struct Outcome {
     pub top5: f64,
     /// Share of chosen experts that neighbouring patches have in common, on the test part; none without routers.
     pub routing_agreement: Option<f64>,
+    /// The same of patches half the grid apart.
+    pub far_agreement: Option<f64>,
     /// Training speed, over the whole run.
     pub images_per_second: f64,
     /// Share of all choices that went to each expert, layer by layer; empty without routers.
@@ -152,6 +154,8 @@ pub struct Row {
     pub top5: f64,
     /// Mean over seeds.
     pub routing_agreement: Option<f64>,
+    /// Mean over seeds.
+    pub far_agreement: Option<f64>,
     /// What was measured: the integer engine, or the candle model.
     pub path: &'static str,
     /// Trained numbers.
@@ -186,6 +190,7 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
             top1_highest: highest,
             top5: mean(|run| run.top5),
             routing_agreement: runs[0].routing_agreement.map(|_| mean(|run| run.routing_agreement.unwrap_or(f64::NAN))),
+            far_agreement: runs[0].far_agreement.map(|_| mean(|run| run.far_agreement.unwrap_or(f64::NAN))),
             path: if recipe.is_servable() { "integer" } else { "float" },
             parameters: runs[0].parameters,
             paper_bytes: layers * paper_bytes,
@@ -204,22 +209,24 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
 /// When a file cannot be written.
 pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
     let rows = rows(outcomes);
+    let agreement = |share: Option<f64>| share.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share));
     let mut table = String::from(
-        "| variant | path | seeds | top-1 % | spread | top-5 % | neighbours agree % | parameters | \
+        "| variant | path | seeds | top-1 % | spread | top-5 % | neighbours agree % | far patches agree % | parameters | \
          expert kB (paper) | expert kB (all counted) | smaller than dense | images/s |\n\
-         |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+         |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     for row in &rows {
         writeln!(
             table,
-            "| {} | {} | {} | {:.2} | {:.2} | {:.2} | {} | {} | {:.1} | {:.1} | {:.0}x | {:.0} |",
+            "| {} | {} | {} | {:.2} | {:.2} | {:.2} | {} | {} | {} | {:.1} | {:.1} | {:.0}x | {:.0} |",
             row.variant.name(),
             row.path,
             row.seeds,
             100.0 * row.top1,
             100.0 * (row.top1_highest - row.top1_lowest),
             100.0 * row.top5,
-            row.routing_agreement.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share)),
+            agreement(row.routing_agreement),
+            agreement(row.far_agreement),
             row.parameters,
             row.paper_bytes / 1e3,
             row.runtime_bytes / 1e3,
@@ -280,6 +287,7 @@ mod tests {
                 top1,
                 top5: 0.9,
                 routing_agreement: Some(0.5),
+                far_agreement: Some(0.25),
                 images_per_second: 10.0,
                 load: vec![vec![0.25; 4]; 2],
                 sample: Some(Sample {

@@ -42,8 +42,17 @@ struct Bin {
 struct LayerTally {
     /// Choices of each expert.
     load: Vec<u64>,
-    /// Pairs of neighbouring patches, and how many experts they share.
-    pairs: u64,
+    /// Of neighbouring patches.
+    neighbours: Pairs,
+    /// Of patches half the grid apart.
+    far: Pairs,
+}
+
+/// How pairs of patches in a certain distance were routed.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pairs {
+    count: u64,
+    /// Experts that both patches chose.
     shared: u64,
     /// Pairs whose first choice is the same.
     same_first: u64,
@@ -64,6 +73,8 @@ pub struct Scores {
     pub calibration_error: f64,
     /// Share of chosen experts that two neighbouring patches have in common, mean over layers; none without routers.
     pub routing_agreement: Option<f64>,
+    /// As `routing_agreement`, of patches half the grid apart: what is not due to their being neighbours.
+    pub far_agreement: Option<f64>,
 }
 
 impl Tally {
@@ -122,15 +133,19 @@ impl Tally {
     pub fn scores(&self) -> Scores {
         let n = self.images.max(1) as f64;
         let gap = |bin: &Bin| (bin.confidence - bin.right as f64).abs();
-        let agreement: f64 = self.layers.iter().map(|layer| layer.agreement(self.top_k)).sum();
-        let routed = self.layers.iter().any(|layer| layer.pairs > 0);
+        let agreement = |of: fn(&LayerTally) -> Pairs| {
+            let sum: f64 = self.layers.iter().map(|layer| of(layer).agreement(self.top_k)).sum();
+            let routed = self.layers.iter().any(|layer| of(layer).count > 0);
+            routed.then(|| sum / self.layers.len().max(1) as f64)
+        };
         Scores {
             images: self.images,
             top1: self.top1 as f64 / n,
             top5: self.top5 as f64 / n,
             cross_entropy: self.cross_entropy / n,
             calibration_error: self.bins.iter().map(gap).sum::<f64>() / n,
-            routing_agreement: routed.then(|| agreement / self.layers.len().max(1) as f64),
+            routing_agreement: agreement(|layer| layer.neighbours),
+            far_agreement: agreement(|layer| layer.far),
         }
     }
 }
@@ -140,20 +155,29 @@ impl LayerTally {
     fn add_image(&mut self, experts: &[u16], side: usize, top_k: usize) {
         experts.iter().for_each(|&e| self.load[usize::from(e)] += 1);
         let chosen = |y: usize, x: usize| &experts[(y * side + x) * top_k..][..top_k];
+        let half = side.div_ceil(2).max(2);
         for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
-            for (ny, nx) in [(y + 1, x), (y, x + 1)] {
-                if ny < side && nx < side {
-                    let (a, b) = (chosen(y, x), chosen(ny, nx));
-                    self.pairs += 1;
-                    self.shared += a.iter().filter(|e| b.contains(e)).count() as u64;
-                    self.same_first += u64::from(a[0] == b[0]);
+            for (pairs, distance) in [(&mut self.neighbours, 1), (&mut self.far, half)] {
+                for (other_y, other_x) in [(y + distance, x), (y, x + distance)] {
+                    if other_y < side && other_x < side {
+                        pairs.add(chosen(y, x), chosen(other_y, other_x));
+                    }
                 }
             }
         }
     }
+}
 
+impl Pairs {
+    fn add(&mut self, a: &[u16], b: &[u16]) {
+        self.count += 1;
+        self.shared += a.iter().filter(|e| b.contains(e)).count() as u64;
+        self.same_first += u64::from(a[0] == b[0]);
+    }
+
+    /// Share of chosen experts that the patches of a pair have in common.
     fn agreement(&self, top_k: usize) -> f64 {
-        self.shared as f64 / (self.pairs * top_k as u64).max(1) as f64
+        self.shared as f64 / (self.count * top_k as u64).max(1) as f64
     }
 }
 
@@ -197,8 +221,14 @@ mod tests {
         let mut layer = LayerTally { load: vec![0; 4], ..LayerTally::default() };
         // A 2x2 grid, top-2: rows share both experts in another order, columns share one.
         layer.add_image(&[0, 1, 1, 0, 1, 2, 2, 1], 2, 2);
-        assert_eq!((layer.pairs, layer.shared, layer.same_first), (4, 6, 0));
-        assert_eq!(layer.agreement(2), 0.75);
+        let Pairs { count, shared, same_first } = layer.neighbours;
+        assert_eq!((count, shared, same_first), (4, 6, 0));
+        assert_eq!(layer.neighbours.agreement(2), 0.75);
         assert_eq!(layer.load, [2, 4, 2, 0]);
+        assert_eq!(layer.far.count, 0, "a grid of two has no patches that are no neighbours");
+        // Stripes of one column in a 4x4 grid, top-1: those two rows apart agree, and those two columns apart.
+        let mut layer = LayerTally { load: vec![0; 2], ..LayerTally::default() };
+        layer.add_image(&[0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1], 4, 1);
+        assert_eq!((layer.far.count, layer.far.agreement(1), layer.neighbours.agreement(1)), (16, 1.0, 0.5));
     }
 }

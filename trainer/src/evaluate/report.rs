@@ -60,6 +60,8 @@ pub struct Confusion {
 pub struct LayerRouting {
     /// Share of chosen experts that two neighbouring patches have in common.
     pub agreement: f64,
+    /// The same of patches half the grid apart.
+    pub far_agreement: f64,
     /// Share of neighbouring patches with the same first choice.
     pub first_choice_agreement: f64,
     /// Share of all choices that went to each expert.
@@ -94,8 +96,9 @@ impl Report {
             let total = layer.load.iter().sum::<u64>().max(1) as f64;
             let load: Vec<f64> = layer.load.iter().map(|&n| n as f64 / total).collect();
             LayerRouting {
-                agreement: layer.agreement(tally.top_k),
-                first_choice_agreement: layer.same_first as f64 / layer.pairs.max(1) as f64,
+                agreement: layer.neighbours.agreement(tally.top_k),
+                far_agreement: layer.far.agreement(tally.top_k),
+                first_choice_agreement: layer.neighbours.same_first as f64 / layer.neighbours.count.max(1) as f64,
                 peak_load: load.iter().copied().fold(0.0, f64::max) * load.len() as f64,
                 unused: layer.load.iter().filter(|&&n| n == 0).count(),
                 load,
@@ -135,12 +138,16 @@ impl Report {
         writeln!(out, "top-5                 {:6.2} %", percent(self.top5))?;
         writeln!(out, "cross-entropy         {:7.3}", self.cross_entropy)?;
         writeln!(out, "calibration error     {:6.2} %", percent(self.calibration_error))?;
-        writeln!(out, "\nrouting      neighbours agree   same first choice   peak load   unused experts")?;
+        writeln!(
+            out,
+            "\nrouting      neighbours agree   far patches agree   same first choice   peak load   unused experts"
+        )?;
         for (i, layer) in self.layers.iter().enumerate() {
             writeln!(
                 out,
-                "layer {i:<6} {:15.1} % {:17.1} % {:11.2} {:16}",
+                "layer {i:<6} {:15.1} % {:17.1} % {:17.1} % {:11.2} {:16}",
                 percent(layer.agreement),
+                percent(layer.far_agreement),
                 percent(layer.first_choice_agreement),
                 layer.peak_load,
                 layer.unused
