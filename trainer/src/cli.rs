@@ -175,8 +175,8 @@ pub struct RecipeArgs {
     /// Weight of the paper's spatial smoothness loss [default: 0, 0.1 for `specialise`].
     #[arg(long)]
     pub smoothness: Option<f64>,
-    /// Weight of the contiguity ratio: smoothness relative to how much an image's routing varies at all, moving routers
-    /// only [default: 1, 0 for `specialise`].
+    /// Weight of the contiguity ratio: smoothness relative to how much routing varies at all, moving routers only
+    /// [default: 1, 0 for `specialise`].
     #[arg(long)]
     pub contiguity: Option<f64>,
     /// Share of the target spread evenly over the classes.

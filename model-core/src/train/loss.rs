@@ -1,5 +1,5 @@
 //! Cross-entropy and the routing losses: load balance and smoothness (`golden/reference.py: balance_loss,
-//! smoothness_loss`), and contiguity, which is smoothness without its two ways out.
+//! smoothness_loss`), and contiguity, which is smoothness relative to how much routing varies, for routers only.
 
 use candle_core::{D, Result, Tensor};
 
@@ -71,18 +71,18 @@ fn by_image(probabilities: &Tensor, side: usize) -> Result<Tensor> {
 }
 
 /// Geary's contiguity ratio (1954) of router `probabilities [batch * side * side, experts]`: the mean squared distance
-/// between neighbouring patches ([`ops::smoothness`]) over that between any two patches of the batch. 1 when neighbours
-/// are like strangers, 0 when they are alike; above 1 when they avoid each other. Bringing all probabilities closer to
-/// each other lowers the smoothness loss without changing a choice; it does not lower this.
+/// between neighbouring patches ([`ops::smoothness`]) over that between any two patches of any of the images. 1 when
+/// neighbours are like strangers, 0 when they are alike; above 1 when they avoid each other. Bringing all probabilities
+/// closer to each other lowers the smoothness loss without changing a choice; it does not lower this. Sending all of an
+/// image to the same experts does lower both.
 ///
 /// # Errors
 /// When the tokens are not whole grids.
 pub fn contiguity_ratio(probabilities: &Tensor, side: usize) -> Result<Tensor> {
-    let probabilities = by_image(probabilities, side)?;
-    let variance = probabilities.broadcast_sub(&probabilities.mean_keepdim(1)?)?.sqr()?.sum(2)?.mean_all()?;
+    let variance = probabilities.broadcast_sub(&probabilities.mean_keepdim(0)?)?.sqr()?.sum(1)?.mean_all()?;
     // For probabilities that are all the same: 0 over nearly 0.
     let between_any = ((variance * 2.0)? + 1e-12)?;
-    ops::smoothness(&probabilities, side)? / between_any
+    ops::smoothness(&by_image(probabilities, side)?, side)? / between_any
 }
 
 /// Mean over the batch of `-sum_c target_c log softmax(logits)_c`.
