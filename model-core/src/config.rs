@@ -88,6 +88,9 @@ pub struct BackboneConfig {
     pub num_heads: usize,
 }
 
+/// Most experts in a layer.
+pub const MAX_EXPERTS: usize = 4096;
+
 /// What each expert set chooses for itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -248,8 +251,8 @@ impl ExpertConfig {
     /// # Errors
     /// [`ConfigError`] naming the first field that does not fit.
     pub fn validate(&self, backbone: &BackboneConfig) -> Result<(), ConfigError> {
-        ensure((1..=4096).contains(&self.num_experts), "experts.num_experts", || {
-            format!("{} is not in 1..=4096", self.num_experts)
+        ensure((1..=MAX_EXPERTS).contains(&self.num_experts), "experts.num_experts", || {
+            format!("{} is not in 1..={MAX_EXPERTS}", self.num_experts)
         })?;
         ensure((1..=self.num_experts).contains(&self.top_k), "experts.top_k", || {
             format!("{} is not in 1..=num_experts ({})", self.top_k, self.num_experts)

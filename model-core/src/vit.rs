@@ -233,6 +233,23 @@ impl ViT {
     /// # Errors
     /// When the shapes of the weights do not fit their configuration.
     pub fn from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
+        Self::from_weights_with(backbone, set, dense)
+    }
+
+    /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on from it
+    /// with [`Quantizers::ALL`].
+    ///
+    /// # Errors
+    /// As for [`ViT::from_weights`].
+    pub fn latent_from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
+        Self::from_weights_with(backbone, set, latent)
+    }
+
+    fn from_weights_with(
+        backbone: &BackboneWeights,
+        set: &ExpertSetWeights,
+        substrate: fn(&Ternary) -> Vec<f32>,
+    ) -> Result<Self> {
         let config = set.vit_config(&backbone.config);
         config.validate().map_err(invalid)?;
         let (b, e) = (&config.backbone, &config.experts);
@@ -261,8 +278,8 @@ impl ViT {
             let mut matrix = |part: &str, values: Vec<f32>, shape: &[usize]| {
                 p.insert(format!("blocks.{l}.moe.{part}"), values, shape)
             };
-            matrix("up", dense(&block.up), &[b.d_ff, b.d_model])?;
-            matrix("down", dense(&block.down), &[b.d_model, b.d_ff])?;
+            matrix("up", substrate(&block.up), &[b.d_ff, b.d_model])?;
+            matrix("down", substrate(&block.down), &[b.d_model, b.d_ff])?;
             let rows = layer.router.chunks_exact(b.d_model).zip(&layer.router_scale);
             let router = rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect();
             matrix("router", router, &[e.num_experts, b.d_model])?;
@@ -436,6 +453,19 @@ fn dense(matrix: &Ternary) -> Vec<f32> {
     let cols = matrix.codes.len() / matrix.scale.len().max(1);
     let rows = matrix.codes.chunks_exact(cols.max(1)).zip(&matrix.scale);
     rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect()
+}
+
+/// Rounding takes the mean magnitude of a row for its scale. That of `code * scale` is smaller by the share of codes that
+/// are not zero.
+fn latent(matrix: &Ternary) -> Vec<f32> {
+    let cols = (matrix.codes.len() / matrix.scale.len().max(1)).max(1);
+    let rows = matrix.codes.chunks_exact(cols).zip(&matrix.scale);
+    let latents = rows.flat_map(|(row, scale)| {
+        let nonzero = row.iter().filter(|&&code| code != 0).count().max(1);
+        let value = (f64::from(*scale) * cols as f64 / nonzero as f64) as f32;
+        row.iter().map(move |&code| f32::from(code) * value)
+    });
+    latents.collect()
 }
 
 fn invalid(error: ConfigError) -> candle_core::Error {

@@ -173,6 +173,28 @@ fn rounding_to_codes_keeps_the_float_logits() {
 }
 
 #[test]
+fn training_that_goes_on_from_an_artifact_begins_with_its_codes() {
+    let config = tiny();
+    let labels: Vec<String> = (0..config.num_classes).map(|i| format!("class {i}")).collect();
+    let (backbone, set) = ViT::init(&config, 5).unwrap().to_weights(&labels).unwrap();
+    let (again, same_set) = ViT::latent_from_weights(&backbone, &set).unwrap().to_weights(&labels).unwrap();
+    for (before, after) in backbone.blocks.iter().zip(&again.blocks) {
+        for (before, after) in [(&before.up, &after.up), (&before.down, &after.down)] {
+            assert_eq!(before.codes, after.codes);
+            for (before, after) in before.scale.iter().zip(&after.scale) {
+                // The latent value and its mean are each rounded to f32 once.
+                assert!((before - after).abs() <= 2.0 * f32::EPSILON * before, "{before} and {after}");
+            }
+        }
+    }
+    for (before, after) in set.layers.iter().zip(&same_set.layers) {
+        assert_eq!(before.router, after.router);
+        assert_eq!((&before.rotation_in, &before.rotation_hidden), (&after.rotation_in, &after.rotation_hidden));
+    }
+    assert_eq!((&backbone.stem, &backbone.pos_embed, &set.head), (&again.stem, &again.pos_embed, &same_set.head));
+}
+
+#[test]
 fn a_frozen_backbone_stays_out_of_the_gradient_and_does_not_change_the_rest() {
     let config = tiny();
     let batch = batch(&config, 4);

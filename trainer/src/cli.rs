@@ -29,7 +29,7 @@ pub struct Cli {
 pub enum Command {
     /// Write a random backbone and random expert sets, for tests and measurements.
     Init(InitArgs),
-    /// Train a backbone with its first expert set from scratch.
+    /// Train a backbone with its first expert set, from scratch or from a finished one.
     Train(TrainArgs),
     /// Train a new expert set (angles, routers, head) on a frozen backbone.
     Specialise(SpecialiseArgs),
@@ -285,6 +285,17 @@ pub struct NameArgs {
     pub set_name: String,
 }
 
+/// A finished model to start from.
+#[derive(Debug, Args)]
+pub struct StartArgs {
+    /// Start from this backbone instead of random weights; its shapes, too, are the new model's.
+    #[arg(long, value_name = "FILE", requires = "start_set", conflicts_with_all = ["preset", "config"])]
+    pub start_backbone: Option<PathBuf>,
+    /// The expert set to start from. Its head is kept where its labels are the data's.
+    #[arg(long, value_name = "FILE", requires = "start_backbone")]
+    pub start_set: Option<PathBuf>,
+}
+
 /// `train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
@@ -294,6 +305,9 @@ pub struct TrainArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// What to start from.
+    #[command(flatten)]
+    pub start: StartArgs,
     /// The loop.
     #[command(flatten)]
     pub run: LoopArgs,

@@ -6,7 +6,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
+use model_core::artifact::{
+    BackboneArtifact, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
+};
 use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
@@ -14,8 +16,8 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{
-    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, SpeedArgs, TeacherArgs,
-    TrainArgs, threads,
+    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, SpeedArgs, StartArgs,
+    TeacherArgs, TrainArgs, threads,
 };
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
@@ -76,6 +78,11 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         }
         None => Recipe::scratch(args.model.resolve()?.0),
     };
+    let start = Start::load(&args.start)?;
+    if let Some(start) = &start {
+        recipe.origin = start.origin();
+        recipe.model = start.config();
+    }
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
     if args.model.config.is_none() {
@@ -84,12 +91,47 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     }
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
-    let vit = recipe.init_model()?;
-    let preprocess = dataset.preprocess();
+    let (vit, preprocess) = match &start {
+        Some(start) => (start.model(&recipe, &dataset)?, start.backbone.preprocess.clone()),
+        None => (recipe.init_model()?, dataset.preprocess()),
+    };
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
         export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names)
     })
+}
+
+/// The finished model that `train` starts from.
+struct Start {
+    backbone: BackboneArtifact,
+    set: ExpertSetArtifact,
+}
+
+impl Start {
+    fn load(args: &StartArgs) -> Result<Option<Self>> {
+        let (Some(backbone), Some(set)) = (&args.start_backbone, &args.start_set) else { return Ok(None) };
+        let backbone = load_backbone(backbone)?;
+        let set = load_set(set, &backbone)?;
+        Ok(Some(Self { backbone, set }))
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::Continue { backbone: self.backbone.digest.to_string(), start: self.set.digest.to_string() }
+    }
+
+    fn config(&self) -> ViTConfig {
+        self.set.weights.vit_config(&self.backbone.weights.config)
+    }
+
+    /// With a fresh head where the classes are others.
+    fn model(&self, recipe: &Recipe, dataset: &Dataset) -> Result<ViT> {
+        let mut set = self.set.weights.clone();
+        if set.labels != dataset.class_names {
+            let fresh = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
+            (set.head, set.labels) = (fresh.head, fresh.labels);
+        }
+        Ok(ViT::latent_from_weights(&self.backbone.weights, &set)?)
+    }
 }
 
 /// `specialise`: a new expert set on a frozen backbone.
@@ -238,8 +280,8 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     let checkpoint = Checkpoint::load(&args.run)?;
     let store = Store::new(args.store.clone().unwrap_or_else(|| args.run.join("store")));
     match (&checkpoint.state.recipe.origin, &args.backbone) {
-        (Origin::Scratch, None) => export_backbone(&checkpoint, &store, &args.names),
-        (Origin::Scratch, Some(_)) => bail!("--backbone is for specialised runs; this one trained its own"),
+        (Origin::Scratch | Origin::Continue { .. }, None) => export_backbone(&checkpoint, &store, &args.names),
+        (Origin::Scratch | Origin::Continue { .. }, Some(_)) => bail!("--backbone is for specialised runs; this one trained its own"),
         (Origin::Specialise { .. }, Some(path)) => export_set(&checkpoint, &store, path, &args.names.set_name),
         (Origin::Specialise { .. }, None) => bail!("--backbone is missing: the run specialised one"),
     }

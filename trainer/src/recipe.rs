@@ -24,6 +24,13 @@ use crate::data::loader::Mixing;
 pub enum Origin {
     /// A new backbone with its first expert set; everything moves.
     Scratch,
+    /// A finished backbone and expert set, both of which move on.
+    Continue {
+        /// Digest of the backbone.
+        backbone: String,
+        /// Digest of the expert set.
+        start: String,
+    },
     /// A new expert set on a frozen backbone.
     Specialise {
         /// Digest of the backbone.
@@ -155,7 +162,7 @@ impl Recipe {
     pub fn quantizers(&self) -> Quantizers {
         let quantizers = match (self.feed_forward, &self.origin) {
             (FeedForwardKind::DenseExperts | FeedForwardKind::Dense, _) => Quantizers::NONE,
-            (_, Origin::Scratch) => Quantizers::ALL,
+            (_, Origin::Scratch | Origin::Continue { .. }) => Quantizers::ALL,
             (_, Origin::Specialise { .. }) => Quantizers::EXPERTS,
         };
         match self.activations {

@@ -160,6 +160,7 @@ impl Run {
         self.optimizer = checkpoint.optimizer();
         self.average = checkpoint.average.clone();
         self.position = checkpoint.state.position;
+        self.preprocess = checkpoint.state.preprocess.clone();
         self.validation = checkpoint.state.validation;
         self.seconds_before = checkpoint.state.seconds;
         Ok(())

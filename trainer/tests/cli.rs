@@ -147,6 +147,45 @@ fn a_finished_model_teaches_another() {
 }
 
 #[test]
+fn training_goes_on_from_a_finished_model() {
+    let root = tempfile::tempdir().unwrap();
+    let data = images(root.path());
+    let out = |name: &str| root.path().join(name);
+    let artifacts = |run: &Path| {
+        (run.join("store/backbones/backbone.safetensors"), run.join("store/expert-sets/default/1.safetensors"))
+    };
+    let report = |data: &Path, (backbone, set): &(PathBuf, PathBuf)| -> Value {
+        let files = ["--data", text(data), "--backbone", text(backbone), "--set", text(set)];
+        serde_json::from_slice(&succeed(&[&["evaluate", "--json"], &files[..]].concat()).stdout).unwrap()
+    };
+    let (first, second, third) = (out("first"), out("second"), out("third"));
+    succeed(&train(text(&data), text(&first), &["--preset", "tiny", "--learning-rate", "0.01"]));
+    let finished = artifacts(&first);
+    let start = ["--start-backbone", text(&finished.0), "--start-set", text(&finished.1)];
+
+    // A rate at which nothing moves: the new artifacts are the old ones, also after an interruption.
+    let still = [&start[..], &["--learning-rate", "1e-12", "--limit-seconds", "0"]].concat();
+    succeed(&train(text(&data), text(&second), &still));
+    succeed(&["train", "--data", text(&data), "--out", text(&second), "--resume", "--quiet"]);
+    let (before, after) = (report(&data, &finished), report(&data, &artifacts(&second)));
+    let cross_entropy = |report: &Value| report["cross_entropy"].as_f64().unwrap();
+    assert!((cross_entropy(&before) - cross_entropy(&after)).abs() < 1e-3, "{before} and {after}");
+
+    // Other classes get a head of their own.
+    let other = out("other");
+    fs::create_dir(&other).unwrap();
+    for (from, to) in [("red", "warm"), ("blue", "cold")] {
+        fs::rename(data.join("train").join(from), other.join(to)).unwrap();
+    }
+    succeed(&train(text(&other), text(&third), &[&start[..], &["--learning-rate", "0.01"]].concat()));
+    let report = report(&other, &artifacts(&third));
+    assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
+
+    let error = fail(&train(text(&data), text(&out("fourth")), &[&start[..], &["--preset", "tiny"]].concat()));
+    assert!(error.contains("--preset"), "{error}");
+}
+
+#[test]
 fn compare_trains_variants_and_goes_on_after_an_interruption() {
     let root = tempfile::tempdir().unwrap();
     let (data, out) = (images(root.path()), root.path().join("study"));

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use super::linear::{Quantized, TILE};
 use super::pool::{Parts, PerThread, Pool};
-use crate::config::ExpertConfig;
+use crate::config::{ExpertConfig, MAX_EXPERTS};
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
 use crate::kernels::dense::{PANEL, Rows, RowsMut, matmul_panels};
@@ -245,6 +245,11 @@ pub struct MoeScratch {
     threads: Arc<PerThread<MoeThread>>,
 }
 
+/// Logits that a thread holds at once: those of a tile of tokens for up to 64 experts, of fewer tokens for more, and of one
+/// token for [`MAX_EXPERTS`].
+const LOGITS: usize = TILE * 64;
+const _: () = assert!(LOGITS >= MAX_EXPERTS);
+
 /// Buffers of one thread.
 #[derive(Debug)]
 pub(super) struct MoeThread {
@@ -256,7 +261,7 @@ pub(super) struct MoeThread {
     narrow: Vec<f32>,
     /// One decoded router panel.
     panel: Vec<f32>,
-    /// `[TILE, num_experts]`.
+    /// `[LOGITS / num_experts, num_experts]`.
     logits: Vec<f32>,
 }
 
@@ -268,7 +273,7 @@ impl MoeThread {
             rows: vec![0.0; TILE * d_model.max(d_ff)],
             narrow: vec![0.0; TILE * d_model],
             panel: vec![0.0; PANEL * d_model],
-            logits: vec![0.0; TILE * 64],
+            logits: vec![0.0; LOGITS],
         }
     }
 
@@ -388,10 +393,6 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
         grow(&mut scratch.ids, slots);
         grow(&mut scratch.weights, slots);
         grow(&mut scratch.counts, experts);
-        // Threads that are shared see to themselves.
-        for thread in Arc::get_mut(&mut scratch.threads).into_iter().flat_map(PerThread::iter_mut) {
-            grow(&mut thread.logits, TILE * experts);
-        }
     }
 
     /// Chooses the experts of every token. `x` is `[tokens, d_model]` in lane order.
@@ -409,14 +410,17 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
                 let slots = tile.tokens * k;
                 (threads.of(thread), ids.part(tile.first_slot, slots), weights.part(tile.first_slot, slots))
             };
-            grow(&mut thread.logits, TILE * layer.num_experts);
-            let logits = &mut thread.logits[..tile.tokens * layer.num_experts];
+            let rows = LOGITS / layer.num_experts;
             let tokens = &x[tile.first * d_model..][..tile.tokens * d_model];
-            layer.logits(isa, tokens, d_model, &mut thread.panel, logits);
-            for (logits, (ids, weights)) in
-                logits.chunks_exact(layer.num_experts).zip(ids.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)))
-            {
-                top_k(logits, ids, weights);
+            let choices = ids.chunks_mut(rows * k).zip(weights.chunks_mut(rows * k));
+            for (tokens, (ids, weights)) in tokens.chunks(rows * d_model).zip(choices) {
+                let logits = &mut thread.logits[..tokens.len() / d_model * layer.num_experts];
+                layer.logits(isa, tokens, d_model, &mut thread.panel, logits);
+                for (logits, (ids, weights)) in
+                    logits.chunks_exact(layer.num_experts).zip(ids.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)))
+                {
+                    top_k(logits, ids, weights);
+                }
             }
         });
     }

@@ -268,11 +268,6 @@ impl<T> PerThread<T> {
         Self((0..count).map(|_| UnsafeCell::new(make())).collect())
     }
 
-    /// All items; nobody else can have any.
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.0.iter_mut().map(UnsafeCell::get_mut)
-    }
-
     /// The item of `thread`.
     ///
     /// # Safety
