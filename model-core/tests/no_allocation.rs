@@ -3,7 +3,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use model_core::artifact::Digest;
 use model_core::config::{ExpertConfig, ViTConfig};
@@ -33,6 +33,24 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Runs batches of all sizes, none of which but the first may allocate.
+fn check(session: &mut Session, sets: &[ExpertSet], what: &str) {
+    let pixels = vec![0.5; session.backbone().pixels_len()];
+    let mut logits = [[0.0; 5]; 4];
+    let mut rows: Vec<_> = logits
+        .iter_mut()
+        .zip(sets.iter().cycle())
+        .map(|(logits, set)| Row { set, pixels: &pixels, logits, routing: None })
+        .collect();
+    session.forward(&mut rows).unwrap();
+    let (bytes, before) = (session.resident_bytes(), ALLOCATIONS.load(Ordering::Relaxed));
+    for count in [4, 1, 3, 4] {
+        session.forward(&mut rows[..count]).unwrap();
+    }
+    let after = ALLOCATIONS.load(Ordering::Relaxed);
+    assert_eq!((after - before, session.resident_bytes()), (0, bytes), "{what}");
+}
+
 fn main() {
     let config = ViTConfig::preset("tiny").unwrap();
     let build = |experts: ExpertConfig| {
@@ -45,27 +63,31 @@ fn main() {
     let (_, other) = build(without_out);
     let digest = Digest::of("", &[]);
     for isa in Isa::available() {
+        let backbone = Backbone::from_weights("b".into(), &weights, Preprocess::default(), digest, isa).unwrap();
+        let backbone = Arc::new(backbone);
+        let sets =
+            [&set, &other].map(|set| ExpertSet::from_weights("s".into(), set.clone(), digest, &backbone).unwrap());
         for threads in [1, 2] {
-            let backbone = Backbone::from_weights("b".into(), &weights, Preprocess::default(), digest, isa).unwrap();
-            let backbone = Arc::new(backbone);
-            let sets =
-                [&set, &other].map(|set| ExpertSet::from_weights("s".into(), set.clone(), digest, &backbone).unwrap());
-            let mut session = Session::new(&backbone, 4, threads);
-            let pixels = vec![0.5; backbone.pixels_len()];
-            let mut logits = [[0.0; 5]; 4];
-            let mut rows: Vec<_> = logits
-                .iter_mut()
-                .zip(sets.iter().cycle())
-                .map(|(logits, set)| Row { set, pixels: &pixels, logits, routing: None })
-                .collect();
-            session.forward(&mut rows).unwrap();
-            let (bytes, before) = (session.resident_bytes(), ALLOCATIONS.load(Ordering::Relaxed));
-            for count in [4, 1, 3, 4] {
-                session.forward(&mut rows[..count]).unwrap();
-            }
-            let after = ALLOCATIONS.load(Ordering::Relaxed);
-            assert_eq!((after - before, session.resident_bytes()), (0, bytes), "{isa}, {threads} threads");
+            check(&mut Session::new(&backbone, 4, threads), &sets, &format!("{isa}, {threads} threads"));
         }
+
+        let mut group = Session::group(&backbone, 4, 2);
+        let (mut helper, mut session) = (group.pop().unwrap(), group.pop().unwrap());
+        let (team, inside) = (session.team(), AtomicBool::new(false));
+        let welcome = team.welcome();
+        std::thread::scope(|scope| {
+            // Asked whether to leave, the thread has made what it needs for itself.
+            let stay = || {
+                inside.store(true, Ordering::Relaxed);
+                false
+            };
+            scope.spawn(|| helper.help(&team, stay));
+            while !inside.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            check(&mut session, &sets, &format!("{isa}, with a helper"));
+            drop(welcome);
+        });
     }
     println!("a warm forward allocates nothing: ok");
 }

@@ -281,7 +281,9 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     let store = Store::new(args.store.clone().unwrap_or_else(|| args.run.join("store")));
     match (&checkpoint.state.recipe.origin, &args.backbone) {
         (Origin::Scratch | Origin::Continue { .. }, None) => export_backbone(&checkpoint, &store, &args.names),
-        (Origin::Scratch | Origin::Continue { .. }, Some(_)) => bail!("--backbone is for specialised runs; this one trained its own"),
+        (Origin::Scratch | Origin::Continue { .. }, Some(_)) => {
+            bail!("--backbone is for specialised runs; this one trained its own")
+        }
         (Origin::Specialise { .. }, Some(path)) => export_set(&checkpoint, &store, path, &args.names.set_name),
         (Origin::Specialise { .. }, None) => bail!("--backbone is missing: the run specialised one"),
     }
