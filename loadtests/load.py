@@ -316,9 +316,14 @@ def photos(arguments, report):
 
 
 def soak(arguments, report):
-    """Drift compares the last quarter with the second: in the first, buffers reach their size."""
+    """Drift compares the last quarter with the second: in the first, buffers reach their size.
+
+    A burst comes first, so that they have it whatever meets later. A machine that stands still for a second finds more
+    than the queue holds, of which some are told to come back: an answer, if a rare one, and no failure.
+    """
     samples = []
     with butterflyvit(arguments) as server:
+        asyncio.run(closed_loop(server.port, requests(arguments), 32, 2))
         def sample(now):
             if len(samples) <= now:
                 samples.append(server.memory()[0])
@@ -328,7 +333,9 @@ def soak(arguments, report):
     early, late = statistics.median(samples[quarter:2 * quarter]), statistics.median(samples[3 * quarter:])
     drift = (late - early) / early
     report.table("soak", [{"minutes": arguments.minutes, **row, "rss_mb": mb(late), "drift_percent": round(100 * drift, 2)}])
-    report.check("no failure", set(row["statuses"]) == {"200"}, row["statuses"])
+    refused = row["statuses"].get("429", 0)
+    report.check("no failure", answered(row), row["statuses"])
+    report.check("at most one in a hundred told to come back", 100 * refused <= sum(row["statuses"].values()), refused)
     report.check("RSS drift below 2%", drift < 0.02, f"{drift:.2%}")
 
 

@@ -254,6 +254,12 @@ impl Session {
         self.engine.max_batch()
     }
 
+    /// Most bytes by which batches with sets like `experts` make the scratch of a new session grow, once: none for up to 64
+    /// experts, two of which are chosen, without an `out` rotation.
+    pub fn growth(backbone: &Backbone, max_batch: usize, experts: &ExpertConfig) -> usize {
+        engine::Session::growth(backbone.config(), max_batch, experts)
+    }
+
     /// Bytes of scratch.
     pub fn resident_bytes(&self) -> usize {
         size_of::<Self>() + self.engine.heap_bytes()

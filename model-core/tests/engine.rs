@@ -122,7 +122,15 @@ fn batched_answers_are_bit_identical_to_single_ones() {
         let mut sessions = Session::group(&backbone, 12, 3);
         let (mut session, done) = (sessions.remove(1), AtomicBool::new(false));
         let team = session.team();
+        /// Ends the helpers even when an assertion fails.
+        struct Done<'a>(&'a AtomicBool);
+        impl Drop for Done<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
         std::thread::scope(|scope| {
+            let _done = Done(&done);
             for helper in &mut sessions {
                 let (team, done) = (&team, &done);
                 scope.spawn(move || {
@@ -142,9 +150,28 @@ fn batched_answers_are_bit_identical_to_single_ones() {
                 }
             });
             let right = answers.filter(|&right| right).count();
-            done.store(true, Ordering::Relaxed);
             assert_eq!(right, 20, "{isa}, with helpers");
         });
+    }
+}
+
+#[test]
+fn scratch_grows_by_no_more_than_foretold() {
+    let config = ViTConfig::preset("tiny").unwrap();
+    let backbone = backbone(&weights(&config, 1).0, Isa::best());
+    let base = config.experts.clone();
+    let many = ExpertConfig { num_experts: 300, top_k: 70, stages_out: 1, ..base.clone() };
+    let usual = ExpertConfig { stages_out: 0, ..base };
+    assert_eq!(Session::growth(&backbone, 4, &usual), 0);
+    for experts in expert_configs().into_iter().chain([many, usual]) {
+        let set = expert_set(&weights(&ViTConfig { experts, ..config.clone() }, 1).1, &backbone);
+        let image = pixels(&config, 0);
+        let mut session = Session::new(&backbone, 4, 1);
+        let before = session.resident_bytes();
+        run(&mut session, &[(&set, &image[..]); 4]);
+        let (grown, foretold) = (session.resident_bytes() - before, Session::growth(&backbone, 4, set.config()));
+        assert!(grown <= foretold, "{:?}: {grown} is more than {foretold}", set.config());
+        assert!(foretold <= grown + grown / 4, "{:?}: {grown} is far less than {foretold}", set.config());
     }
 }
 

@@ -75,12 +75,12 @@ fn main() {
         let (mut helper, mut session) = (group.pop().unwrap(), group.pop().unwrap());
         let (team, inside) = (session.team(), AtomicBool::new(false));
         let welcome = team.welcome();
+        // Asked whether to leave, the thread has made what it needs for itself.
+        let stay = || {
+            inside.store(true, Ordering::Relaxed);
+            false
+        };
         std::thread::scope(|scope| {
-            // Asked whether to leave, the thread has made what it needs for itself.
-            let stay = || {
-                inside.store(true, Ordering::Relaxed);
-                false
-            };
             scope.spawn(|| helper.help(&team, stay));
             while !inside.load(Ordering::Relaxed) {
                 std::thread::yield_now();

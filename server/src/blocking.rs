@@ -81,20 +81,23 @@ impl BlockingPool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Barrier;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
 
     #[tokio::test]
     async fn no_more_than_its_threads_run_at_once() {
         let pool = BlockingPool::start("test", 2, Priority::Normal).unwrap();
         let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        // Nobody goes on alone.
+        let both = Arc::new(Barrier::new(2));
         let tasks: Vec<_> = (0..8)
             .map(|_| {
-                let (pool, running, most) = (pool.clone(), Arc::clone(&running), Arc::clone(&most));
+                let (pool, running, most, both) =
+                    (pool.clone(), Arc::clone(&running), Arc::clone(&most), Arc::clone(&both));
                 tokio::spawn(async move {
                     let work = move || {
                         most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                        std::thread::sleep(Duration::from_millis(5));
+                        both.wait();
                         running.fetch_sub(1, Ordering::SeqCst);
                     };
                     pool.run(work).await

@@ -228,7 +228,9 @@ impl ArtifactSource {
         }
         let config = backbone.config();
         let (grid_side, num_layers) = (config.grid_side(), config.num_layers);
-        Ok(Loaded { bytes: set.resident_bytes(), scratch: 0, value: LoadedSet { set, grid_side, num_layers } })
+        let growth = Session::growth(&backbone.backbone, self.max_batch, set.config());
+        let scratch = backbone.sessions.len() * growth;
+        Ok(Loaded { bytes: set.resident_bytes(), scratch, value: LoadedSet { set, grid_side, num_layers } })
     }
 }
 

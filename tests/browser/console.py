@@ -360,10 +360,11 @@ def away_and_back(page, server):
 
 def overloaded(page, server):
     """One request at a time, and a client that holds that place with a body that never ends."""
-    head = "POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port)) as hog:
-        hog.sendall(head.encode() + b"x")
-        wait_for(lambda: "bvit_requests_in_flight 2" in metrics(server), "the place is taken")
+    head = "POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as hog:
+        hog.sendall(head.encode())
+        # Asked for its body, it has the place.
+        assert b" 100 " in hog.recv(1000)
         page.find("#again").click()
         page.wait_text("#classify-message", r"The server is overloaded: .*Try again in \d+ s")
         page.shoot("overloaded-desktop")
@@ -435,7 +436,7 @@ def main():
         pictures(page)
         page.check_requests()
         server.kill()
-        server.flags = ("--max-requests", "1")
+        server.flags = ("--max-requests", "1", "--body-timeout", "60s")
         server.start()
         page.open()
         page.wait_text("#status-word", "^ready$")

@@ -330,6 +330,18 @@ fn status_and_text(bytes: &[u8]) -> (u16, String) {
     (status, text)
 }
 
+/// Waits for something that the server does in its own time.
+///
+/// # Panics
+/// When it is not so within [`PATIENCE`].
+pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let start = std::time::Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what}: not so");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// The head of a request whose body has so many bytes, on a connection that stays open.
 pub fn request_head(method_and_path: &str, length: usize) -> Vec<u8> {
     format!("{method_and_path} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n\r\n").into()

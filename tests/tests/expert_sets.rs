@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
 use serde_json::Value;
 use system_tests::fixtures::{backbone_artifact, expert_set_artifact, write, write_store};
-use system_tests::server::{Answer, PATIENCE, Server, image};
+use system_tests::server::{Answer, PATIENCE, Server, image, wait_until};
 use tempfile::TempDir;
 
 /// A store of tiny random models and the server on it.
@@ -71,14 +71,6 @@ fn metric(server: &Server, series: &str) -> f64 {
     let text = server.get("/metrics").text;
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("{series} is missing")).parse().unwrap()
-}
-
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < PATIENCE, "{what}: not so");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn files(root: &Path, folder: &Path) -> Vec<PathBuf> {
@@ -201,7 +193,10 @@ fn a_set_is_replaced_under_load_without_a_failed_request() {
                 })
             })
             .collect();
-        for bytes in generations.iter().cycle().take(30) {
+        for (number, bytes) in generations.iter().cycle().enumerate() {
+            if number >= 30 && answered.load(Ordering::Relaxed) >= 30 {
+                break;
+            }
             let replaced = gateway.put("/sets/alpha/1", bytes);
             assert_eq!(replaced.status, 200, "{}", replaced.text);
             assert_eq!(gateway.classify("alpha").json()["generation"], replaced.json()["generation"]);
@@ -209,7 +204,6 @@ fn a_set_is_replaced_under_load_without_a_failed_request() {
         stop.store(true, Ordering::Relaxed);
         clients.into_iter().for_each(|client| client.join().unwrap());
     });
-    assert!(answered.load(Ordering::Relaxed) >= 30, "the load was too light to show anything");
 }
 
 #[test]

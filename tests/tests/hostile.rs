@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::thread;
 use std::time::Duration;
 
-use system_tests::server::{Answer, Connection, Server, image, request_head};
+use system_tests::server::{Answer, Connection, Server, image, request_head, wait_until};
 
 const GOOD: &str = "GET /v2/health/live HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
 
@@ -119,9 +119,7 @@ fn ten_thousand_connections_leave_those_that_were_there_alone() {
     assert!(grown < 8 << 20, "10,000 connections took {grown} bytes");
     drop(held);
     // The server notices that they are gone when it reads from them.
-    while server.connect().send(GOOD.as_bytes()).read().0 != 200 {
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("there is room again", || server.connect().send(GOOD.as_bytes()).read().0 == 200);
     assert_eq!(classify(&mut early).0, 200);
     still_serves(&server);
 }
@@ -138,7 +136,7 @@ fn a_refused_connection_says_why() {
 
 #[test]
 fn connections_that_idle_or_do_not_read_are_closed() {
-    let server = Server::start(["--header-timeout", "300ms", "--write-timeout", "300ms"]);
+    let server = Server::start(["--header-timeout", "2s", "--write-timeout", "300ms"]);
     let mut idle = server.connect();
     assert_eq!(idle.send(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n").read_one().0, 200);
     assert!(idle.0.read(&mut [0]).is_ok_and(|count| count == 0), "closed by the server");
@@ -151,9 +149,7 @@ fn connections_that_idle_or_do_not_read_are_closed() {
     // Only the connection that asks is left.
     let gone = |text: &str| text.contains("\nbvit_connections_open 1\n");
     let ask = || server.connect().send(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").read().1;
-    while !gone(&ask()) {
-        thread::sleep(Duration::from_millis(20));
-    }
+    wait_until("the connection is closed", || gone(&ask()));
     drop(deaf);
 }
 
@@ -208,8 +204,10 @@ fn each_key_has_its_rate_and_is_told_when_to_come_back() {
     assert!(answers[..32].iter().all(|answer| answer.status == 200), "the burst passes");
     let refused = answers.iter().find(|answer| answer.status != 200).expect("more than the rate");
     refused.assert_refused(429, "rate_limited");
-    assert_eq!(send("second-secret-key").status, 200, "one key's rate is not another's");
-    // Images count, not requests: a batch of 32 is more than a key that has just sent one has left.
+    for _ in 0..16 {
+        assert_eq!(send("second-secret-key").status, 200, "one key's rate is not another's");
+    }
+    // Images count, not requests: a batch of 32 is more than a key that has just sent 16 has left, or gets in 15 s.
     let batch = serde_json::json!({"inputs": vec![""; 32]});
     let batch = Answer::of(server.post("/classify").bearer_auth("second-secret-key").json(&batch));
     batch.assert_refused(429, "rate_limited");

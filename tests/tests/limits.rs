@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::thread;
 
-use system_tests::server::{Answer, Server, image};
+use system_tests::server::{Answer, Server, image, wait_until};
 
 /// A valid 1-bit greyscale PNG of `side` x `side` black pixels: kilobytes that would decode to `side * side` bytes.
 fn black_png(side: u32) -> Vec<u8> {
@@ -76,7 +76,7 @@ fn a_slow_body_is_given_up() {
 
 #[test]
 fn slow_headers_lose_their_connection() {
-    let server = Server::start(["--header-timeout", "300ms"]);
+    let server = Server::start(["--header-timeout", "2s"]);
     let (status, text) = server.connect().send(b"POST /classify HTTP/1.1\r\nHost: te").read();
     assert!(status == 0 || status == 408, "{text}");
     assert_eq!(server.classify(&image("test-00.png")).status, 200);
@@ -134,9 +134,7 @@ fn sigterm_finishes_what_was_accepted_and_takes_no_more() {
         connection.send(&head("POST /classify", picture.len())).send(&picture[..10]);
     }
     // Eight, and the request that asks.
-    while !server.get("/metrics").text.contains("\nbvit_requests_in_flight 9\n") {
-        thread::yield_now();
-    }
+    wait_until("all are in", || server.get("/metrics").text.contains("\nbvit_requests_in_flight 9\n"));
     server.signal("TERM");
     server.wait_for_log("draining");
     for connection in &mut accepted {

@@ -11,7 +11,7 @@ use std::thread;
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
 use system_tests::fixtures::{expert_set_artifact, write, write_store};
-use system_tests::server::{Answer, Connection, Server, image, request_head};
+use system_tests::server::{Answer, Connection, Server, image, request_head, wait_until};
 
 fn config() -> ViTConfig {
     ViTConfig::preset("tiny").unwrap()
@@ -67,9 +67,7 @@ fn sigterm_under_load_loses_no_request_that_was_accepted() {
             }
         };
         let clients: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(client(number))).collect();
-        while answered.load(Ordering::Relaxed) < 20 * CLIENTS {
-            thread::yield_now();
-        }
+        wait_until("requests are answered", || answered.load(Ordering::Relaxed) >= 20 * CLIENTS);
         server.signal("TERM");
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
     });
@@ -117,9 +115,7 @@ fn after_kill_9_under_load_every_upload_is_there_in_full_or_not_at_all() {
             }
         };
         let clients: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(client(number))).collect();
-        while acknowledged.load(Ordering::Relaxed) < 10 * CLIENTS {
-            thread::yield_now();
-        }
+        wait_until("uploads are acknowledged", || acknowledged.load(Ordering::Relaxed) >= 10 * CLIENTS);
         server.signal("KILL");
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
     });
@@ -273,7 +269,7 @@ fn the_clock_of_the_wall_may_jump() {
     let offset = folder.path().join("offset");
     std::fs::write(&offset, "-30y\n").unwrap();
     let server = Server::start_with(
-        ["--log", "debug", "--request-timeout", "2s", "--header-timeout", "2s"],
+        ["--log", "debug", "--request-timeout", "30s", "--header-timeout", "30s"],
         [
             ("LD_PRELOAD", library.as_str()),
             ("FAKETIME_TIMESTAMP_FILE", offset.to_str().unwrap()),

@@ -21,7 +21,7 @@ fn write_certificate(folder: &Path) -> CertificateDer<'static> {
 fn start(folder: &TempDir) -> Server {
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (certificate, key) = (file("cert.pem"), file("key.pem"));
-    Server::start(["--tls-cert", &certificate, "--tls-key", &key, "--tls-reload", "50ms"])
+    Server::start(["--tls-cert", &certificate, "--tls-key", &key, "--tls-reload", "50ms", "--header-timeout", "60s"])
 }
 
 /// A connection that trusts that certificate and no other.

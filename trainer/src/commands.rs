@@ -82,6 +82,9 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     if let Some(start) = &start {
         recipe.origin = start.origin();
         recipe.model = start.config();
+        if checkpoint.is_none() {
+            start.hold_out_the_same(&mut recipe);
+        }
     }
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
@@ -121,6 +124,14 @@ impl Start {
 
     fn config(&self) -> ViTConfig {
         self.set.weights.vit_config(&self.backbone.weights.config)
+    }
+
+    /// What was held out of the run before stays held out, so that validation sees nothing that was learnt from.
+    fn hold_out_the_same(&self, recipe: &mut Recipe) {
+        let before = &self.backbone.training["recipe"];
+        if let (Some(seed), Some(hold_out)) = (before["seed"].as_u64(), before["hold_out"].as_f64()) {
+            (recipe.seed, recipe.hold_out) = (seed, hold_out);
+        }
     }
 
     /// With a fresh head where the classes are others.

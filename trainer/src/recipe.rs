@@ -203,6 +203,9 @@ impl Recipe {
             float < all,
             "float_epochs is {float} of {all} epochs; what is exported must have been trained rounded"
         );
+        let goes_on = matches!(self.origin, Origin::Continue { .. });
+        // Its latent weights are other numbers than what they round to.
+        ensure!(!goes_on || float == 0, "float_epochs is {float}; a model that is started from is rounded already");
         if let Some(distillation) = &self.distillation {
             let value = distillation.share;
             ensure!((0.0..=1.0).contains(&value), "distillation.share is {value}; it must be in 0..=1");
@@ -314,13 +317,17 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_named() {
         type Edit = fn(&mut Recipe);
-        let cases: [(&str, Edit); 10] = [
+        let cases: [(&str, Edit); 11] = [
             ("epochs", |r| r.epochs = 0),
             ("learning_rate", |r| r.learning_rate = f64::NAN),
             ("hold_out", |r| r.hold_out = 1.0),
             ("ema_decay", |r| r.ema_decay = -0.1),
             ("losses.contiguity", |r| r.losses.contiguity = -1.0),
             ("float_epochs", |r| r.float_epochs = 10),
+            ("float_epochs", |r| {
+                r.float_epochs = 1;
+                r.origin = Origin::Continue { backbone: "b".into(), start: "s".into() };
+            }),
             ("drop_path", |r| r.drop_path = 1.0),
             ("distillation.share", |r| {
                 r.distillation = Some(Distillation { share: 1.5, backbone: "b".into(), set: "s".into() });

@@ -165,8 +165,13 @@ fn training_goes_on_from_a_finished_model() {
 
     // A rate at which nothing moves: the new artifacts are the old ones, also after an interruption.
     let still = [&start[..], &["--learning-rate", "1e-12", "--limit-seconds", "0"]].concat();
-    succeed(&train(text(&data), text(&second), &still));
+    let mut still = train(text(&data), text(&second), &still);
+    let given = still.iter().position(|arg| *arg == "--hold-out").unwrap();
+    still.drain(given..given + 2);
+    succeed(&still);
     succeed(&["train", "--data", text(&data), "--out", text(&second), "--resume", "--quiet"]);
+    let header = fs::read(artifacts(&second).0).unwrap();
+    assert!(String::from_utf8_lossy(&header).contains(r#"\"hold_out\":0.2"#), "the same images stay held out");
     let (before, after) = (report(&data, &finished), report(&data, &artifacts(&second)));
     let cross_entropy = |report: &Value| report["cross_entropy"].as_f64().unwrap();
     assert!((cross_entropy(&before) - cross_entropy(&after)).abs() < 1e-3, "{before} and {after}");
@@ -248,15 +253,23 @@ fn an_interrupt_saves_a_checkpoint() {
     let (data, out) = (images(root.path()), root.path().join("run"));
     let args = train(text(&data), text(&out), &["--preset", "tiny"]);
     let long = args.iter().map(|arg| if *arg == "12" { "100000" } else { arg });
-    let mut child = Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer")).args(long).spawn().unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer")).args(long).spawn().unwrap();
+    /// Leaves no endless training behind when an assertion fails.
+    struct Killed(std::process::Child);
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+        }
+    }
+    let mut child = Killed(child);
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default().is_empty() {
         assert!(std::time::Instant::now() < deadline, "no step within a minute");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let killed = Command::new("kill").args(["-INT", &child.0.id().to_string()]).status().unwrap();
     assert!(killed.success());
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(child.0.wait().unwrap().code(), Some(130));
     assert!(out.join("checkpoint.safetensors").is_file());
     succeed(&["export", "--run", text(&out), "--store", text(&root.path().join("store"))]);
     assert!(root.path().join("store/expert-sets/default/1.safetensors").is_file());

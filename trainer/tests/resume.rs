@@ -64,7 +64,7 @@ fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> 
     let dataset = dataset();
     let vit = ViT::init(&recipe.model, recipe.seed).unwrap();
     let vit = match recipe.origin {
-        Origin::Scratch => vit,
+        Origin::Scratch | Origin::Continue { .. } => vit,
         Origin::Specialise { .. } => vit.freeze(|name| !is_expert_set_parameter(name)).unwrap(),
     };
     let preprocess = dataset.preprocess();

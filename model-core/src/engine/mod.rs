@@ -276,12 +276,17 @@ impl Session {
             normed: vec![0.0; max_batch * tokens * d_model],
             qkv: vec![0.0; max_batch * tokens * 3 * d_model],
             heads: vec![0.0; max_batch * tokens * d_model],
-            moe: MoeScratch::sharing(d_model, d_ff, max_batch * tokens, pool.seats(), moe_threads),
+            moe: MoeScratch::sharing(d_model, d_ff, max_batch * tokens, moe_threads),
             threads: Arc::clone(&threads.rest),
             thread_bytes: threads.bytes,
             own_threads,
             pool,
         }
+    }
+
+    /// [`MoeScratch::growth`] of a session for `max_batch` images.
+    pub(crate) fn growth(backbone: &BackboneConfig, max_batch: usize, experts: &ExpertConfig) -> usize {
+        MoeScratch::growth(backbone.d_model, backbone.d_ff, max_batch * backbone.num_tokens(), experts)
     }
 
     pub(crate) fn max_batch(&self) -> usize {

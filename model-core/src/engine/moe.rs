@@ -220,6 +220,9 @@ struct RowTile {
 /// `d_ff` 1024.
 const CHUNK_ROWS: usize = 1024;
 
+/// Experts that the counting sort has room for from the start.
+const INITIAL_COUNTS: usize = 64;
+
 /// Buffers of the layer, shared by all layers of a session.
 #[derive(Debug)]
 pub struct MoeScratch {
@@ -287,42 +290,51 @@ impl MoeThread {
 /// Lengthens a buffer that is only ever as long as the largest batch needed.
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     if buffer.len() < len {
+        buffer.reserve_exact(len - buffer.len());
         buffer.resize(len, T::default());
     }
 }
 
 impl MoeScratch {
-    /// Room for `tokens` tokens with two experts each, and so many threads; more experts grow it once.
+    /// Room for `tokens` tokens with two experts each, and so many threads; more experts grow it once, by
+    /// [`MoeScratch::growth`].
     pub fn new(d_model: usize, d_ff: usize, tokens: usize, threads: usize) -> Self {
         let buffers = PerThread::new(threads, || MoeThread::new(d_model, d_ff));
-        Self::sharing(d_model, d_ff, tokens, threads, Arc::new(buffers))
+        Self::sharing(d_model, d_ff, tokens, Arc::new(buffers))
     }
 
     /// As [`MoeScratch::new`], with threads' buffers that belong to a group of pools.
-    pub(super) fn sharing(
-        d_model: usize,
-        d_ff: usize,
-        tokens: usize,
-        threads: usize,
-        buffers: Arc<PerThread<MoeThread>>,
-    ) -> Self {
+    pub(super) fn sharing(d_model: usize, d_ff: usize, tokens: usize, buffers: Arc<PerThread<MoeThread>>) -> Self {
         let slots = 2 * tokens;
         let rows = slots.min(CHUNK_ROWS);
         Self {
             d_model,
             d_ff,
-            tiles: Vec::with_capacity(2 * tokens.div_ceil(TILE) + threads),
+            tiles: Vec::with_capacity(tokens),
             ids: vec![0; slots],
             weights: vec![0.0; slots],
             row_of_slot: vec![0; rows],
             token_of_row: vec![0; rows],
-            counts: vec![0; 64],
+            counts: vec![0; INITIAL_COUNTS],
             segments: Vec::with_capacity(rows),
             row_tiles: Vec::with_capacity(rows),
             hidden: vec![0.0; rows * d_ff],
             outputs: Vec::new(),
             threads: buffers,
         }
+    }
+
+    /// Most bytes by which batches of up to `tokens` tokens of sets like `config` grow what [`MoeScratch::sharing`] made.
+    pub(super) fn growth(d_model: usize, d_ff: usize, tokens: usize, config: &ExpertConfig) -> usize {
+        let ExpertConfig { num_experts, top_k, stages_out, .. } = *config;
+        let slots = top_k.saturating_sub(2) * tokens;
+        // A chunk has one token at least.
+        let rows = (top_k * tokens).min(CHUNK_ROWS.max(top_k));
+        let more_rows = rows.saturating_sub((2 * tokens).min(CHUNK_ROWS));
+        let floats = more_rows * d_ff + if stages_out > 0 { rows * d_model } else { 0 };
+        let words = slots + 2 * more_rows + num_experts.saturating_sub(INITIAL_COUNTS) + floats;
+        let per_row = size_of::<Segment>() + size_of::<RowTile>();
+        words * size_of::<u32>() + slots * size_of::<u16>() + more_rows * per_row
     }
 
     /// Bytes on the heap, without those of threads.
@@ -453,6 +465,7 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
         grow(&mut scratch.token_of_row, slots);
         grow(&mut scratch.hidden, slots * scratch.d_ff);
         scratch.segments.clear();
+        scratch.segments.reserve_exact(slots);
         let base_slot = scratch.tiles[tiles.start].first_slot;
         let most = slots.div_ceil(threads).clamp(16, TILE);
         let (mut first_row, mut at) = (0, tiles.start);
@@ -493,6 +506,7 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
 
     fn cut_row_tiles(&self, most: usize, scratch: &mut MoeScratch) {
         scratch.row_tiles.clear();
+        scratch.row_tiles.reserve_exact(scratch.segments.len());
         let rotates_out = |segment: &Segment| (self.experts)(segment.set).rotation_out.stages() > 0;
         for (i, segment) in scratch.segments.iter().enumerate() {
             match scratch.row_tiles.last_mut() {

@@ -86,9 +86,11 @@ impl<S: Source> Inner<S> {
             (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
         let loaded =
             sync::run_blocking(&self.loader, move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
-        let Loaded { value, bytes, .. } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
+        let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, bytes, key)?;
-        Ok(Resident { value, descriptor, backbone, served: false.into(), memory })
+        let want = Want { kind: Kind::Scratch, bytes: scratch, held: memory.bytes(), ..want };
+        let scratch = self.reserve(&want).await?;
+        Ok(Resident { value, descriptor, backbone, served: false.into(), memory, scratch })
     }
 
     /// The descriptor, read again when the file changed since.
@@ -214,12 +216,12 @@ impl<S: Source> Inner<S> {
             let Some(resident) = &slot.resident else { continue };
             let replaced = *name_key == key.name && slot.descriptor.version <= key.version;
             if name.pinned || replaced {
-                fixed += resident.memory.bytes();
+                fixed += resident.bytes();
                 fixed_backbones.insert(resident.descriptor.backbone);
             } else if slot.is_idle(now) {
                 *backbone_users.entry(resident.descriptor.backbone).or_default() += 1;
                 let victim = Victim::Set(Key { name: name_key.clone(), version: slot.descriptor.version });
-                candidates.push((victim, (0u8, slot.usage.order()), resident.memory.bytes()));
+                candidates.push((victim, (0u8, slot.usage.order()), resident.bytes()));
             }
         }
         for (digest, slot) in &state.backbones {
@@ -292,7 +294,7 @@ impl<S: Source> Inner<S> {
                     let budget = self.ledger.snapshot();
                     let capacity = budget.used(Kind::Sets) + budget.free();
                     let members = slots.filter_map(|slot| {
-                        let bytes = slot.resident.as_ref()?.memory.bytes();
+                        let bytes = slot.resident.as_ref()?.bytes();
                         Some((&mut slot.usage, bytes))
                     });
                     lru::demote_excess(members, capacity);

@@ -150,6 +150,15 @@ pub struct Resident<S: Source> {
     pub backbone: Arc<ResidentBackbone<S>>,
     served: AtomicBool,
     memory: Reservation,
+    /// What its batches need beyond the backbone's scratch.
+    scratch: Reservation,
+}
+
+impl<S: Source> Resident<S> {
+    /// What comes back when it goes.
+    fn bytes(&self) -> usize {
+        self.memory.bytes() + self.scratch.bytes()
+    }
 }
 
 /// A snapshot of a resident set: neither eviction nor replacement takes it away from its holder.
