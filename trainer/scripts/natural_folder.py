@@ -38,7 +38,7 @@ def main():
             (out / part / label).mkdir(parents=True, exist_ok=True)
         records = (source / f"{part}.bin").read_bytes()
         for number in range(len(records) // RECORD):
-            record = records[number * RECORD:][:RECORD]
+            record = records[number * RECORD:(number + 1) * RECORD]
             planes = [Image.frombytes("L", (SIDE, SIDE), record[2 + plane * SIDE * SIDE:][:SIDE * SIDE])
                       for plane in range(3)]
             path = out / part / class_of[record[0]] / f"{number:05}.jpg"
