@@ -42,7 +42,7 @@ fn http_and_command_line_give_the_same_predictions() {
 }
 
 /// The committed images are the first of CIFAR-100's test split, neither chosen nor trained on. 12 of them are PNG; at
-/// the stated 61% a model gets at least 3 of 12 right with probability 0.998, one that guesses with 0.0002.
+/// the stated 65% a model gets at least 3 of 12 right with probability 0.999, one that guesses with 0.0002.
 #[test]
 fn the_embedded_model_knows_the_committed_images() {
     let server = embedded();
