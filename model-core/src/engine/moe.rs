@@ -296,8 +296,7 @@ fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
 }
 
 impl MoeScratch {
-    /// Room for `tokens` tokens with two experts each, and so many threads; more experts grow it once, by
-    /// [`MoeScratch::growth`].
+    /// Room for `tokens` tokens with two experts each, and so many threads; more experts grow it once.
     pub fn new(d_model: usize, d_ff: usize, tokens: usize, threads: usize) -> Self {
         let buffers = PerThread::new(threads, || MoeThread::new(d_model, d_ff));
         Self::sharing(d_model, d_ff, tokens, Arc::new(buffers))
