@@ -1,7 +1,7 @@
 //! From a file to a resident set: describe, find the backbone, reserve, read, commit. One task per load, however many
 //! requests wait for it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use model_core::artifact::Digest;
@@ -88,9 +88,13 @@ impl<S: Source> Inner<S> {
             sync::run_blocking(&self.loader, move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
         let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, bytes, key)?;
-        let want = Want { kind: Kind::Scratch, bytes: scratch, held: memory.bytes(), ..want };
-        let scratch = self.reserve(&want).await?;
-        Ok(Resident { value, descriptor, backbone, served: false.into(), memory, scratch })
+        let more = scratch.saturating_sub(backbone.grown());
+        if more > 0 {
+            let want = Want { kind: Kind::Scratch, bytes: more, held: memory.bytes(), ..want };
+            let reservation = self.reserve(&want).await?;
+            sync::lock(&backbone.growth).push(reservation);
+        }
+        Ok(Resident { value, descriptor, backbone, served: false.into(), memory })
     }
 
     /// The descriptor, read again when the file changed since.
@@ -160,7 +164,7 @@ impl<S: Source> Inner<S> {
         self.settle(&mut memory, bytes, key)?;
         let want = Want { kind: Kind::Scratch, bytes: scratch, held: memory.bytes(), ..want };
         let scratch = self.reserve(&want).await?;
-        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), memory, scratch });
+        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), memory, scratch, growth: Mutex::default() });
         if let Some(slot) = self.lock().backbones.get_mut(digest) {
             slot.resident = Arc::downgrade(&resident);
             slot.keep = (!self.settings.drop_idle_backbones).then(|| Arc::clone(&resident));
@@ -216,17 +220,17 @@ impl<S: Source> Inner<S> {
             let Some(resident) = &slot.resident else { continue };
             let replaced = *name_key == key.name && slot.descriptor.version <= key.version;
             if name.pinned || replaced {
-                fixed += resident.bytes();
+                fixed += resident.memory.bytes();
                 fixed_backbones.insert(resident.descriptor.backbone);
             } else if slot.is_idle(now) {
                 *backbone_users.entry(resident.descriptor.backbone).or_default() += 1;
                 let victim = Victim::Set(Key { name: name_key.clone(), version: slot.descriptor.version });
-                candidates.push((victim, (0u8, slot.usage.order()), resident.bytes()));
+                candidates.push((victim, (0u8, slot.usage.order()), resident.memory.bytes()));
             }
         }
         for (digest, slot) in &state.backbones {
             let Some(resident) = slot.resident.upgrade() else { continue };
-            let size = resident.memory.bytes() + resident.scratch.bytes();
+            let size = resident.bytes();
             if fixed_backbones.contains(digest) {
                 fixed += size;
                 continue;
@@ -294,7 +298,7 @@ impl<S: Source> Inner<S> {
                     let budget = self.ledger.snapshot();
                     let capacity = budget.used(Kind::Sets) + budget.free();
                     let members = slots.filter_map(|slot| {
-                        let bytes = slot.resident.as_ref()?.bytes();
+                        let bytes = slot.resident.as_ref()?.memory.bytes();
                         Some((&mut slot.usage, bytes))
                     });
                     lru::demote_excess(members, capacity);

@@ -138,6 +138,19 @@ pub struct ResidentBackbone<S: Source> {
     // Fields drop in order: the reservations after the memory they stand for.
     memory: Reservation,
     scratch: Reservation,
+    /// What sets make the scratch grow by. It stays grown, whether they stay or not.
+    growth: Mutex<Vec<Reservation>>,
+}
+
+impl<S: Source> ResidentBackbone<S> {
+    fn grown(&self) -> usize {
+        sync::lock(&self.growth).iter().map(Reservation::bytes).sum()
+    }
+
+    /// What comes back when it goes.
+    fn bytes(&self) -> usize {
+        self.memory.bytes() + self.scratch.bytes() + self.grown()
+    }
 }
 
 /// An expert set in memory.
@@ -150,15 +163,6 @@ pub struct Resident<S: Source> {
     pub backbone: Arc<ResidentBackbone<S>>,
     served: AtomicBool,
     memory: Reservation,
-    /// What its batches need beyond the backbone's scratch.
-    scratch: Reservation,
-}
-
-impl<S: Source> Resident<S> {
-    /// What comes back when it goes.
-    fn bytes(&self) -> usize {
-        self.memory.bytes() + self.scratch.bytes()
-    }
 }
 
 /// A snapshot of a resident set: neither eviction nor replacement takes it away from its holder.
@@ -460,7 +464,7 @@ impl<S: Source> Registry<S> {
         let slot = state.backbones.get(&descriptor.backbone);
         let slot = slot.ok_or_else(|| SetError::NoBackbone { name: name(), backbone: descriptor.backbone })?;
         // The size of its scratch shows only once it is resident.
-        let resident = slot.resident.upgrade().map(|resident| resident.memory.bytes() + resident.scratch.bytes());
+        let resident = slot.resident.upgrade().map(|resident| resident.bytes());
         let budget = self.inner.ledger.snapshot();
         let fixed = budget.used(Kind::Queue) + resident.unwrap_or(slot.descriptor.resident_bytes);
         let available = budget.limit().saturating_sub(fixed);

@@ -95,7 +95,7 @@ pub struct Loaded<T> {
     pub value: T,
     /// Bytes of the model.
     pub bytes: usize,
-    /// Bytes of working memory that come with it; for a set, beyond those of its backbone.
+    /// Bytes of working memory that come with it; for a set, what it makes its backbone's grow by.
     pub scratch: usize,
 }
 

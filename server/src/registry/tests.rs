@@ -19,6 +19,8 @@ pub(super) struct Fake {
     backbone_loads: AtomicUsize,
     failing: Mutex<HashMap<String, String>>,
     slow: Mutex<HashMap<String, Duration>>,
+    /// What sets make the scratch grow by.
+    growth: Mutex<HashMap<String, usize>>,
 }
 
 impl Fake {
@@ -56,7 +58,8 @@ impl Source for Fake {
         if let Some(reason) = self.failing.lock().unwrap().get(&descriptor.name) {
             return Err(reason.clone());
         }
-        Ok(Loaded { value: descriptor.resident_bytes, bytes: descriptor.resident_bytes, scratch: 0 })
+        let scratch = self.growth.lock().unwrap().get(&descriptor.name).copied().unwrap_or(0);
+        Ok(Loaded { value: descriptor.resident_bytes, bytes: descriptor.resident_bytes, scratch })
     }
 }
 
@@ -136,6 +139,23 @@ async fn guarantee_1_a_replacement_that_does_not_fit_beside_the_old_is_507_and_k
     registry.register(set("s", 2, 60)).unwrap();
     assert!(matches!(registry.load("s", None, WAIT).await, Err(SetError::TooLarge { .. })));
     assert_eq!(serve(&registry, "s").await, Ok(1));
+}
+
+#[tokio::test]
+async fn guarantee_1_scratch_that_sets_make_grow_is_counted_once_and_stays() {
+    let registry = registry(100, |_| ());
+    for (name, growth) in [("usual", 0), ("wide", 30), ("wider", 40), ("too wide", 200)] {
+        registry.register(set(name, 1, 10)).unwrap();
+        registry.source().growth.lock().unwrap().insert(name.into(), growth);
+    }
+    let scratch = || registry.budget().used(Kind::Scratch);
+    for (name, used) in [("usual", 10), ("wide", 40), ("wider", 50), ("wide", 50)] {
+        serve(&registry, name).await.unwrap();
+        assert_eq!(scratch(), used, "{name}");
+    }
+    assert!(matches!(serve(&registry, "too wide").await, Err(SetError::TooLarge { .. })));
+    registry.unload("wider").unwrap();
+    assert_eq!(scratch(), 50, "sessions do not shrink");
 }
 
 #[tokio::test]
