@@ -14,6 +14,7 @@
 //! | [`engine`] | the integer forward pass that serves | `kernels`, `weights` |
 //! | [`footprint`] | where every byte goes | `config` |
 //! | [`model`] | the facade that server and trainer see | all of the above |
+//! | [`restart`] | starting the program over with settings that libraries read before `main` | nothing |
 
 #![warn(missing_docs)]
 
@@ -27,6 +28,7 @@ pub mod kernels;
 pub mod layers;
 pub mod model;
 pub mod ops;
+pub mod restart;
 pub mod train;
 pub mod vit;
 pub mod weights;

@@ -10,26 +10,7 @@ use butterflyvit::{commands, serve};
 /// A wrong flag, or something that is needed at start is broken.
 const CANNOT_START: u8 = 2;
 
-/// A setting of glibc's allocator, which reads it before `main`. Left alone, the first photo to be freed raises the size
-/// from which memory goes back to the system at once, and later ones stay in a heap per thread that does not shrink:
-/// `loadtests/load.py photos` shows a third more at the peak.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-const ALLOCATOR: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "131072");
-
-/// Starts the program over with [`ALLOCATOR`], unless it is there. Where that is impossible it goes on as it is.
-fn ensure_environment() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    if let (None, Ok(program)) = (std::env::var_os(ALLOCATOR.0), std::env::current_exe()) {
-        use std::os::unix::process::CommandExt;
-        let mut arguments = std::env::args_os();
-        let mut again = std::process::Command::new(program);
-        again.arg0(arguments.next().unwrap_or_default()).args(arguments).env(ALLOCATOR.0, ALLOCATOR.1);
-        drop(again.exec());
-    }
-}
-
 fn main() -> ExitCode {
-    ensure_environment();
     let cli = match config::parse(std::env::args_os()) {
         Ok(cli) => cli,
         // Help and version are "errors" of clap's that are no failure.

@@ -25,20 +25,12 @@ const INTERRUPTED: u8 = 130;
 /// back memory that the next step asks for again.
 const ENVIRONMENT: [(&str, &str); 2] = [("RAYON_NUM_THREADS", "1"), ("MIMALLOC_PURGE_DELAY", "-1")];
 
-/// Starts the program over with [`ENVIRONMENT`], unless it is there: by the time `main` runs, the allocator has read its
-/// settings. Where that is impossible the program goes on as it is, only slower.
-fn ensure_environment() {
-    let missing: Vec<_> = ENVIRONMENT.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
-    #[cfg(unix)]
-    if let (false, Ok(program)) = (missing.is_empty(), std::env::current_exe()) {
-        use std::os::unix::process::CommandExt;
-        let error = std::process::Command::new(program).args(std::env::args_os().skip(1)).envs(missing).exec();
-        eprintln!("warning: training will be slow: {error}");
-    }
-}
-
 fn main() -> ExitCode {
-    ensure_environment();
+    // By now the allocator has read its settings.
+    #[cfg(unix)]
+    if let Err(error) = model_core::restart::with_environment(&ENVIRONMENT) {
+        eprintln!("warning: training will be slow: the program cannot be started over: {error}");
+    }
     match run(&Cli::parse()) {
         Ok(Ended::Interrupted) => ExitCode::from(INTERRUPTED),
         Ok(Ended::Finished | Ended::OutOfTime) => ExitCode::SUCCESS,
