@@ -323,7 +323,7 @@ def soak(arguments, report):
     """
     samples = []
     with butterflyvit(arguments) as server:
-        asyncio.run(closed_loop(server.port, requests(arguments), 32, 2))
+        asyncio.run(closed_loop(server.port, requests(arguments), 128, 2))
         def sample(now):
             if len(samples) <= now:
                 samples.append(server.memory()[0])

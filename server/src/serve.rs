@@ -1,10 +1,11 @@
 //! From flags to a running server and back: put the application together, listen, drain, end.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use model_core::image::DecodeLimits;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +30,8 @@ use crate::{http, logging};
 
 /// Files that are open beside connections: the model store's, uploads, the runtime's own.
 const OTHER_FILES: u64 = 128;
+/// Connections that may wait to be accepted; one more costs its client a second, after which TCP asks again.
+const BACKLOG: u32 = 1024;
 /// Longest wait for a set at start, where nobody is waiting for an answer.
 const START_WAIT: Duration = Duration::from_secs(60);
 
@@ -51,7 +54,7 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
     runtime.block_on(async {
-        let listener = TcpListener::bind(args.listen).await.map_err(|error| format!("{}: {error}", args.listen))?;
+        let listener = listen(args.listen).map_err(|error| format!("{}: {error}", args.listen))?;
         let shutdown = shutdown_signal()?;
         let settings = connection_settings(args)?;
         if let Some(tls) = settings.tls.clone() {
@@ -71,6 +74,15 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
         }
         server.await.map_err(|error| error.to_string())
     })
+}
+
+/// Listens with a [`BACKLOG`], which `TcpListener::bind` does not let one choose.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A server started over takes its port again while old connections linger.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 fn connection_settings(args: &ServeArgs) -> Result<ConnectionSettings, String> {

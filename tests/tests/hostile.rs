@@ -92,7 +92,7 @@ fn ten_thousand_connections_leave_those_that_were_there_alone() {
     const CONNECTIONS: usize = 10_000;
     let allowed = rlimit::increase_nofile_limit(CONNECTIONS as u64 + 1000).unwrap();
     assert!(allowed > CONNECTIONS as u64 + 500, "this test needs more open files than {allowed}");
-    let server = Server::start(["--max-connections", "64", "--header-timeout", "60s"]);
+    let server = Server::start(["--max-connections", "64", "--header-timeout", "10m"]);
     let picture = image("test-00.png");
     let classify = |connection: &mut Connection| {
         connection.send(&request_head("POST /classify", picture.len())).send(&picture).read_one()

@@ -10,7 +10,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::blocking::Priority;
 
-pub(super) const WAIT: Duration = Duration::from_secs(5);
+/// For what ends by itself; longer than any machine stands still.
+pub(super) const WAIT: Duration = Duration::from_secs(60);
 
 /// A source whose sets are numbers: their size. It counts loads and can be told to be slow or to fail.
 #[derive(Default)]
@@ -18,6 +19,7 @@ pub(super) struct Fake {
     loads: AtomicUsize,
     backbone_loads: AtomicUsize,
     failing: Mutex<HashMap<String, String>>,
+    /// Loads that take so long, or until the entry is removed.
     slow: Mutex<HashMap<String, Duration>>,
     /// What sets make the scratch grow by.
     growth: Mutex<HashMap<String, usize>>,
@@ -50,10 +52,10 @@ impl Source for Fake {
 
     fn load_set(&self, descriptor: &SetDescriptor, _: &Arc<()>) -> Result<Loaded<usize>, String> {
         self.loads.fetch_add(1, Ordering::SeqCst);
-        // Not in the condition, which would hold the lock through the sleep.
-        let delay = self.slow.lock().unwrap().get(&descriptor.name).copied();
-        if let Some(delay) = delay {
-            std::thread::sleep(delay);
+        let started = Instant::now();
+        let waiting = |delay: &Duration| started.elapsed() < *delay;
+        while self.slow.lock().unwrap().get(&descriptor.name).is_some_and(waiting) {
+            std::thread::sleep(Duration::from_millis(1));
         }
         if let Some(reason) = self.failing.lock().unwrap().get(&descriptor.name) {
             return Err(reason.clone());
@@ -249,12 +251,14 @@ async fn guarantee_5_a_slow_load_blocks_no_other() {
         registry.register(set(name, 1, 10)).unwrap();
     }
     serve(&registry, "hot").await.unwrap();
-    registry.source().slow.lock().unwrap().insert("slow".into(), Duration::from_millis(2000));
+    registry.source().slow.lock().unwrap().insert("slow".into(), WAIT);
     let slow = registry.acquire("slow", None, Duration::from_millis(10)).await;
     assert_eq!(slow.err(), Some(SetError::StillLoading { name: "slow".into() }));
     serve(&registry, "hot").await.unwrap();
     serve(&registry, "quick").await.unwrap();
     assert!(!resident(&registry, "slow"), "the others did not wait for it");
+    registry.source().slow.lock().unwrap().clear();
+    serve(&registry, "slow").await.unwrap();
 }
 
 #[tokio::test]
