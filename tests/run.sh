@@ -53,7 +53,7 @@ CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" PR
 step "fuzz targets, shortly"
 export PATH=$PWD/target/tools/bin:$PATH
 command -v cargo-fuzz >/dev/null || cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
-# For ten seconds a build that is quicker than what it makes.
+# Ten seconds of fuzzing are too few to pay for optimising what is fuzzed.
 CARGO_PROFILE_RELEASE_OPT_LEVEL=1 fuzz/run 10
 
 step "Kubernetes manifests against their schemas"

@@ -4,7 +4,6 @@
 /// nothing to set.
 ///
 /// # Errors
-///
 /// The program cannot be started over, and goes on as it is. That is so of a program under an emulator that the kernel
 /// does not know of.
 #[cfg(unix)]
