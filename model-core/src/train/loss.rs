@@ -39,17 +39,24 @@ pub struct Losses {
     pub total: Tensor,
 }
 
-/// All terms for a batch with soft `targets [batch, classes]` whose rows sum to one.
+/// All terms for a batch with soft `targets [batch, classes]` whose rows sum to one. `loads` is [`expert_loads`] of the
+/// batch, or of the larger one that it is a part of: means of shards are then the terms of the whole but for contiguity.
 ///
 /// # Errors
 /// When shapes do not fit.
-pub fn losses(output: &Output, targets: &Tensor, side: usize, weights: LossWeights) -> Result<Losses> {
+pub fn losses(
+    output: &Output,
+    loads: &[Vec<f32>],
+    targets: &Tensor,
+    side: usize,
+    weights: LossWeights,
+) -> Result<Losses> {
     // Without routers all these terms are zero.
     let layers = output.routing.len().max(1) as f64;
     let mut balance = Tensor::zeros((), candle_core::DType::F32, targets.device())?;
     let (mut smoothness, mut contiguity) = (balance.clone(), balance.clone());
-    for routing in &output.routing {
-        balance = (balance + balance_loss(routing)?)?;
+    for (routing, load) in output.routing.iter().zip(loads) {
+        balance = (balance + balance_loss(routing, load)?)?;
         smoothness = (smoothness + ops::smoothness(&by_image(&routing.probabilities, side)?, side)?)?;
         if weights.contiguity > 0.0 {
             contiguity = (contiguity + contiguity_ratio(&routing.router_only_probabilities()?, side)?)?;
@@ -96,17 +103,29 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     (log_p * targets)?.sum(D::Minus1)?.mean_all()?.neg()
 }
 
+/// For every layer the share of (token, choice) pairs that went to each expert, over all of `outputs`.
+pub fn expert_loads<'a>(outputs: impl Iterator<Item = &'a Output> + Clone) -> Vec<Vec<f32>> {
+    let layers = outputs.clone().map(|output| output.routing.len()).max().unwrap_or(0);
+    let load = |layer: usize| {
+        let routings = outputs.clone().filter_map(move |output| output.routing.get(layer));
+        let choices: usize = routings.clone().map(|routing| routing.experts.len()).sum();
+        let mut load = Vec::new();
+        for routing in routings {
+            load.resize(routing.probabilities.dim(1).unwrap_or(0), 0f32);
+            routing.experts.iter().for_each(|&expert| load[usize::from(expert)] += 1.0);
+        }
+        load.iter_mut().for_each(|count| *count /= choices as f32);
+        load
+    };
+    (0..layers).map(load).collect()
+}
+
 /// `E sum_i f_i P_i`: f the fraction of (token, choice) pairs sent to expert i, P its mean probability. The gradient
 /// flows through P; f is a count.
-fn balance_loss(routing: &Routing) -> Result<Tensor> {
+fn balance_loss(routing: &Routing, load: &[f32]) -> Result<Tensor> {
     let p = &routing.probabilities;
-    let num_experts = p.dim(1)?;
-    let mut fractions = vec![0f32; num_experts];
-    for &expert in routing.experts.iter() {
-        fractions[usize::from(expert)] += 1.0 / routing.experts.len() as f32;
-    }
-    let fractions = Tensor::from_vec(fractions, num_experts, p.device())?;
-    (p.mean(0)? * fractions)?.sum_all()? * num_experts as f64
+    let fractions = Tensor::from_slice(load, load.len(), p.device())?;
+    (p.mean(0)? * fractions)?.sum_all()? * load.len() as f64
 }
 
 /// The load balance of plain values: `probabilities [tokens, experts]` and the chosen experts of all tokens.
@@ -157,7 +176,8 @@ mod tests {
         let output = vit.forward(&pixels, Quantizers::ALL).unwrap();
         let targets = Tensor::full(0.2f32, (2, 5), &Device::Cpu).unwrap();
         let weights = LossWeights { balance: 0.0, smoothness: 0.0, contiguity: 1.0 };
-        let losses = losses(&output, &targets, config.backbone.grid_side(), weights).unwrap();
+        let loads = expert_loads(std::iter::once(&output));
+        let losses = losses(&output, &loads, &targets, config.backbone.grid_side(), weights).unwrap();
         let gradients = losses.contiguity.backward().unwrap();
         for (name, var) in vit.parameters().all() {
             assert_eq!(gradients.get(var).is_some(), name.ends_with(".router"), "{name}");

@@ -1,13 +1,13 @@
 //! Gradients of one batch, computed by shards on several threads.
 
+use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{Device, Result, Tensor};
 
-use super::loss::{LossWeights, losses};
+use super::loss::{LossWeights, expert_loads, losses};
 use super::optimizer::Gradients;
-use crate::vit::{Quantizers, ViT};
+use crate::vit::{Output, Quantizers, ViT};
 
 /// Images ready for the model.
 #[derive(Debug, Clone)]
@@ -43,7 +43,8 @@ pub struct StepStats {
 /// The gradient of the mean loss over `batch`, and its statistics.
 ///
 /// The batch is cut into shards of `shard_size` images that `threads` threads take in turn; shards are summed in
-/// order, so the result depends on `shard_size` but not on `threads` or timing.
+/// order, so the result depends on `shard_size` but not on `threads` or timing. Experts are balanced over the whole
+/// batch: all shards go forward before the first goes back.
 ///
 /// # Errors
 /// When shapes do not fit, or a parameter receives no gradient.
@@ -55,30 +56,13 @@ pub fn gradients(
     shard_size: usize,
     threads: usize,
 ) -> Result<(Gradients, StepStats)> {
-    let shards = batch.len.div_ceil(shard_size);
-    let next = AtomicUsize::new(0);
-    type ShardResult = Option<Result<(Gradients, StepStats)>>;
-    let results: Mutex<Vec<ShardResult>> = Mutex::new((0..shards).map(|_| None).collect());
-    std::thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, shards.max(1)) {
-            scope.spawn(|| {
-                loop {
-                    let shard = next.fetch_add(1, Ordering::Relaxed);
-                    if shard >= shards {
-                        break;
-                    }
-                    let start = shard * shard_size;
-                    let result =
-                        shard_gradients(vit, quantizers, batch, start, shard_size.min(batch.len - start), weights);
-                    results.lock().expect("no thread panics while it holds the lock")[shard] = Some(result);
-                }
-            });
-        }
-    });
+    let shards = (0..batch.len).step_by(shard_size).map(|start| start..batch.len.min(start + shard_size)).collect();
+    let forward = in_turn(threads, shards, |images| Ok((forward(vit, quantizers, batch, &images)?, images)))?;
+    let loads = expert_loads(forward.iter().map(|(output, _)| output));
+    let shards = in_turn(threads, forward, |(output, images)| backward(vit, &output, &loads, batch, &images, weights))?;
     let mut sum = Gradients::new();
     let mut stats = StepStats::default();
-    let results = results.into_inner().expect("no thread panics while it holds the lock");
-    for (gradients, shard) in results.into_iter().flatten().collect::<Result<Vec<_>>>()? {
+    for (gradients, shard) in shards {
         for (name, gradient) in gradients {
             match sum.get_mut(&name) {
                 Some(sum) => sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += g),
@@ -95,30 +79,52 @@ pub fn gradients(
     Ok((sum, stats))
 }
 
-/// The share of the batch's gradient and statistics that comes from `len` images from `start`.
-fn shard_gradients(
+/// What `work` makes of every item, in order, on `threads` threads that take them in turn.
+fn in_turn<T: Send, R: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let results: Vec<Mutex<Option<Result<R>>>> = items.iter().map(|_| Mutex::new(None)).collect();
+    let todo = Mutex::new(items.into_iter().zip(&results));
+    let work = || {
+        loop {
+            let taken = todo.lock().expect("no thread panics while it holds the lock").next();
+            let Some((item, result)) = taken else { break };
+            let done = work(item);
+            *result.lock().expect("no thread panics while it holds the lock") = Some(done);
+        }
+    };
+    std::thread::scope(|scope| {
+        (0..threads.clamp(1, results.len().max(1))).for_each(|_| drop(scope.spawn(work)));
+    });
+    drop(todo);
+    results.into_iter().filter_map(|result| result.into_inner().expect("no thread panics")).collect()
+}
+
+fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usize>) -> Result<Output> {
+    let pixels = vit.config().backbone.image_size.pow(2) * 3;
+    let side = vit.config().backbone.image_size;
+    let pixels = batch.pixels[images.start * pixels..images.end * pixels].to_vec();
+    let pixels = Tensor::from_vec(pixels, (images.len(), side, side, 3), &Device::Cpu)?;
+    let branches = 2 * vit.config().backbone.num_layers;
+    if batch.branch_scales.is_empty() {
+        return vit.forward(&pixels, quantizers);
+    }
+    let scales = batch.branch_scales[images.start * branches..images.end * branches].to_vec();
+    vit.forward_scaled(&pixels, quantizers, Some(&Tensor::from_vec(scales, (images.len(), branches), &Device::Cpu)?))
+}
+
+/// The share of the batch's gradient and statistics that comes from `images`.
+fn backward(
     vit: &ViT,
-    quantizers: Quantizers,
+    output: &Output,
+    loads: &[Vec<f32>],
     batch: &Batch,
-    start: usize,
-    len: usize,
+    images: &Range<usize>,
     weights: LossWeights,
 ) -> Result<(Gradients, StepStats)> {
-    let side = vit.config().backbone.image_size;
     let classes = vit.config().num_classes;
-    let share = len as f64 / batch.len as f64;
-    let pixels = batch.pixels[start * side * side * 3..][..len * side * side * 3].to_vec();
-    let targets = &batch.targets[start * classes..][..len * classes];
-    let pixels = Tensor::from_vec(pixels, (len, side, side, 3), &Device::Cpu)?;
-    let branches = 2 * vit.config().backbone.num_layers;
-    let output = if batch.branch_scales.is_empty() {
-        vit.forward(&pixels, quantizers)?
-    } else {
-        let scales = batch.branch_scales[start * branches..][..len * branches].to_vec();
-        vit.forward_scaled(&pixels, quantizers, Some(&Tensor::from_vec(scales, (len, branches), &Device::Cpu)?))?
-    };
-    let target_tensor = Tensor::from_slice(targets, (len, classes), &Device::Cpu)?;
-    let losses = losses(&output, &target_tensor, vit.config().backbone.grid_side(), weights)?;
+    let share = images.len() as f64 / batch.len as f64;
+    let targets = &batch.targets[images.start * classes..images.end * classes];
+    let target_tensor = Tensor::from_slice(targets, (images.len(), classes), &Device::Cpu)?;
+    let losses = losses(output, loads, &target_tensor, vit.config().backbone.grid_side(), weights)?;
     let grads = (&losses.total * share)?.backward()?;
     let mut named = Gradients::new();
     for (name, var) in vit.parameters().trainable() {
