@@ -8,6 +8,7 @@
 //! | [`kernels`] | slices in, slices out: rotation, ternary product, activations, per instruction set | nothing |
 //! | [`config`] | shapes of a model, validated once | nothing |
 //! | [`weights`] | the plain parameter tensors an artifact holds | `config` |
+//! | [`random`] | the numbers that initial weights come from; where angles started | nothing |
 //! | [`artifact`] | the safetensors files of `FORMAT.md`: reading, writing, digests, checks | `weights` |
 //! | [`image`] | image bytes to the pixels a model sees | `config` |
 //! | [`ops`], [`layers`], [`vit`], [`train`] | the candle model: float reference and training | `kernels`, `weights` |
@@ -28,6 +29,7 @@ pub mod kernels;
 pub mod layers;
 pub mod model;
 pub mod ops;
+pub mod random;
 pub mod restart;
 pub mod train;
 pub mod vit;

@@ -8,6 +8,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use crate::config::{ConfigError, FeedForwardKind, ViTConfig};
 use crate::layers::{Attention, FeedForward, LayerNorm, Linear, Routing, Stem};
 use crate::ops::Activations;
+use crate::random::{AngleSpread, AngleStart, SplitMix64};
 use crate::train::quantize;
 use crate::weights::{
     self, AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, StemWeights, Ternary,
@@ -92,6 +93,16 @@ pub fn is_expert_set_parameter(name: &str) -> bool {
     name.starts_with("head.") || name.contains(".moe.r")
 }
 
+/// Whether a parameter is the angles of a rotation.
+pub fn is_angle(name: &str) -> bool {
+    name.contains(".moe.rotation_")
+}
+
+/// Whether a parameter is a router's gate.
+pub fn is_router(name: &str) -> bool {
+    name.ends_with(".moe.router")
+}
+
 /// A block: `x += attention(norm1(x))`, `x += feed_forward(norm2(x))`.
 #[derive(Debug, Clone)]
 struct Block {
@@ -116,31 +127,11 @@ pub struct ViT {
     config: ViTConfig,
     kind: FeedForwardKind,
     parameters: Parameters,
+    angle_start: Option<AngleStart>,
     stem: Stem,
     blocks: Vec<Block>,
     norm: LayerNorm,
     head: Linear,
-}
-
-/// A deterministic stream of numbers for initial weights: SplitMix64 and the Box-Muller transform.
-struct InitStream(u64);
-
-impl InitStream {
-    fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    fn normals(&mut self, count: usize, std: f64) -> Vec<f32> {
-        let normal = |stream: &mut Self| {
-            let radius = (-2.0 * (1.0 - stream.uniform()).ln()).sqrt();
-            (radius * (std::f64::consts::TAU * stream.uniform()).cos() * std) as f32
-        };
-        (0..count).map(|_| normal(self)).collect()
-    }
 }
 
 impl ViT {
@@ -149,16 +140,18 @@ impl ViT {
     /// # Errors
     /// When `config` is invalid.
     pub fn init(config: &ViTConfig, seed: u64) -> Result<Self> {
-        Self::init_kind(config, FeedForwardKind::Butterfly, seed)
+        Self::init_kind(config, FeedForwardKind::Butterfly, AngleSpread::Narrow, seed)
     }
 
-    /// [`ViT::init`] with feed-forward layers of another kind. The other parameters are the same for every kind.
+    /// [`ViT::init`] with feed-forward layers of another kind or another spread of angles. The parameters outside the
+    /// feed-forward layers are the same for every kind, and all but the angles for every spread.
     ///
     /// # Errors
     /// When `config` is invalid.
-    pub fn init_kind(config: &ViTConfig, kind: FeedForwardKind, seed: u64) -> Result<Self> {
+    pub fn init_kind(config: &ViTConfig, kind: FeedForwardKind, spread: AngleSpread, seed: u64) -> Result<Self> {
         config.validate().map_err(invalid)?;
-        let mut rng = InitStream(seed);
+        let mut rng = SplitMix64::at(seed, 0);
+        let mut drawn_before = Vec::new();
         let mut p = Parameters::default();
         let (b, e) = (&config.backbone, &config.experts);
         let mut linear = |p: &mut Parameters, name: &str, out: usize, inputs: usize, gain: f64| -> Result<()> {
@@ -205,12 +198,16 @@ impl ViT {
             if kind == FeedForwardKind::DenseExperts {
                 continue;
             }
-            // Experts begin as slight turns of one another, wide enough to spread over several codes.
-            let angle_std = INITIAL_ANGLE_STD.max(std::f64::consts::TAU / f64::from(1u32 << e.angle_bits));
-            matrix("rotation_in", angle_std, &[e.num_experts, e.stages_in, b.d_model / 2])?;
-            matrix("rotation_hidden", angle_std, &[e.num_experts, e.stages_hidden, b.d_ff / 2])?;
-            if e.stages_out > 0 {
-                matrix("rotation_out", angle_std, &[e.num_experts, e.stages_out, b.d_model / 2])?;
+            let sites =
+                [("in", e.stages_in, b.d_model), ("hidden", e.stages_hidden, b.d_ff), ("out", e.stages_out, b.d_model)];
+            drawn_before.push([0; 3]);
+            for (i, (site, stages, features)) in sites.into_iter().enumerate() {
+                drawn_before[l][i] = rng.drawn();
+                if stages > 0 || site != "out" {
+                    let shape = [e.num_experts, stages, features / 2];
+                    let angles = rng.angles(shape.iter().product(), spread, e.angle_bits);
+                    p.insert(format!("blocks.{l}.moe.rotation_{site}"), angles, &shape)?;
+                }
             }
             match kind {
                 FeedForwardKind::ButterflyGains => {
@@ -225,7 +222,9 @@ impl ViT {
                 _ => {}
             }
         }
-        Self::assemble(config.clone(), kind, p)
+        let start = AngleStart { generator: AngleStart::GENERATOR.into(), seed, spread, drawn_before };
+        let angle_start = (!start.drawn_before.is_empty()).then_some(start);
+        Ok(Self { angle_start, ..Self::assemble(config.clone(), kind, p)? })
     }
 
     /// The values an artifact stands for. Meant for [`Quantizers::NONE`]: its substrates are already ternary.
@@ -386,6 +385,7 @@ impl ViT {
             config,
             kind,
             parameters,
+            angle_start: None,
         })
     }
 
@@ -394,9 +394,19 @@ impl ViT {
     /// # Errors
     /// Never for a model that was built.
     pub fn freeze(self, frozen: impl Fn(&str) -> bool) -> Result<Self> {
-        let Self { config, kind, mut parameters, .. } = self;
+        let Self { config, kind, mut parameters, angle_start, .. } = self;
         parameters.frozen = parameters.vars.keys().filter(|name| frozen(name)).cloned().collect();
-        Self::assemble(config, kind, parameters)
+        Ok(Self { angle_start, ..Self::assemble(config, kind, parameters)? })
+    }
+
+    /// The same model with another record of where its angles started: that of the model it was made from.
+    pub fn with_angle_start(self, angle_start: Option<AngleStart>) -> Self {
+        Self { angle_start, ..self }
+    }
+
+    /// Where the angles started; none for a model made of an artifact's values, or without angles.
+    pub fn angle_start(&self) -> Option<&AngleStart> {
+        self.angle_start.as_ref()
     }
 
     /// The model's shapes.
@@ -445,9 +455,6 @@ impl ViT {
         Ok(Output { logits: self.head.forward(&pooled)?, routing })
     }
 }
-
-/// Standard deviation of initial angles, radians; coarser grids widen it to one step.
-const INITIAL_ANGLE_STD: f64 = 0.1;
 
 fn dense(matrix: &Ternary) -> Vec<f32> {
     let cols = matrix.codes.len() / matrix.scale.len().max(1);

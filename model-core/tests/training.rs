@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 use model_core::config::{ExpertConfig, FeedForwardKind, ViTConfig};
 use model_core::ops::Activations;
+use model_core::random::{AngleSpread, AngleStart};
 use model_core::train::{AdamW, AdamWConfig, Batch, LossWeights, gradients};
 use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
 
@@ -83,7 +84,7 @@ fn dense_kinds_have_their_parameters_and_a_gradient_that_finite_differences_conf
     let config = tiny();
     let batch = batch(&config, 4);
     for (kind, has_router) in [(FeedForwardKind::DenseExperts, true), (FeedForwardKind::Dense, false)] {
-        let vit = ViT::init_kind(&config, kind, 7).unwrap();
+        let vit = ViT::init_kind(&config, kind, AngleSpread::Narrow, 7).unwrap();
         let loss = |vit: &ViT| gradients(vit, Quantizers::ALL, &batch, LossWeights::default(), 4, 1).unwrap();
         let (analytic, stats) = loss(&vit);
         assert_eq!(stats.balance > 0.0, has_router);
@@ -108,7 +109,7 @@ fn gains_and_tied_substrates_have_gradients_that_finite_differences_confirm() {
         (FeedForwardKind::ButterflyGains, ["blocks.0.moe.gains", "blocks.1.moe.down"]),
         (FeedForwardKind::ButterflyTied, ["blocks.0.moe.up", "blocks.1.moe.down_scale"]),
     ] {
-        let vit = ViT::init_kind(&config, kind, 9).unwrap();
+        let vit = ViT::init_kind(&config, kind, AngleSpread::Narrow, 9).unwrap();
         let loss = |vit: &ViT, quantizers| gradients(vit, quantizers, &batch, LossWeights::default(), 4, 1).unwrap();
         let (analytic, _) = loss(&vit, Quantizers::NONE);
         for name in names {
@@ -124,12 +125,16 @@ fn every_kind_shares_the_rest_of_its_initial_parameters() {
     let config = tiny();
     let [butterfly, experts, dense] =
         [FeedForwardKind::Butterfly, FeedForwardKind::DenseExperts, FeedForwardKind::Dense]
-            .map(|kind| ViT::init_kind(&config, kind, 8).unwrap());
+            .map(|kind| ViT::init_kind(&config, kind, AngleSpread::Narrow, 8).unwrap());
     let values =
         |vit: &ViT, name: &str| vit.parameters().var(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for name in butterfly.parameters().all().keys().filter(|name| !name.contains(".moe.")) {
         assert_eq!(values(&butterfly, name), values(&experts, name), "{name}");
         assert_eq!(values(&butterfly, name), values(&dense, name), "{name}");
+    }
+    let uniform = ViT::init_kind(&config, FeedForwardKind::Butterfly, AngleSpread::Uniform, 8).unwrap();
+    for name in butterfly.parameters().all().keys() {
+        assert_eq!(values(&butterfly, name) == values(&uniform, name), !name.contains(".rotation_"), "{name}");
     }
 }
 
@@ -140,6 +145,66 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     let batch = batch(&config, 12);
     let run = |threads| gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 4, threads).unwrap();
     assert_eq!(run(1), run(3));
+}
+
+/// What the loss says of a batch does not depend on how it is cut, so that small shards do not force every few images to
+/// use all experts.
+#[test]
+fn experts_are_balanced_over_the_whole_batch() {
+    let config = tiny();
+    let vit = ViT::init(&config, 3).unwrap();
+    let batch = batch(&config, 12);
+    let only_balance = LossWeights { balance: 1e4, smoothness: 0.0, contiguity: 0.0 };
+    let run = |shard_size| gradients(&vit, Quantizers::NONE, &batch, only_balance, shard_size, 2).unwrap();
+    let ((whole, stats), (cut, stats_cut)) = (run(12), run(2));
+    // Sums of twelve parts in another order: a few roundings of 2^-24 each.
+    assert!((stats.balance - stats_cut.balance).abs() < 1e-5 * stats.balance, "{stats:?} {stats_cut:?}");
+    let name = "blocks.0.moe.router";
+    let norm = |g: &[f32]| g.iter().map(|v| v * v).sum::<f32>().sqrt();
+    let difference: Vec<f32> = whole[name].iter().zip(&cut[name]).map(|(a, b)| a - b).collect();
+    assert!(norm(&difference) < 1e-4 * norm(&whole[name]), "{} of {}", norm(&difference), norm(&whole[name]));
+}
+
+#[test]
+fn angles_and_routers_move_at_rates_of_their_own() {
+    let config = tiny();
+    let batch = batch(&config, 8);
+    // Adam's first step is the rate whatever the gradient, unless that is zero.
+    let largest_step = |factors: AdamWConfig, part: &str| {
+        let vit = ViT::init(&config, 4).unwrap();
+        let values = |vit: &ViT| -> Vec<f32> {
+            let of_part = vit.parameters().all().iter().filter(|(name, _)| name.contains(part));
+            of_part.flat_map(|(_, var)| var.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
+        };
+        let before = values(&vit);
+        let (gradients, _) = gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 8, 1).unwrap();
+        AdamW::new(factors).step(vit.parameters(), &gradients, 1e-3).unwrap();
+        before.iter().zip(values(&vit)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    let factors = AdamWConfig { angle_rate: 30.0, router_rate: 0.5, weight_decay: 0.0, ..AdamWConfig::default() };
+    for (part, expected) in [(".rotation_in", 30e-3), (".rotation_out", 30e-3), (".router", 0.5e-3), (".up", 1e-3)] {
+        let step = largest_step(factors, part);
+        // Values of up to 4 are rounded to 2^-22.
+        assert!((step - expected).abs() < 1e-6, "{part}: {step}");
+    }
+    assert_eq!(largest_step(AdamWConfig { angle_rate: 0.0, ..factors }, ".rotation_"), 0.0);
+}
+
+/// The start that an artifact's training record names is the start that the model had.
+#[test]
+fn the_start_of_the_angles_can_be_rebuilt() {
+    let config = tiny();
+    for spread in [AngleSpread::Narrow, AngleSpread::Uniform] {
+        let vit = ViT::init_kind(&config, FeedForwardKind::Butterfly, spread, 9).unwrap();
+        let record = serde_json::to_value(vit.angle_start().unwrap()).unwrap();
+        let start: AngleStart = serde_json::from_value(record).unwrap();
+        for (layer, site, name) in [(0, 0, "in"), (0, 2, "out"), (1, 0, "in"), (1, 1, "hidden"), (1, 2, "out")] {
+            let var = vit.parameters().var(&format!("blocks.{layer}.moe.rotation_{name}")).unwrap();
+            let angles = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(start.angles(layer, site, angles.len(), config.experts.angle_bits).unwrap(), angles);
+        }
+        assert_eq!(start.angles(2, 0, 1, 8), None);
+    }
 }
 
 #[test]

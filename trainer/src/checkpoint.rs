@@ -10,7 +10,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use model_core::artifact::Digest;
 use model_core::image::Preprocess;
+use model_core::random::AngleStart;
 use model_core::train::AdamW;
 use model_core::train::optimizer::Moments;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -23,7 +25,7 @@ use crate::recipe::Recipe;
 /// Name of the file in a run folder.
 pub const FILE_NAME: &str = "checkpoint.safetensors";
 const STATE_KEY: &str = "state";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Values by parameter name.
 pub type Values = BTreeMap<String, Vec<f32>>;
@@ -45,6 +47,8 @@ pub struct State {
     pub seconds: f64,
     /// From bytes to pixels.
     pub preprocess: Preprocess,
+    /// Where the angles started; none for a model without.
+    pub angle_start: Option<AngleStart>,
     /// Class names, in the order of the head's rows.
     pub labels: Vec<String>,
     /// Results of the latest validation.
@@ -126,6 +130,15 @@ impl Checkpoint {
         read().with_context(|| format!("reading the checkpoint {}", path.display()))
     }
 
+    /// SHA-256 over names and values of the weights that are validated and exported.
+    pub fn digest(&self) -> Digest {
+        let values = self.parameters.iter().map(|(name, values)| (name, self.average.get(name).unwrap_or(values)));
+        let bytes = |(name, values): (&String, &Vec<f32>)| -> Vec<u8> {
+            name.bytes().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect()
+        };
+        Digest::of("", &values.flat_map(bytes).collect::<Vec<u8>>())
+    }
+
     /// The optimiser as it was.
     pub fn optimizer(&self) -> AdamW {
         let mut optimizer = AdamW::new(self.state.recipe.optimizer);
@@ -152,6 +165,7 @@ mod tests {
                 seconds: 0.1 + 0.2,
                 preprocess: Preprocess { mean: [0.1, 0.2, 0.3], ..Preprocess::default() },
                 labels: vec!["x".into()],
+                angle_start: None,
                 validation: None,
             },
             parameters: values.clone(),

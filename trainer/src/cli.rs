@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use model_core::config::ViTConfig;
+use model_core::random::AngleSpread;
 
 use crate::compare::Variant;
 use crate::data::LabelColumn;
@@ -169,6 +170,15 @@ pub struct RecipeArgs {
     /// The gradient's global norm is scaled down to this.
     #[arg(long)]
     pub max_grad_norm: Option<f64>,
+    /// Angles move at this many times the learning rate; at 0 they stay where they started.
+    #[arg(long, value_name = "FACTOR")]
+    pub angle_rate: Option<f64>,
+    /// Routers move at this many times the learning rate; at 0 they stay where they started.
+    #[arg(long, value_name = "FACTOR")]
+    pub router_rate: Option<f64>,
+    /// How the angles of fresh experts are spread: near zero or over the whole circle [default: narrow].
+    #[arg(long)]
+    pub angle_spread: Option<Spread>,
     /// Weight of the load-balance loss.
     #[arg(long)]
     pub balance: Option<f64>,
@@ -223,6 +233,24 @@ pub struct RecipeArgs {
     pub seed: Option<u64>,
 }
 
+/// `--angle-spread`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Spread {
+    /// Normal around zero, over a few codes: experts begin as slight turns of one another.
+    Narrow,
+    /// Uniform over the circle.
+    Uniform,
+}
+
+impl From<Spread> for AngleSpread {
+    fn from(spread: Spread) -> Self {
+        match spread {
+            Spread::Narrow => Self::Narrow,
+            Spread::Uniform => Self::Uniform,
+        }
+    }
+}
+
 impl RecipeArgs {
     /// Overrides the fields of `recipe` that were given.
     pub fn apply(&self, recipe: &mut Recipe) {
@@ -239,6 +267,9 @@ impl RecipeArgs {
         set(&mut recipe.final_rate, self.final_rate);
         set(&mut recipe.optimizer.weight_decay, self.weight_decay);
         set(&mut recipe.optimizer.max_grad_norm, self.max_grad_norm);
+        set(&mut recipe.optimizer.angle_rate, self.angle_rate);
+        set(&mut recipe.optimizer.router_rate, self.router_rate);
+        set(&mut recipe.angle_spread, self.angle_spread.map(AngleSpread::from));
         set(&mut recipe.losses.balance, self.balance);
         set(&mut recipe.losses.smoothness, self.smoothness);
         set(&mut recipe.losses.contiguity, self.contiguity);
@@ -294,6 +325,9 @@ pub struct StartArgs {
     /// The expert set to start from. Its head is kept where its labels are the data's.
     #[arg(long, value_name = "FILE", requires = "start_backbone")]
     pub start_set: Option<PathBuf>,
+    /// Start from the latent parameters in this run folder's checkpoint, which know more than the codes they round to.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["preset", "config", "start_backbone", "start_set"])]
+    pub start_run: Option<PathBuf>,
 }
 
 /// `train`.
@@ -332,8 +366,12 @@ pub struct SpecialiseArgs {
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// An expert set on that backbone, whose angles and routers to start from.
-    #[arg(long, value_name = "FILE")]
-    pub start: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "start_run")]
+    pub start: Option<PathBuf>,
+    /// Start from the latent angles and routers in this run folder's checkpoint. The run made the backbone or specialised
+    /// it.
+    #[arg(long, value_name = "DIR", conflicts_with = "start")]
+    pub start_run: Option<PathBuf>,
     /// The loop.
     #[command(flatten)]
     pub run: LoopArgs,

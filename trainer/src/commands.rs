@@ -11,7 +11,7 @@ use model_core::artifact::{
 };
 use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
-use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
+use model_core::vit::{Quantizers, ViT, is_angle, is_router};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Checkpoint};
@@ -25,7 +25,7 @@ use crate::evaluate::{Report, Tally, confusion_picture};
 use crate::metrics;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
-use crate::recipe::{Origin, Recipe};
+use crate::recipe::{Origin, Recipe, angle_start};
 use crate::speed;
 use crate::store::{Store, load_backbone, load_set};
 use crate::teacher::Teacher;
@@ -80,11 +80,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     };
     let start = Start::load(&args.start)?;
     if let Some(start) = &start {
-        recipe.origin = start.origin();
-        recipe.model = start.config();
-        if checkpoint.is_none() {
-            start.hold_out_the_same(&mut recipe);
-        }
+        start.enter(&mut recipe, checkpoint.is_none());
     }
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
@@ -95,7 +91,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
     let (vit, preprocess) = match &start {
-        Some(start) => (start.model(&recipe, &dataset)?, start.backbone.preprocess.clone()),
+        Some(start) => (start.model(&recipe, &dataset)?, start.preprocess().clone()),
         None => (recipe.init_model()?, dataset.preprocess()),
     };
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
@@ -104,45 +100,93 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     })
 }
 
-/// The finished model that `train` starts from.
-struct Start {
-    backbone: BackboneArtifact,
-    set: ExpertSetArtifact,
+/// The trained model that `train` starts from.
+enum Start {
+    /// Its codes, which become latent parameters in the middle of what rounds to them.
+    Artifacts { backbone: Box<BackboneArtifact>, set: Box<ExpertSetArtifact> },
+    /// Its latent parameters.
+    Run(Box<Checkpoint>),
 }
 
 impl Start {
     fn load(args: &StartArgs) -> Result<Option<Self>> {
+        if let Some(folder) = &args.start_run {
+            let checkpoint = Checkpoint::load(folder)?;
+            ensure!(
+                !matches!(checkpoint.state.recipe.origin, Origin::Specialise { .. }),
+                "the run in {} specialised a backbone, and has no latent parameters of the backbone itself",
+                folder.display()
+            );
+            return Ok(Some(Self::Run(Box::new(checkpoint))));
+        }
         let (Some(backbone), Some(set)) = (&args.start_backbone, &args.start_set) else { return Ok(None) };
         let backbone = load_backbone(backbone)?;
         let set = load_set(set, &backbone)?;
-        Ok(Some(Self { backbone, set }))
+        Ok(Some(Self::Artifacts { backbone: Box::new(backbone), set: Box::new(set) }))
     }
 
-    fn origin(&self) -> Origin {
-        Origin::Continue { backbone: self.backbone.digest.to_string(), start: self.set.digest.to_string() }
-    }
-
-    fn config(&self) -> ViTConfig {
-        self.set.weights.vit_config(&self.backbone.weights.config)
-    }
-
-    /// What was held out of the run before stays held out, so that validation sees nothing that was learnt from.
-    fn hold_out_the_same(&self, recipe: &mut Recipe) {
-        let before = &self.backbone.training["recipe"];
-        if let (Some(seed), Some(hold_out)) = (before["seed"].as_u64(), before["hold_out"].as_f64()) {
+    /// Puts origin and shapes into `recipe`. What was held out of the run before stays held out of a new one, so that
+    /// validation sees nothing that was learnt from.
+    fn enter(&self, recipe: &mut Recipe, new: bool) {
+        let before = match self {
+            Self::Artifacts { backbone, set } => {
+                recipe.origin =
+                    Origin::Continue { backbone: backbone.digest.to_string(), start: set.digest.to_string() };
+                recipe.model = set.weights.vit_config(&backbone.weights.config);
+                let before = &backbone.training["recipe"];
+                before["seed"].as_u64().zip(before["hold_out"].as_f64())
+            }
+            Self::Run(checkpoint) => {
+                let before = &checkpoint.state.recipe;
+                recipe.origin = Origin::Run { checkpoint: checkpoint.digest().to_string() };
+                recipe.model = before.model.clone();
+                (recipe.feed_forward, recipe.activations) = (before.feed_forward, before.activations);
+                Some((before.seed, before.hold_out))
+            }
+        };
+        if let Some((seed, hold_out)) = before.filter(|_| new) {
             (recipe.seed, recipe.hold_out) = (seed, hold_out);
+        }
+    }
+
+    fn preprocess(&self) -> &Preprocess {
+        match self {
+            Self::Artifacts { backbone, .. } => &backbone.preprocess,
+            Self::Run(checkpoint) => &checkpoint.state.preprocess,
         }
     }
 
     /// With a fresh head where the classes are others.
     fn model(&self, recipe: &Recipe, dataset: &Dataset) -> Result<ViT> {
-        let mut set = self.set.weights.clone();
-        if set.labels != dataset.class_names {
-            let fresh = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
-            (set.head, set.labels) = (fresh.head, fresh.labels);
+        match self {
+            Self::Artifacts { backbone, set } => {
+                let mut weights = set.weights.clone();
+                if weights.labels != dataset.class_names {
+                    let fresh = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
+                    (weights.head, weights.labels) = (fresh.head, fresh.labels);
+                }
+                let vit = ViT::latent_from_weights(&backbone.weights, &weights)?;
+                let start = angle_start(&set.training, vit.config())?;
+                Ok(vit.with_angle_start(start))
+            }
+            Self::Run(checkpoint) => {
+                let state = &checkpoint.state;
+                let keeps_head = state.labels == dataset.class_names;
+                let taken = |name: &str| keeps_head || !name.starts_with("head.");
+                let vit = recipe.init_model()?.with_angle_start(state.angle_start.clone());
+                take(&vit, &averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?, taken)?;
+                Ok(vit)
+            }
         }
-        Ok(ViT::latent_from_weights(&self.backbone.weights, &set)?)
     }
+}
+
+/// Sets the parameters of `vit` that `taken` names to those of `from`.
+fn take(vit: &ViT, from: &ViT, taken: impl Fn(&str) -> bool) -> Result<()> {
+    for (name, var) in from.parameters().all().iter().filter(|(name, _)| taken(name)) {
+        vit.parameters().set(name, &var.flatten_all()?.to_vec1::<f32>()?)?;
+    }
+    Ok(())
 }
 
 /// `specialise`: a new expert set on a frozen backbone.
@@ -153,11 +197,11 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     let settings = args.run.settings();
     let checkpoint = starting_point(&settings, args.run.resume)?;
     let backbone = load_backbone(&args.backbone)?;
-    let start = load_set(&args.start, &backbone)?;
-    let origin = Origin::Specialise { backbone: backbone.digest.to_string(), start: start.digest.to_string() };
+    let start = SetStart::load(args, &backbone)?;
+    let origin = Origin::Specialise { backbone: backbone.digest.to_string(), start: start.digest() };
     let mut recipe = match &checkpoint {
         Some(checkpoint) => Recipe { origin, ..checkpoint.state.recipe.clone() },
-        None => Recipe::specialise(start.weights.vit_config(&backbone.weights.config), origin),
+        None => Recipe::specialise(start.config(&backbone), origin),
     };
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
@@ -165,13 +209,74 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
 
-    let (_, mut set) = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?;
-    set.layers = start.weights.layers;
-    let vit = ViT::from_weights(&backbone.weights, &set)?.freeze(|name| !is_expert_set_parameter(name))?;
+    let vit = start.model(&recipe, &backbone, &dataset)?;
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), backbone.preprocess.clone(), teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
         export_set(checkpoint, &Store::new(args.run.out.join("store")), &args.backbone, &args.set_name)
     })
+}
+
+/// Whose angles and routers `specialise` starts from.
+enum SetStart {
+    /// The codes of an expert set.
+    Set(Box<ExpertSetArtifact>),
+    /// The latent ones of a run.
+    Run(Box<Checkpoint>),
+}
+
+impl SetStart {
+    fn load(args: &SpecialiseArgs, backbone: &BackboneArtifact) -> Result<Self> {
+        let Some(folder) = &args.start_run else {
+            let path = args.start.as_ref().context("--start or --start-run is missing")?;
+            return Ok(Self::Set(Box::new(load_set(path, backbone)?)));
+        };
+        let checkpoint = Checkpoint::load(folder)?;
+        let state = &checkpoint.state;
+        let fits = match &state.recipe.origin {
+            Origin::Specialise { backbone: digest, .. } => *digest == backbone.digest.to_string(),
+            _ => {
+                let model = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
+                model.to_weights(&state.labels)?.0 == backbone.weights
+            }
+        };
+        ensure!(fits, "the run in {} neither made nor specialised the backbone {}", folder.display(), backbone.digest);
+        Ok(Self::Run(Box::new(checkpoint)))
+    }
+
+    fn digest(&self) -> String {
+        match self {
+            Self::Set(set) => set.digest.to_string(),
+            Self::Run(checkpoint) => checkpoint.digest().to_string(),
+        }
+    }
+
+    fn config(&self, backbone: &BackboneArtifact) -> ViTConfig {
+        match self {
+            Self::Set(set) => set.weights.vit_config(&backbone.weights.config),
+            Self::Run(checkpoint) => checkpoint.state.recipe.model.clone(),
+        }
+    }
+
+    /// On `backbone`, with a fresh head.
+    fn model(&self, recipe: &Recipe, backbone: &BackboneArtifact, dataset: &Dataset) -> Result<ViT> {
+        let mut weights = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
+        if let Self::Set(set) = self {
+            weights.layers = set.weights.layers.clone();
+        }
+        let vit = ViT::from_weights(&backbone.weights, &weights)?;
+        Ok(match self {
+            Self::Set(set) => {
+                let start = angle_start(&set.training, &set.weights.vit_config(&backbone.weights.config))?;
+                vit.with_angle_start(start)
+            }
+            Self::Run(checkpoint) => {
+                let state = &checkpoint.state;
+                let from = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
+                take(&vit, &from, |name| is_angle(name) || is_router(name))?;
+                vit.with_angle_start(state.angle_start.clone())
+            }
+        })
+    }
 }
 
 /// `compare`: variants of one recipe, each with every seed.
@@ -291,8 +396,10 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     let checkpoint = Checkpoint::load(&args.run)?;
     let store = Store::new(args.store.clone().unwrap_or_else(|| args.run.join("store")));
     match (&checkpoint.state.recipe.origin, &args.backbone) {
-        (Origin::Scratch | Origin::Continue { .. }, None) => export_backbone(&checkpoint, &store, &args.names),
-        (Origin::Scratch | Origin::Continue { .. }, Some(_)) => {
+        (Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }, None) => {
+            export_backbone(&checkpoint, &store, &args.names)
+        }
+        (Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }, Some(_)) => {
             bail!("--backbone is for specialised runs; this one trained its own")
         }
         (Origin::Specialise { .. }, Some(path)) => export_set(&checkpoint, &store, path, &args.names.set_name),
@@ -433,6 +540,7 @@ fn summary(checkpoint: &Checkpoint) -> Result<Value> {
         "steps": state.step,
         "seconds": state.seconds.round(),
         "held_out": serde_json::to_value(state.validation)?,
+        "angle_start": serde_json::to_value(&state.angle_start)?,
     }))
 }
 

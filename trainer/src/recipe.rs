@@ -6,11 +6,12 @@
 
 use std::f64::consts::PI;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use model_core::config::{FeedForwardKind, ViTConfig};
 use model_core::ops::Activations;
+use model_core::random::{AngleSpread, AngleStart};
 use model_core::train::{AdamWConfig, LossWeights};
-use model_core::vit::{Quantizers, ViT};
+use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -31,11 +32,16 @@ pub enum Origin {
         /// Digest of the expert set.
         start: String,
     },
+    /// The latent parameters of another run, all of which move on from where they were.
+    Run {
+        /// [`crate::checkpoint::Checkpoint::digest`] of that run.
+        checkpoint: String,
+    },
     /// A new expert set on a frozen backbone.
     Specialise {
         /// Digest of the backbone.
         backbone: String,
-        /// Digest of the expert set that the angles and routers start from.
+        /// Digest of the expert set, or of the run's checkpoint, that the angles and routers start from.
         start: String,
     },
 }
@@ -66,6 +72,9 @@ pub struct Recipe {
     pub activations: Activations,
     /// Where the parameters come from.
     pub origin: Origin,
+    /// How fresh angles are spread.
+    #[serde(default)]
+    pub angle_spread: AngleSpread,
     /// Decides initial weights, the held-out part, order and variation of the images.
     pub seed: u64,
     /// Passes over the training images.
@@ -115,6 +124,7 @@ impl Recipe {
             feed_forward: FeedForwardKind::Butterfly,
             activations: Activations::Int8,
             origin: Origin::Scratch,
+            angle_spread: AngleSpread::Narrow,
             seed: 1,
             epochs: 60,
             batch_size: 128,
@@ -155,14 +165,21 @@ impl Recipe {
     /// # Errors
     /// When the configuration is invalid.
     pub fn init_model(&self) -> Result<ViT> {
-        Ok(ViT::init_kind(&self.model, self.feed_forward, self.seed)?)
+        Ok(ViT::init_kind(&self.model, self.feed_forward, self.angle_spread, self.seed)?)
+    }
+
+    /// Whether training leaves the parameter of that name where it is: the backbone of a specialised set, and what has a
+    /// rate of 0.
+    pub fn is_frozen(&self, name: &str) -> bool {
+        let specialises = matches!(self.origin, Origin::Specialise { .. });
+        specialises && !is_expert_set_parameter(name) || self.optimizer.rate_factor(name) == 0.0
     }
 
     /// The roundings that training makes, after [`Recipe::float_epochs`].
     pub fn quantizers(&self) -> Quantizers {
         let quantizers = match (self.feed_forward, &self.origin) {
             (FeedForwardKind::DenseExperts | FeedForwardKind::Dense, _) => Quantizers::NONE,
-            (_, Origin::Scratch | Origin::Continue { .. }) => Quantizers::ALL,
+            (_, Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }) => Quantizers::ALL,
             (_, Origin::Specialise { .. }) => Quantizers::EXPERTS,
         };
         match self.activations {
@@ -193,6 +210,9 @@ impl Recipe {
             "learning_rate is {}; it must be positive",
             self.learning_rate
         );
+        for (value, name) in [(self.optimizer.angle_rate, "angle_rate"), (self.optimizer.router_rate, "router_rate")] {
+            ensure!(value >= 0.0 && value.is_finite(), "optimizer.{name} is {value}; it must be a number from 0");
+        }
         ensure!(self.warmup_epochs >= 0.0, "warmup_epochs is {}; it must not be negative", self.warmup_epochs);
         share(f64::from(self.label_smoothing), "label_smoothing")?;
         share(self.hold_out, "hold_out")?;
@@ -253,6 +273,30 @@ impl Recipe {
             return Ok(());
         }
         bail!("the checkpoint was made with another configuration: {}", differences.join("; "))
+    }
+}
+
+/// Where the angles of an artifact of these shapes with this training record started. Artifacts made before the record said so hold the
+/// seed in their recipe, which a run that went on from them inherited unless told otherwise; expert sets specialised then
+/// hold nothing of it.
+///
+/// # Errors
+/// When the record holds a start or a recipe that cannot be read.
+pub fn angle_start(training: &Value, config: &ViTConfig) -> Result<Option<AngleStart>> {
+    if let Some(start) = training.get("angle_start") {
+        return serde_json::from_value(start.clone()).context("the training record's angle_start");
+    }
+    let Some(recipe) = training.get("recipe") else { return Ok(None) };
+    let recipe: Recipe = serde_json::from_value(recipe.clone()).context("the training record's recipe")?;
+    // Shapes that a file only claims to have are not worth any memory.
+    ensure!(
+        (&recipe.model.backbone, &recipe.model.experts) == (&config.backbone, &config.experts),
+        "the training record's recipe has other shapes than the artifact"
+    );
+    recipe.model.validate()?;
+    match recipe.origin {
+        Origin::Scratch | Origin::Continue { .. } => Ok(recipe.init_model()?.angle_start().cloned()),
+        Origin::Run { .. } | Origin::Specialise { .. } => Ok(None),
     }
 }
 
@@ -317,9 +361,11 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_named() {
         type Edit = fn(&mut Recipe);
-        let cases: [(&str, Edit); 11] = [
+        let cases: [(&str, Edit); 13] = [
             ("epochs", |r| r.epochs = 0),
             ("learning_rate", |r| r.learning_rate = f64::NAN),
+            ("optimizer.angle_rate", |r| r.optimizer.angle_rate = -1.0),
+            ("optimizer.router_rate", |r| r.optimizer.router_rate = f64::INFINITY),
             ("hold_out", |r| r.hold_out = 1.0),
             ("ema_decay", |r| r.ema_decay = -0.1),
             ("losses.contiguity", |r| r.losses.contiguity = -1.0),

@@ -70,7 +70,7 @@ pub fn training_multiply_adds(config: &ViTConfig, kind: FeedForwardKind) -> u64 
 /// When the recipe is invalid.
 pub fn measure(recipe: &Recipe, threads: usize, duration: Duration) -> Result<Speed> {
     recipe.validate()?;
-    let vit = recipe.init_model()?;
+    let vit = recipe.init_model()?.freeze(|name| recipe.is_frozen(name))?;
     let mut optimizer = AdamW::new(recipe.optimizer);
     let batch = synthetic(&recipe.model, recipe.batch_size);
     let mut step = || -> Result<Duration> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use model_core::image::Preprocess;
+use model_core::random::AngleStart;
 use model_core::train::{AdamW, Batch, StepStats, gradients};
 use model_core::vit::{Quantizers, ViT};
 use serde::{Deserialize, Serialize};
@@ -86,6 +87,7 @@ pub struct Run {
     teacher: Option<Arc<Teacher>>,
     quantizers: Quantizers,
     vit: ViT,
+    angle_start: Option<AngleStart>,
     optimizer: AdamW,
     average: Values,
     position: Position,
@@ -96,8 +98,8 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run at its beginning. `vit` holds the initial parameters, with those frozen that must not move; `teacher` is
-    /// the recipe's.
+    /// A run at its beginning. `vit` holds the initial parameters, of which the recipe freezes some; `teacher` is the
+    /// recipe's.
     ///
     /// # Errors
     /// When the recipe does not hold together or does not fit the images or the teacher.
@@ -127,6 +129,7 @@ impl Run {
         );
         ensure!(dataset.side == config.backbone.image_size, "images of side {} do not fit the model", dataset.side);
         let parts = hold_out(&dataset, recipe.hold_out, recipe.seed);
+        let vit = vit.freeze(|name| recipe.is_frozen(name))?;
         let average = if recipe.ema_decay > 0.0 { values(&vit)? } else { Values::new() };
         Ok(Self {
             optimizer: AdamW::new(recipe.optimizer),
@@ -142,6 +145,7 @@ impl Run {
             parts,
             preprocess,
             teacher,
+            angle_start: vit.angle_start().cloned(),
             vit,
         })
     }
@@ -158,6 +162,7 @@ impl Run {
         );
         restore(&self.vit, &checkpoint.parameters)?;
         self.optimizer = checkpoint.optimizer();
+        self.angle_start = checkpoint.state.angle_start.clone();
         self.average = checkpoint.average.clone();
         self.position = checkpoint.state.position;
         self.preprocess = checkpoint.state.preprocess.clone();
@@ -346,6 +351,7 @@ impl Run {
                 step: self.optimizer.step,
                 seconds: self.seconds(),
                 preprocess: self.preprocess.clone(),
+                angle_start: self.angle_start.clone(),
                 labels: self.dataset.class_names.clone(),
                 validation: self.validation,
             },

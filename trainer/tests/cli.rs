@@ -1,10 +1,15 @@
 //! The binary, from a folder of images to measured artifacts.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use butterflyvit_trainer::checkpoint::Checkpoint;
+use model_core::artifact::read_expert_set;
 use model_core::image::RgbImage;
+use model_core::random::{AngleSpread, AngleStart};
+use model_core::train::quantize::angle_codes;
 use serde_json::Value;
 
 fn trainer(args: &[&str]) -> Output {
@@ -188,6 +193,90 @@ fn training_goes_on_from_a_finished_model() {
 
     let error = fail(&train(text(&data), text(&out("fourth")), &[&start[..], &["--preset", "tiny"]].concat()));
     assert!(error.contains("--preset"), "{error}");
+}
+
+/// Values of every parameter that the checkpoint of a run would export.
+fn exported(run: &Path) -> BTreeMap<String, Vec<f32>> {
+    let mut checkpoint = Checkpoint::load(run).unwrap();
+    checkpoint.parameters.append(&mut checkpoint.average);
+    checkpoint.parameters
+}
+
+fn largest_difference(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, part: &str) -> f32 {
+    let pairs = a.iter().filter(|(name, _)| name.contains(part)).flat_map(|(name, a)| a.iter().zip(&b[name]));
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn latent_parameters_go_on_from_run_to_run() {
+    let root = tempfile::tempdir().unwrap();
+    let data = images(root.path());
+    let out = |name: &str| root.path().join(name);
+    let (first, codes, latents) = (out("first"), out("codes"), out("latents"));
+    succeed(&train(text(&data), text(&first), &["--preset", "tiny", "--learning-rate", "0.01", "--seed", "7"]));
+    let (backbone, set) =
+        (first.join("store/backbones/backbone.safetensors"), first.join("store/expert-sets/default/1.safetensors"));
+    // A rate at which nothing moves: what differs is the start. Steps of at most a few rates each, 48 of them.
+    let still = ["--learning-rate", "1e-12"];
+    let start = ["--start-backbone", text(&backbone), "--start-set", text(&set)];
+    succeed(&train(text(&data), text(&codes), &[&start[..], &still].concat()));
+    let start = ["--start-run", text(&first)];
+    succeed(&train(text(&data), text(&latents), &[&start[..], &still, &["--limit-seconds", "0"]].concat()));
+    succeed(&["train", "--data", text(&data), "--out", text(&latents), "--resume", "--quiet"]);
+    let before = exported(&first);
+    for part in [".rotation_in", ".rotation_hidden", ".up", "head."] {
+        let moved = largest_difference(&before, &exported(&latents), part);
+        assert!(moved < 1e-9, "{part}: {moved}");
+    }
+    assert!(largest_difference(&before, &exported(&codes), ".rotation_in") > 1e-3, "codes know less than latents");
+    let state = Checkpoint::load(&latents).unwrap().state;
+    assert_eq!((state.recipe.seed, state.recipe.hold_out), (7, 0.2), "the same images stay held out");
+    let of_first = Checkpoint::load(&first).unwrap().state.angle_start;
+    assert_eq!(of_first.as_ref().map(|start| start.seed), Some(7));
+    assert_eq!(state.angle_start, of_first, "angles count as started where the first run started them");
+
+    // A set on the first run's backbone starts from its latent angles and routers, and another goes on from the set's.
+    let mut specialised = Vec::new();
+    for (name, start_run) in [("a", first.clone()), ("b", out("a"))] {
+        let folder = out(name);
+        let args = ["specialise", "--data", text(&data), "--backbone", text(&backbone), "--out", text(&folder)];
+        succeed(&[&args[..], &["--start-run", text(&start_run)], &still, &FAST].concat());
+        specialised.push(exported(&folder));
+    }
+    for set in &specialised {
+        assert!(largest_difference(&before, set, ".moe.r") < 1e-9);
+    }
+    let args = ["specialise", "--data", text(&data), "--backbone", text(&backbone), "--start-run", text(&codes)];
+    let error = fail(&[&args[..], &["--out", text(&out("c"))]].concat());
+    assert!(error.contains("neither made nor specialised the backbone"), "{error}");
+    let error = fail(&train(text(&data), text(&out("c")), &["--start-run", text(&out("a"))]));
+    assert!(error.contains("specialised a backbone"), "{error}");
+}
+
+#[test]
+fn angles_of_rate_zero_stay_where_the_artifact_says_they_started() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    let options = ["--preset", "tiny", "--learning-rate", "0.01", "--angle-rate", "0", "--angle-spread", "uniform"];
+    succeed(&train(text(&data), text(&out), &options));
+    let bytes = fs::read(out.join("store/expert-sets/default/1.safetensors")).unwrap();
+    let set = read_expert_set(&bytes).unwrap();
+    assert_eq!(set.training["recipe"]["optimizer"]["angle_rate"], 0.0);
+    let start: AngleStart = serde_json::from_value(set.training["angle_start"].clone()).unwrap();
+    assert_eq!(start.spread, AngleSpread::Uniform);
+    for (l, layer) in set.weights.layers.iter().enumerate() {
+        for (site, codes) in [&layer.rotation_in, &layer.rotation_hidden, &layer.rotation_out].into_iter().enumerate() {
+            let angles = start.angles(l, site, codes.codes.len(), set.weights.config.angle_bits).unwrap();
+            assert_eq!(angle_codes(&angles, set.weights.config.angle_bits), codes.codes, "layer {l}, site {site}");
+        }
+    }
+    // Routers and everything else did move.
+    let initial = Checkpoint::load(&out).unwrap().state.recipe.init_model().unwrap();
+    for part in ["router", "up"] {
+        let name = format!("blocks.0.moe.{part}");
+        let before = initial.parameters().var(&name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_ne!(exported(&out)[&name], before, "{name}");
+    }
 }
 
 #[test]

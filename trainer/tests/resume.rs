@@ -14,6 +14,8 @@ use butterflyvit_trainer::store::Store;
 use butterflyvit_trainer::teacher::Teacher;
 use butterflyvit_trainer::train::{Ended, Run, Settings};
 use model_core::config::ViTConfig;
+use model_core::random::AngleSpread;
+use model_core::train::AdamWConfig;
 use model_core::vit::{ViT, is_expert_set_parameter};
 use serde_json::Value;
 
@@ -62,11 +64,7 @@ fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> 
         quiet: true,
     };
     let dataset = dataset();
-    let vit = ViT::init(&recipe.model, recipe.seed).unwrap();
-    let vit = match recipe.origin {
-        Origin::Scratch | Origin::Continue { .. } => vit,
-        Origin::Specialise { .. } => vit.freeze(|name| !is_expert_set_parameter(name)).unwrap(),
-    };
+    let vit = recipe.init_model().unwrap();
     let preprocess = dataset.preprocess();
     let teacher = recipe.distillation.as_ref().map(|_| Arc::new(teacher()));
     Run::new(recipe.clone(), settings, vit, dataset, preprocess, teacher).unwrap()
@@ -126,11 +124,19 @@ fn every_part_of_the_recipe_changes_the_result() {
     assert!(trained(recipe()) == plain);
     let mut contiguous = recipe();
     contiguous.losses.contiguity += 1.0;
+    let rates = |angle_rate, router_rate| Recipe {
+        optimizer: AdamWConfig { angle_rate, router_rate, ..recipe().optimizer },
+        ..recipe()
+    };
     for (part, recipe) in [
         ("drop_path", Recipe { drop_path: 0.5, ..recipe() }),
         ("float_epochs", Recipe { float_epochs: 1, ..recipe() }),
         ("distillation", Recipe { distillation: Some(teacher().distillation(0.5)), ..recipe() }),
         ("contiguity", contiguous),
+        ("angle_spread", Recipe { angle_spread: AngleSpread::Uniform, ..recipe() }),
+        ("angle_rate", rates(30.0, 1.0)),
+        ("router_rate", rates(1.0, 0.5)),
+        ("frozen angles", rates(0.0, 1.0)),
     ] {
         assert!(trained(recipe) != plain, "{part}");
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Result, Tensor};
 
-use crate::vit::Parameters;
+use crate::vit::{Parameters, is_angle, is_router};
 
 /// Settings that stay the same through a run; the learning rate comes with each step.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -19,11 +19,40 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// The gradient's global norm is scaled down to this.
     pub max_grad_norm: f64,
+    /// Angles move at this many times the learning rate.
+    #[serde(default = "one")]
+    pub angle_rate: f64,
+    /// Routers move at this many times the learning rate.
+    #[serde(default = "one")]
+    pub router_rate: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl AdamWConfig {
+    /// How many times the learning rate the parameter of that name moves at; one of rate 0 is to be frozen.
+    pub fn rate_factor(&self, name: &str) -> f64 {
+        match name {
+            _ if is_angle(name) => self.angle_rate,
+            _ if is_router(name) => self.router_rate,
+            _ => 1.0,
+        }
+    }
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.05, max_grad_norm: 1.0 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.05,
+            max_grad_norm: 1.0,
+            angle_rate: 1.0,
+            router_rate: 1.0,
+        }
     }
 }
 
@@ -67,7 +96,6 @@ impl AdamW {
         let clip = if norm > c.max_grad_norm { c.max_grad_norm / norm } else { 1.0 } as f32;
         let steps = i32::try_from(self.step).unwrap_or(i32::MAX);
         let (correction1, correction2) = (1.0 - c.beta1.powi(steps), 1.0 - c.beta2.powi(steps));
-        let rate = (learning_rate / correction1) as f32;
         let (beta1, beta2, eps) = (c.beta1 as f32, c.beta2 as f32, c.eps as f32);
         let root_correction = (1.0 / correction2.sqrt()) as f32;
         for (name, gradient) in gradients {
@@ -80,6 +108,8 @@ impl AdamW {
                 .moments
                 .entry(name.clone())
                 .or_insert_with(|| Moments { mean: vec![0.0; gradient.len()], square: vec![0.0; gradient.len()] });
+            let learning_rate = learning_rate * c.rate_factor(name);
+            let rate = (learning_rate / correction1) as f32;
             let decay = if is_decayed(name) { 1.0 - (learning_rate * c.weight_decay) as f32 } else { 1.0 };
             let state = moments.mean.iter_mut().zip(&mut moments.square);
             for ((value, g), (mean, square)) in values.iter_mut().zip(gradient).zip(state) {
