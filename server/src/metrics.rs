@@ -14,7 +14,7 @@ use prometheus::{
 };
 
 use crate::error::ErrorCode;
-use crate::registry::Kind;
+use crate::memory::ProcessMemory;
 
 /// Buckets in seconds for durations seen by clients: from fast hosts to the longest timeout.
 const DURATION_BUCKETS: &[f64] =
@@ -311,9 +311,6 @@ impl Metrics {
         for code in ErrorCode::ALL {
             self.request_failures.with_label_values(&[code.as_str()]);
         }
-        for kind in Kind::ALL {
-            self.memory.with_label_values(&[kind.as_str()]);
-        }
         for result in [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed] {
             self.count_images(None, result, 0);
         }
@@ -392,41 +389,6 @@ pub fn saturating(value: usize) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// What the operating system says about memory, in bytes; zero or `None` where it does not say.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ProcessMemory {
-    /// Resident now.
-    pub resident: usize,
-    /// Largest resident so far.
-    pub peak: usize,
-    /// Charged to the cgroup.
-    pub cgroup: Option<usize>,
-    /// The cgroup's limit, when one is in force.
-    pub cgroup_limit: Option<usize>,
-}
-
-impl ProcessMemory {
-    /// Reads `/proc` and `/sys/fs/cgroup` (both cgroup versions).
-    pub fn read() -> Self {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-            line.split_whitespace().next()?.parse::<usize>().ok().map(|kib| kib * 1024)
-        };
-        let number = |paths: [&str; 2]| {
-            paths.iter().find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok())
-        };
-        Self {
-            resident: field("VmRSS:").unwrap_or(0),
-            peak: field("VmHWM:").unwrap_or(0),
-            cgroup: number(["/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"]),
-            // Version 1 writes a number near 2^63 for "no limit"; version 2 writes "max", which does not parse.
-            cgroup_limit: number(["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"])
-                .filter(|&limit| limit < 1 << 60),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -443,7 +405,6 @@ mod tests {
             "bvit_batches_total 0",
             "bvit_request_failures_total{reason=\"queue_full\"} 0",
             "bvit_set_loads_total{result=\"ok\"} 0",
-            "bvit_memory_bytes{kind=\"queue\"} 0",
             "bvit_process_memory_peak_bytes",
             "process_resident_memory_bytes",
         ] {

@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use crate::config::{ClassifyArgs, ModelArgs};
 use crate::http::{Prediction, predictions};
-use crate::model::{Arithmetic, OfflineModel};
-use crate::registry::{BackboneDescriptor, SetDescriptor};
-use crate::store;
+use crate::sets::descriptor::{BackboneDescriptor, SetDescriptor};
+use crate::sets::loaded::{Arithmetic, OfflineModel};
+use crate::sets::store;
 
 /// Classifies every file; one that cannot be classified is reported and makes the exit code 1.
 ///

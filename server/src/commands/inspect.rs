@@ -8,7 +8,7 @@ use model_core::footprint::Footprint;
 use serde_json::json;
 
 use crate::config::InspectArgs;
-use crate::store;
+use crate::sets::store;
 
 /// Prints the footprint of a file, or of the embedded artifacts.
 ///

@@ -10,8 +10,8 @@ use http_body_util::BodyExt;
 use tokio::time::Instant;
 
 use crate::admission::BodyPermit;
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
-use crate::state::AppState;
 
 /// How long and how much of a refused body is read away before the answer. A client that is still sending when the
 /// connection closes may never see the answer.

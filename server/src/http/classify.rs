@@ -17,19 +17,21 @@ use tokio::sync::oneshot::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
-use super::auth::{self, Caller};
+use super::auth;
 use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::openapi::{
     Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape, set_name_schema, version_schema,
 };
 use super::{body, input};
 use crate::admission::{ImagePermit, Refused};
+use crate::app::AppState;
+use crate::compute::{Answer, ForwardFailed, Job};
 use crate::error::{ApiError, ErrorBody, ErrorCode};
+use crate::keys::Caller;
 use crate::metrics::ImageResult;
-use crate::model::SetLease;
-use crate::pipeline::{Answer, ForwardFailed, Job};
-use crate::routing::RoutingMap;
-use crate::state::AppState;
+use crate::routing_map::RoutingMap;
+use crate::sets::loaded::SetLease;
+use crate::statistics::Timings;
 
 /// Labels answered when the request does not say how many.
 pub(super) const DEFAULT_TOP_K: usize = 5;
@@ -159,19 +161,6 @@ pub struct Prediction {
     pub score: f32,
     /// The label's place in the set.
     pub index: usize,
-}
-
-/// Milliseconds by stage.
-#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
-pub struct Timings {
-    /// Decoding and preprocessing, waiting for a decode thread included.
-    pub decode: f64,
-    /// Waiting for a compute thread.
-    pub queue: f64,
-    /// The forward pass.
-    pub inference: f64,
-    /// From the request's headers to here.
-    pub total: f64,
 }
 
 /// An image's answer, or what was wrong with it.
@@ -318,7 +307,8 @@ pub async fn answer_images(app: &AppState, request: ImageRequest) -> Result<Imag
         Ok(answers) => {
             count_images(app, name, &answers.images);
             let version = answers.lease.descriptor.version;
-            app.statistics.record(name, version, &answers.images, milliseconds(started.elapsed()));
+            let timings = answers.images.iter().map(|image| image.as_ref().ok().map(|answer| answer.timings));
+            app.statistics.record(name, version, timings, milliseconds(started.elapsed()));
         }
         Err(_) => {
             // Labels made by clients would grow memory without end.

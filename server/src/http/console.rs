@@ -2,7 +2,7 @@
 
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::extract::ApiPath;
 use super::openapi::{Api, Method, Operation, Shape};
@@ -22,6 +22,7 @@ pub fn routes(api: Api) -> Api {
             .command("curl http://127.0.0.1:8000/");
     let file_operation = ASSETS.iter().fold(
         Operation::new("pages", "console_file", "The console's scripts, styles and pictures")
+            .path("file", "One of the files the console is made of.", json!({ "enum": files() }))
             .errors([ErrorCode::RouteNotFound]),
         |operation, asset| operation.answer(200, "A file.", asset.media_type(), Shape::bytes(), Value::Null),
     );
@@ -30,7 +31,7 @@ pub fn routes(api: Api) -> Api {
 }
 
 /// The paths of the files below `/console/`.
-pub fn files() -> Vec<&'static str> {
+fn files() -> Vec<&'static str> {
     ASSETS.iter().map(|asset| asset.path).collect()
 }
 

@@ -1,14 +1,15 @@
 //! `/docs`: the guide of `docs/api.md` and a reference made from the OpenAPI document, as one page without scripts.
 
-use std::sync::LazyLock;
+use std::sync::Arc;
 
+use axum::Extension;
 use axum::response::Response;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use pulldown_cmark::{CowStr, Event, Options, Parser, Tag, TagEnd};
 use serde_json::{Map, Value};
 
 use super::console::page;
-use super::openapi::{self, Api, Method, Operation, Shape};
+use super::openapi::{Api, Document, Method, Operation, Shape};
 
 /// What is said once for all requests.
 const GUIDE: &str = include_str!("../../../docs/api.md");
@@ -21,10 +22,8 @@ pub fn routes(api: Api) -> Api {
     api.on(Method::Get, "/docs", docs, operation)
 }
 
-static PAGE: LazyLock<String> = LazyLock::new(|| render(GUIDE, openapi::document()).into_string());
-
-async fn docs() -> Response {
-    page(PAGE.as_str())
+async fn docs(Extension(document): Extension<Arc<Document>>) -> Response {
+    page(document.page(|document| render(GUIDE, document).into_string()))
 }
 
 fn render(guide: &str, document: &Value) -> Markup {
@@ -294,10 +293,14 @@ fn render_guide(guide: &str) -> (Markup, Vec<(String, String)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::LazyLock;
+
+    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| crate::http::api().document());
+    static PAGE: LazyLock<String> = LazyLock::new(|| render(GUIDE, &DOCUMENT).into_string());
 
     #[test]
     fn the_page_has_the_guide_every_operation_and_every_schema() {
-        let document = openapi::document();
+        let document = &*DOCUMENT;
         for (_, item) in members(&document["paths"]) {
             for (_, operation) in members(item) {
                 assert!(PAGE.contains(&format!("id=\"{}\"", text(&operation["operationId"]))), "{operation}");

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::openapi::{Api, LIFECYCLE_ERRORS, Method, Operation, Shape};
+use crate::app::AppState;
 use crate::error::ApiError;
-use crate::state::AppState;
 
 /// The routes of this resource.
 pub fn routes(api: Api) -> Api {

@@ -13,8 +13,8 @@ use super::classify::{
 use super::extract::{ApiPath, RequestContext};
 use super::openapi::{Api, Method, Operation, Shape};
 use super::{body, input};
+use crate::app::AppState;
 use crate::error::ApiError;
-use crate::state::AppState;
 
 /// The routes of this resource.
 pub fn routes(api: Api) -> Api {

@@ -21,14 +21,13 @@ use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use auth::Keys;
 pub use classify::{Prediction, predictions};
 pub use extract::RequestContext;
 pub use observe::PeerAddress;
 use openapi::Api;
 
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
-use crate::state::AppState;
 
 /// Every route with its description.
 fn api() -> Api {
@@ -47,13 +46,13 @@ fn api() -> Api {
 
 /// Every route, as it appears in metrics.
 pub fn routes() -> Vec<&'static str> {
-    api().into_router().1
+    api().paths().to_vec()
 }
 
 /// Every route with what surrounds it.
 pub fn build_router(app: AppState) -> Router {
-    let (router, _) = api().into_router();
-    router
+    api()
+        .into_router()
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))

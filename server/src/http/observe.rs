@@ -10,8 +10,8 @@ use axum::response::Response;
 use tokio::time::Instant;
 
 use super::extract::RequestContext;
+use crate::app::AppState;
 use crate::error::Failure;
-use crate::state::AppState;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id taken from a client.

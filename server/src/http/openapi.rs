@@ -3,20 +3,21 @@
 //! received, errors from the one status table.
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
+use std::sync::{Arc, OnceLock};
 
 use axum::handler::Handler;
 use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, on};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
+use bytes::Bytes;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 use utoipa::openapi::{RefOr, Schema};
 
-use super::console;
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorBody, ErrorCode};
-use crate::state::AppState;
-use crate::store;
+use crate::sets::store;
 
 /// Errors of a body that is read whole.
 pub const BODY_ERRORS: [ErrorCode; 5] = [
@@ -100,13 +101,19 @@ impl Api {
         self
     }
 
-    /// The routes, and their paths as they appear in metrics.
-    pub fn into_router(self) -> (Router<AppState>, Vec<&'static str>) {
-        (self.router, self.routes)
+    /// The routes, with their document within reach of their handlers.
+    pub fn into_router(self) -> Router<AppState> {
+        let document = Document { json: self.document(), page: OnceLock::new() };
+        self.router.layer(Extension(Arc::new(document)))
+    }
+
+    /// The paths as they appear in metrics.
+    pub fn paths(&self) -> &[&'static str] {
+        &self.routes
     }
 
     /// The document.
-    pub fn into_document(self) -> Value {
+    pub fn document(&self) -> Value {
         let tags = TAGS.map(|(name, description)| json!({ "name": name, "description": description }));
         json!({
             "openapi": "3.1.0",
@@ -231,18 +238,24 @@ impl Operation {
     /// A query parameter, always optional.
     #[must_use]
     pub fn query(self, name: &str, description: &str, schema: Value) -> Self {
-        self.parameter("query", name, description, schema)
+        self.parameter("query", false, name, description, schema)
     }
 
     /// A request header, always optional.
     #[must_use]
     pub fn header(self, name: &str, description: &str, schema: Value) -> Self {
-        self.parameter("header", name, description, schema)
+        self.parameter("header", false, name, description, schema)
     }
 
-    fn parameter(mut self, place: &str, name: &str, description: &str, schema: Value) -> Self {
+    /// A parameter in the path's braces.
+    #[must_use]
+    pub fn path(self, name: &str, description: &str, schema: Value) -> Self {
+        self.parameter("path", true, name, description, schema)
+    }
+
+    fn parameter(mut self, place: &str, required: bool, name: &str, description: &str, schema: Value) -> Self {
         let parameter =
-            json!({ "name": name, "in": place, "required": false, "description": description, "schema": schema });
+            json!({ "name": name, "in": place, "required": required, "description": description, "schema": schema });
         self.parameters.push(parameter);
         self
     }
@@ -325,7 +338,7 @@ impl Operation {
         if !self.description.is_empty() {
             operation["description"] = json!(self.description);
         }
-        let mut parameters = path_parameters(path);
+        let mut parameters = path_parameters(path, &self.parameters);
         parameters.extend(self.parameters);
         if !parameters.is_empty() {
             operation["parameters"] = json!(parameters);
@@ -346,17 +359,17 @@ impl Operation {
     }
 }
 
-/// The parameters in a path's braces; their names mean the same everywhere.
-fn path_parameters(path: &str) -> Vec<Value> {
+/// The parameters in a path's braces that are not `described`; their names mean the same everywhere.
+fn path_parameters(path: &str, described: &[Value]) -> Vec<Value> {
     let parameter = |name: &str| {
         let (description, schema) = match name {
             "version" => ("The version of the expert set.", version_schema()),
-            "file" => ("One of the files the console is made of.", json!({ "enum": console::files() })),
             _ => ("The name of an expert set.", set_name_schema()),
         };
         json!({ "name": name, "in": "path", "required": true, "description": description, "schema": schema })
     };
-    path.split(['{', '}']).skip(1).step_by(2).map(parameter).collect()
+    let names = path.split(['{', '}']).skip(1).step_by(2);
+    names.filter(|name| described.iter().all(|described| described["name"] != *name)).map(parameter).collect()
 }
 
 /// The schema of an expert set's name.
@@ -420,11 +433,18 @@ fn error_responses(codes: Vec<ErrorCode>) -> BTreeMap<String, Value> {
     by_status.into_iter().map(response).collect()
 }
 
-static DOCUMENT: LazyLock<Value> = LazyLock::new(|| super::api().into_document());
+/// The document of the routes beside it.
+pub struct Document {
+    /// For programs.
+    pub json: Value,
+    page: OnceLock<Bytes>,
+}
 
-/// The document, made when it is first asked for.
-pub fn document() -> &'static Value {
-    &DOCUMENT
+impl Document {
+    /// The page that `render` makes of it, made once.
+    pub fn page(&self, render: impl FnOnce(&Value) -> String) -> Bytes {
+        self.page.get_or_init(|| render(&self.json).into()).clone()
+    }
 }
 
 /// The route of this resource.
@@ -432,15 +452,19 @@ pub fn routes(api: Api) -> Api {
     let operation = Operation::new("pages", "openapi", "This document")
         .json(Shape::inline(json!({ "type": "object", "required": ["openapi", "info", "paths"] })), Value::Null)
         .command("curl http://127.0.0.1:8000/openapi.json");
-    api.on(Method::Get, "/openapi.json", async || Json(document()), operation)
+    let document = async |Extension(document): Extension<Arc<Document>>| Json(&document.json).into_response();
+    api.on(Method::Get, "/openapi.json", document, operation)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::LazyLock;
+
+    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| crate::http::api().document());
 
     fn operations() -> impl Iterator<Item = (String, &'static Value)> {
-        let paths = document()["paths"].as_object().unwrap();
+        let paths = DOCUMENT["paths"].as_object().unwrap();
         paths.iter().flat_map(|(path, item)| {
             item.as_object().unwrap().iter().map(move |(method, operation)| (format!("{method} {path}"), operation))
         })
@@ -448,10 +472,10 @@ mod tests {
 
     #[test]
     fn the_document_refers_to_nothing_that_is_missing() {
-        let text = document().to_string();
+        let text = DOCUMENT.to_string();
         for reference in text.split("#/components/schemas/").skip(1) {
             let name = reference.split('"').next().unwrap();
-            assert!(document()["components"]["schemas"][name].is_object(), "{name}");
+            assert!(DOCUMENT["components"]["schemas"][name].is_object(), "{name}");
         }
     }
 
@@ -471,7 +495,7 @@ mod tests {
 
     #[test]
     fn every_code_is_documented_somewhere_except_those_no_route_answers() {
-        let text = document()["paths"].to_string();
+        let text = DOCUMENT["paths"].to_string();
         for code in ErrorCode::ALL {
             let of_no_route = code == ErrorCode::MethodNotAllowed;
             assert_eq!(text.contains(&format!("`{}`: ", code.as_str())), !of_no_route, "{code:?}");

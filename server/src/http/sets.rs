@@ -17,11 +17,11 @@ use utoipa::ToSchema;
 use super::extract::{ApiPath, RequestContext};
 use super::openapi::{Api, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
 use super::{auth, body};
-use crate::catalog;
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
-use crate::registry::{Kind, SetState, SetStatus};
-use crate::state::AppState;
-use crate::store::{self, upload::Upload};
+use crate::sets::registry::{Kind, SetState, SetStatus};
+use crate::sets::upload::Upload;
+use crate::sets::{catalog, store};
 
 /// The routes of this resource.
 pub fn routes(api: Api) -> Api {

@@ -21,9 +21,9 @@ use super::super::extract::{ApiPath, RequestContext};
 use super::super::input::EXAMPLE_IMAGE;
 use super::super::json::{Count, Object};
 use super::super::openapi::{BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Operation, Shape};
-use super::ModelPath;
+use super::path::ModelPath;
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
-use crate::state::AppState;
 
 /// Encoded images, BYTES `[n]`; base64 when they come in JSON.
 const IMAGE: &str = "image";

@@ -3,6 +3,7 @@
 //! Bodies are read whatever their content type, since Triton's client sends none.
 
 mod infer;
+mod path;
 mod stats;
 
 use axum::Json;
@@ -13,17 +14,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-pub use stats::Statistics;
+use path::ModelPath;
 
 use super::extract::{ApiPath, RequestContext};
 use super::health::Ready;
 use super::json::Object;
 use super::openapi::{Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
 use super::{auth, body, sets};
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
-use crate::registry::{SetState, SetStatus, Target};
-use crate::state::AppState;
-use crate::store;
+use crate::sets::registry::{SetState, SetStatus};
 
 /// The routes of this resource; health is in [`super::health`].
 pub fn routes(api: Api) -> Api {
@@ -209,25 +209,6 @@ fn example_config() -> Value {
         input: [input],
         output: [ConfigTensor { name: infer::SCORES, data_type: "TYPE_FP32", format: None, dims: vec![100] }],
     })
-}
-
-/// Which expert set a path names.
-#[derive(Debug, Deserialize)]
-struct ModelPath {
-    set: String,
-    version: Option<String>,
-}
-
-impl ModelPath {
-    fn version(&self) -> Result<Option<u64>, ApiError> {
-        let Some(text) = &self.version else { return Ok(None) };
-        let unknown = || ApiError::new(ErrorCode::SetNotFound, "a version is a whole number without leading zeros");
-        store::parse_version(text).map(Some).ok_or_else(unknown)
-    }
-
-    fn lookup(&self, app: &AppState) -> Result<Target, ApiError> {
-        Ok(app.registry.lookup(&self.set, self.version()?)?)
-    }
 }
 
 async fn server() -> Json<Server> {

@@ -12,7 +12,7 @@ mod budget;
 mod load;
 mod lru;
 #[cfg(test)]
-mod model;
+mod schedules;
 mod source;
 mod sync;
 #[cfg(test)]
@@ -27,10 +27,11 @@ use model_core::artifact::Digest;
 use tokio::sync::watch;
 
 pub use budget::{Budget, Kind, Ledger, Reservation};
-pub use source::{BackboneDescriptor, Loaded, Location, SetDescriptor, Source, Stamp};
+pub use source::{Loaded, Source};
 
-use crate::blocking::BlockingPool;
 use crate::metrics::SetMetrics;
+use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, Stamp};
+use crate::threads::BlockingPool;
 use lru::Usage;
 
 /// How the registry behaves.

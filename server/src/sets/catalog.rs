@@ -12,12 +12,13 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::blocking::{BlockingPool, Priority};
 use crate::error::{ApiError, ErrorCode};
-use crate::model::{SetRegistry, check_set, describe_set};
-use crate::registry::{Location, SetDescriptor, SetError, SetState};
-use crate::store::upload::{self, Upload};
-use crate::store::{self, Broken, Contents};
+use crate::sets::descriptor::{Location, SetDescriptor, check_set, describe_set};
+use crate::sets::loaded::SetRegistry;
+use crate::sets::registry::{SetError, SetState};
+use crate::sets::store::{self, Broken, Contents};
+use crate::sets::upload::{self, Upload};
+use crate::threads::{BlockingPool, Priority};
 
 /// The model store beside the registry; clones share it.
 #[derive(Clone)]

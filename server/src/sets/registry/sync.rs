@@ -4,17 +4,17 @@ use std::future::Future;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::blocking::{BlockingPool, Panicked};
+use crate::threads::{BlockingPool, Panicked};
 
 #[cfg(test)]
-use super::model;
+use super::schedules;
 
 /// Locks `mutex`. Every change made under the registry's locks leaves the state consistent at each step, so one that a
 /// panic poisoned is usable.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     #[cfg(test)]
-    if model::is_running() {
-        return model::lock(mutex);
+    if schedules::is_running() {
+        return schedules::lock(mutex);
     }
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -22,7 +22,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Starts a task of its own.
 pub(super) fn spawn(task: impl Future<Output = ()> + Send + 'static) {
     #[cfg(test)]
-    if model::is_running() {
+    if schedules::is_running() {
         return drop(shuttle::future::spawn(task));
     }
     drop(tokio::spawn(task));
@@ -31,7 +31,7 @@ pub(super) fn spawn(task: impl Future<Output = ()> + Send + 'static) {
 /// The future's outcome, unless `limit` passes first.
 pub(super) async fn wait_at_most<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
     #[cfg(test)]
-    if model::is_running() {
+    if schedules::is_running() {
         // Time never passes in the model: whoever waits there must be woken.
         return Some(future.await);
     }
@@ -44,7 +44,7 @@ pub(super) async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Panicked> {
     #[cfg(test)]
-    if model::is_running() {
+    if schedules::is_running() {
         shuttle::future::yield_now().await;
         return Ok(work());
     }

@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::admission::Admission;
-use crate::blocking::BlockingPool;
-use crate::catalog::Catalog;
+use crate::compute::Pipeline;
+use crate::compute::decode::Decoder;
 use crate::error::{ApiError, ErrorCode};
-use crate::http::Keys;
-use crate::http::oip::Statistics;
+use crate::keys::Keys;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, saturating};
-use crate::model::SetRegistry;
-use crate::pipeline::Pipeline;
-use crate::pipeline::decode::Decoder;
-use crate::registry::{Kind, SetError};
+use crate::sets::catalog::Catalog;
+use crate::sets::loaded::SetRegistry;
+use crate::sets::registry::{Kind, SetError};
+use crate::statistics::Statistics;
+use crate::threads::BlockingPool;
 
 /// Limits that handlers look at.
 #[derive(Debug, Clone, Copy)]
@@ -123,11 +123,13 @@ impl App {
             let held = if kind == Kind::Queue { bytes } else { budget.used(kind) };
             metrics.memory.with_label_values(&[kind.as_str()]).set(saturating(held));
         }
-        self.statistics.forget_others(&self.registry.list());
+        let sets = self.registry.list();
+        let versions = sets.iter().map(|status| (status.descriptor.name.as_str(), status.descriptor.version));
+        self.statistics.forget_others(&versions.collect());
         metrics.forget_other_sets(&self.registry.names());
         metrics.set_resident.reset();
         if metrics.per_set() {
-            for status in self.registry.list().iter().filter(|status| status.resident_bytes > 0) {
+            for status in sets.iter().filter(|status| status.resident_bytes > 0) {
                 let pinned = if status.pinned { "true" } else { "false" };
                 metrics.set_resident.with_label_values(&[status.descriptor.name.as_str(), pinned]).set(1);
             }

@@ -22,10 +22,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
 use crate::http::{PeerAddress, build_router};
-use crate::state::AppState;
-use crate::tls::Tls;
+use crate::net::tls::Tls;
 
 /// How long accepting rests after an error such as "too many open files".
 const ACCEPT_REST: Duration = Duration::from_millis(50);

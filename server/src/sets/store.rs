@@ -1,12 +1,9 @@
 //! The model store: a folder of artifacts, or the model embedded in this program.
 
-pub mod upload;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::model::{describe_backbone, describe_set};
-use crate::registry::{BackboneDescriptor, Location, SetDescriptor};
+use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, describe_backbone, describe_set};
 
 /// Folder of the backbones.
 const BACKBONES: &str = "backbones";

@@ -7,9 +7,9 @@ use bytes::Bytes;
 use model_core::image::{DecodeLimits, ImageError, Preprocess, RgbImage, decode_square, probe};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::blocking::{BlockingPool, Priority};
 use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
+use crate::threads::{BlockingPool, Priority};
 
 /// Grain of the byte budget: a semaphore counts at most 2^29 permits on 32-bit machines.
 const GRAIN: u64 = 4096;

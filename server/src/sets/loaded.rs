@@ -1,16 +1,14 @@
 //! The seam between server and `model-core`: files become models here, and nowhere else does the server see a tensor.
 
-use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use model_core::artifact::{Contents, Header, read_expert_set};
 use model_core::config::BackboneConfig;
-use model_core::footprint::Footprint;
 use model_core::image::{Preprocess, RgbImage};
 
 use crate::metrics::Metrics;
-use crate::registry::{BackboneDescriptor, Lease, Loaded, Location, Registry, SetDescriptor, Source};
-use crate::routing::RoutingMap;
+use crate::routing_map::RoutingMap;
+use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor};
+use crate::sets::registry::{Lease, Loaded, Registry, Source};
 use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session, Team, Welcome};
 
 /// The registry as the server uses it.
@@ -185,7 +183,7 @@ impl Source for ArtifactSource {
     type Set = LoadedSet;
 
     fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
-        describe_set(name, version, location)
+        descriptor::describe_set(name, version, location)
     }
 
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<LoadedBackbone>, String> {
@@ -197,7 +195,7 @@ impl Source for ArtifactSource {
                 "an image of {side} x {side} takes {input_bytes} bytes, --queue-bytes is {limit}"
             )));
         }
-        let bytes = read(&descriptor.location)?;
+        let bytes = descriptor.location.read()?;
         let backbone = Arc::new(Backbone::from_bytes(&bytes).map_err(|error| at(&error))?);
         if backbone.digest() != descriptor.digest {
             return Err(at(&"the file was replaced by another backbone; restart to use it"));
@@ -221,7 +219,7 @@ impl Source for ArtifactSource {
 impl ArtifactSource {
     fn load_set_on(&self, descriptor: &SetDescriptor, backbone: &LoadedBackbone) -> Result<Loaded<LoadedSet>, String> {
         let at = |error: &dyn std::fmt::Display| format!("{}: {error}", descriptor.location);
-        let bytes = read(&descriptor.location)?;
+        let bytes = descriptor.location.read()?;
         let set = ExpertSet::from_bytes(&bytes, &backbone.backbone).map_err(|error| at(&error))?;
         if set.digest() != descriptor.digest {
             return Err(at(&"the file changed while it was being loaded"));
@@ -232,82 +230,6 @@ impl ArtifactSource {
         let scratch = backbone.sessions.len() * growth;
         Ok(Loaded { bytes: set.resident_bytes(), scratch, value: LoadedSet { set, grid_side, num_layers } })
     }
-}
-
-fn read(location: &Location) -> Result<Cow<'static, [u8]>, String> {
-    match location {
-        Location::File(path) => std::fs::read(path).map(Cow::Owned).map_err(|error| format!("{location}: {error}")),
-        Location::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
-    }
-}
-
-fn header(location: &Location) -> Result<Header, String> {
-    let header = match location {
-        Location::File(path) => Header::read(path),
-        Location::Embedded(bytes) => Header::from_bytes(bytes),
-    };
-    header.map_err(|error| format!("{location}: {error}"))
-}
-
-/// Describes an expert set from its header, under the name and version of its place in the store.
-///
-/// # Errors
-/// A sentence that names file and reason.
-pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
-    // Before the header is read: a file replaced in between is then seen as changed, not as known.
-    let stamp = location.stamp().map_err(|error| format!("{location}: {error}"))?;
-    let header = header(location)?;
-    let resident_bytes = resident_bytes(&header);
-    let Contents::ExpertSet { backbone_digest, labels, .. } = header.contents else {
-        return Err(format!("{location}: expected an expert set, found {}", header.contents.kind()));
-    };
-    Ok(SetDescriptor {
-        name: name.to_owned(),
-        version,
-        digest: header.digest,
-        backbone: backbone_digest,
-        resident_bytes,
-        file_bytes: header.file_bytes,
-        num_classes: labels.len(),
-        location: location.clone(),
-        stamp,
-    })
-}
-
-/// Checks an expert set's file from its first byte to its last, without keeping it.
-///
-/// # Errors
-/// A sentence that names file and reason.
-pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> Result<(), String> {
-    let set = read_expert_set(&read(location)?).map_err(|error| format!("{location}: {error}"))?;
-    let Contents::Backbone { config, .. } = header(&backbone.location)?.contents else {
-        return Err(format!("{}: the backbone is one no more", backbone.name));
-    };
-    set.check_backbone(&config, backbone.digest).map_err(|error| format!("{location}: {error}"))
-}
-
-/// Describes a backbone from its header.
-///
-/// # Errors
-/// A sentence that names file and reason.
-pub fn describe_backbone(name: &str, location: &Location) -> Result<BackboneDescriptor, String> {
-    let header = header(location)?;
-    let resident_bytes = resident_bytes(&header);
-    let Contents::Backbone { config, .. } = header.contents else {
-        return Err(format!("{location}: expected a backbone, found {}", header.contents.kind()));
-    };
-    Ok(BackboneDescriptor {
-        name: name.to_owned(),
-        digest: header.digest,
-        resident_bytes,
-        image_size: config.image_size,
-        location: location.clone(),
-    })
-}
-
-fn resident_bytes(header: &Header) -> usize {
-    let (_, resident) = Footprint::of_artifact(&header.contents, header.file_bytes).totals();
-    usize::try_from(resident).unwrap_or(usize::MAX)
 }
 
 /// A model for one caller, without registry or queue.
@@ -339,7 +261,7 @@ impl OfflineModel {
         let float = match arithmetic {
             Arithmetic::Integer => None,
             Arithmetic::Float => {
-                let model = FloatModel::from_bytes(&read(&backbone.location)?, &read(&set.location)?);
+                let model = FloatModel::from_bytes(&backbone.location.read()?, &set.location.read()?);
                 Some(model.map_err(|error| format!("{}: {error}", set.location))?)
             }
         };

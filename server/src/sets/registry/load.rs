@@ -9,9 +9,10 @@ use tokio::sync::watch;
 
 use super::lru::{self, Usage};
 use super::{
-    Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetDescriptor,
-    SetError, Slot, Source, State, sync, unknown,
+    Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetError, Slot,
+    Source, State, sync, unknown,
 };
+use crate::sets::descriptor::SetDescriptor;
 
 /// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
 const ROOM_POLL: Duration = Duration::from_millis(20);
@@ -362,6 +363,6 @@ impl<S: Source> Drop for LoadGuard<S> {
     }
 }
 
-fn flatten<T>(result: Result<Result<T, String>, crate::blocking::Panicked>) -> Result<T, String> {
+fn flatten<T>(result: Result<Result<T, String>, crate::threads::Panicked>) -> Result<T, String> {
     result.unwrap_or_else(|panicked| Err(panicked.to_string()))
 }

@@ -8,7 +8,7 @@ use model_core::artifact::Digest;
 use proptest::prelude::*;
 
 use super::*;
-use crate::blocking::Priority;
+use crate::threads::Priority;
 
 /// For what ends by itself; longer than any machine stands still.
 pub(super) const WAIT: Duration = Duration::from_secs(60);

@@ -1,0 +1,77 @@
+//! What goes through the queue: images, and calls for help.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::queue::{Entry, Queue};
+use crate::admission::ImagePermit;
+use crate::sets::loaded::{ArtifactSource, RowOutput, SetLease};
+use crate::sets::registry::ResidentBackbone;
+
+/// One image on its way through a compute thread.
+pub struct Job {
+    /// The expert set it runs on: a snapshot, whatever happens to the registry meanwhile.
+    pub lease: SetLease,
+    /// The model's input `[side, side, 3]`.
+    pub pixels: Vec<f32>,
+    /// Whether the routing map is wanted.
+    pub routing: bool,
+    /// When the answer is no longer wanted.
+    pub deadline: Instant,
+    /// Its place, held until it is answered or dropped.
+    pub permit: ImagePermit,
+}
+
+/// What a compute thread made of an image.
+#[derive(Debug)]
+pub struct Answer {
+    /// Logits and, if wanted, routing.
+    pub output: RowOutput,
+    /// Time spent waiting for a compute thread.
+    pub queued: Duration,
+    /// Time of the forward pass it was part of.
+    pub inference: Duration,
+}
+
+/// The compute thread failed; its log has the cause.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardFailed;
+
+pub(super) type Reply = oneshot::Sender<Result<Answer, ForwardFailed>>;
+
+/// A job with the place its answer goes to.
+pub(super) struct QueuedJob {
+    pub(super) job: Job,
+    pub(super) enqueued: Instant,
+    pub(super) reply: Reply,
+}
+
+/// Threads without a batch of their own share the forward passes of others.
+pub(super) type JobQueue = Queue<QueuedJob, HelpWanted>;
+
+/// A compute thread that would like help with its batch.
+#[derive(Clone)]
+pub(super) struct HelpWanted {
+    pub(super) thread: usize,
+    /// With its place in the memory budget, whatever becomes of the caller's lease.
+    pub(super) backbone: Arc<ResidentBackbone<ArtifactSource>>,
+}
+
+impl Entry for QueuedJob {
+    type Group = usize;
+
+    fn group(&self) -> usize {
+        // Same backbone in memory, same address; the lease keeps it from being reused.
+        Arc::as_ptr(&self.job.lease.backbone) as usize
+    }
+
+    fn enqueued(&self) -> Instant {
+        self.enqueued
+    }
+
+    fn is_dead(&self, now: Instant) -> bool {
+        self.reply.is_closed() || self.job.deadline <= now
+    }
+}

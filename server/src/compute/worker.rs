@@ -1,0 +1,73 @@
+//! A compute thread: batches from the queue through the forward pass, and help for other threads in between.
+
+use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::job::{Answer, ForwardFailed, HelpWanted, JobQueue, QueuedJob};
+use super::queue::Work;
+use crate::metrics::Metrics;
+use crate::sets::loaded::{Row, RowOutput};
+
+/// Runs batches, or helps with those of others, until the queue is closed and empty.
+pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
+    while let Some(work) = queue.next() {
+        let (batch, others_free, _running) = match work {
+            Work::Batch { entries, others_free, running } => (entries, others_free, running),
+            Work::Help(wanted) => {
+                wanted.backbone.value.help(index, wanted.thread, || queue.has_waiting());
+                continue;
+            }
+        };
+        // A panic in a forward pass fails its batch, not the thread.
+        let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let backbone = batch.first().filter(|_| others_free).map(|entry| &entry.job.lease.backbone);
+            let _welcome = backbone.and_then(|backbone| backbone.value.welcome(index));
+            // Made last, so that it ends first: a thread that answers a call where it is not welcome would be back at once.
+            let _call =
+                backbone.map(|backbone| queue.call(HelpWanted { thread: index, backbone: Arc::clone(backbone) }));
+            run_batch(index, &batch, metrics)
+        }));
+        let outputs = batch_result.unwrap_or_else(|_| Err("the forward pass panicked".to_owned()));
+        match outputs {
+            Ok((outputs, started, inference)) => {
+                for (entry, output) in batch.into_iter().zip(outputs) {
+                    let QueuedJob { job, enqueued, reply } = entry;
+                    job.lease.mark_served();
+                    // Its place is free before the client can know.
+                    drop(job);
+                    let queued = started.saturating_duration_since(enqueued);
+                    metrics.queue_duration.observe(queued.as_secs_f64());
+                    // A client that has gone meanwhile is no error.
+                    let _ = reply.send(Ok(Answer { output, queued, inference }));
+                }
+            }
+            Err(cause) => {
+                tracing::error!(cause, batch_size = batch.len(), "a batch failed");
+                for entry in batch {
+                    let _ = entry.reply.send(Err(ForwardFailed));
+                }
+            }
+        }
+    }
+}
+
+type BatchOutputs = (Vec<RowOutput>, Instant, Duration);
+
+fn run_batch(index: usize, batch: &[QueuedJob], metrics: &Metrics) -> Result<BatchOutputs, String> {
+    let Some(first) = batch.first() else { return Err("an empty batch was closed".to_owned()) };
+    let started = Instant::now();
+    let rows: Vec<Row<'_>> = batch
+        .iter()
+        .map(|entry| Row { set: &entry.job.lease.value, pixels: &entry.job.pixels, routing: entry.job.routing })
+        .collect();
+    let outputs = first.job.lease.backbone.value.forward(index, &rows, Some(metrics))?;
+    let inference = started.elapsed();
+    let sets: HashSet<&str> = batch.iter().map(|entry| entry.job.lease.descriptor.name.as_str()).collect();
+    metrics.batches.inc();
+    metrics.batch_size.observe(batch.len() as f64);
+    metrics.batch_distinct_sets.observe(sets.len() as f64);
+    metrics.inference_duration.observe(inference.as_secs_f64());
+    Ok((outputs, started, inference))
+}

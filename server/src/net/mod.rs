@@ -1,0 +1,4 @@
+//! From sockets to requests.
+
+pub mod connection;
+pub mod tls;

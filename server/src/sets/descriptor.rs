@@ -1,0 +1,170 @@
+//! What is known of an artifact from its header, without loading it.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use model_core::artifact::{Contents, Digest, Header, read_expert_set};
+use model_core::footprint::Footprint;
+
+/// Where an artifact's bytes are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A file of the model store.
+    File(PathBuf),
+    /// Part of this program.
+    Embedded(&'static [u8]),
+}
+
+/// Tells whether a file changed without reading it; `None` for what cannot change.
+pub type Stamp = Option<(u64, SystemTime)>;
+
+impl Location {
+    /// The file's present stamp.
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn stamp(&self) -> std::io::Result<Stamp> {
+        match self {
+            Self::File(path) => {
+                let metadata = std::fs::metadata(path)?;
+                Ok(Some((metadata.len(), metadata.modified()?)))
+            }
+            Self::Embedded(_) => Ok(None),
+        }
+    }
+
+    /// All of the artifact's bytes.
+    ///
+    /// # Errors
+    /// A sentence that names the file and the reason.
+    pub fn read(&self) -> Result<Cow<'static, [u8]>, String> {
+        match self {
+            Self::File(path) => std::fs::read(path).map(Cow::Owned).map_err(|error| format!("{self}: {error}")),
+            Self::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
+        }
+    }
+}
+
+impl std::fmt::Display for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Embedded(_) => f.write_str("the embedded model"),
+        }
+    }
+}
+
+/// A backbone as its header tells.
+#[derive(Debug, Clone)]
+pub struct BackboneDescriptor {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub digest: Digest,
+    /// Bytes it takes when resident, as far as the header tells.
+    pub resident_bytes: usize,
+    /// Side of its square input.
+    pub image_size: usize,
+    /// Where it is.
+    pub location: Location,
+}
+
+/// One version of an expert set as its header tells: all that a registered set costs until it is used.
+#[derive(Debug, Clone)]
+pub struct SetDescriptor {
+    /// Its name in paths and answers.
+    pub name: String,
+    /// Its version; larger is newer.
+    pub version: u64,
+    /// Its identity.
+    pub digest: Digest,
+    /// The backbone it was fitted to.
+    pub backbone: Digest,
+    /// Bytes it takes when resident, as far as the header tells.
+    pub resident_bytes: usize,
+    /// Bytes of its file.
+    pub file_bytes: u64,
+    /// Number of labels.
+    pub num_classes: usize,
+    /// Where it is.
+    pub location: Location,
+    /// The file when it was described.
+    pub stamp: Stamp,
+}
+
+impl SetDescriptor {
+    /// Name, version and content in one word: what a client compares to know which model answered.
+    pub fn generation(&self) -> String {
+        format!("{}:{}:{}", self.name, self.version, self.digest.short())
+    }
+}
+
+fn header(location: &Location) -> Result<Header, String> {
+    let header = match location {
+        Location::File(path) => Header::read(path),
+        Location::Embedded(bytes) => Header::from_bytes(bytes),
+    };
+    header.map_err(|error| format!("{location}: {error}"))
+}
+
+/// Describes an expert set from its header, under the name and version of its place in the store.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
+    // Before the header is read: a file replaced in between is then seen as changed, not as known.
+    let stamp = location.stamp().map_err(|error| format!("{location}: {error}"))?;
+    let header = header(location)?;
+    let resident_bytes = resident_bytes(&header);
+    let Contents::ExpertSet { backbone_digest, labels, .. } = header.contents else {
+        return Err(format!("{location}: expected an expert set, found {}", header.contents.kind()));
+    };
+    Ok(SetDescriptor {
+        name: name.to_owned(),
+        version,
+        digest: header.digest,
+        backbone: backbone_digest,
+        resident_bytes,
+        file_bytes: header.file_bytes,
+        num_classes: labels.len(),
+        location: location.clone(),
+        stamp,
+    })
+}
+
+/// Checks an expert set's file from its first byte to its last, without keeping it.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> Result<(), String> {
+    let set = read_expert_set(&location.read()?).map_err(|error| format!("{location}: {error}"))?;
+    let Contents::Backbone { config, .. } = header(&backbone.location)?.contents else {
+        return Err(format!("{}: the backbone is one no more", backbone.name));
+    };
+    set.check_backbone(&config, backbone.digest).map_err(|error| format!("{location}: {error}"))
+}
+
+/// Describes a backbone from its header.
+///
+/// # Errors
+/// A sentence that names file and reason.
+pub fn describe_backbone(name: &str, location: &Location) -> Result<BackboneDescriptor, String> {
+    let header = header(location)?;
+    let resident_bytes = resident_bytes(&header);
+    let Contents::Backbone { config, .. } = header.contents else {
+        return Err(format!("{location}: expected a backbone, found {}", header.contents.kind()));
+    };
+    Ok(BackboneDescriptor {
+        name: name.to_owned(),
+        digest: header.digest,
+        resident_bytes,
+        image_size: config.image_size,
+        location: location.clone(),
+    })
+}
+
+fn resident_bytes(header: &Header) -> usize {
+    let (_, resident) = Footprint::of_artifact(&header.contents, header.file_bytes).totals();
+    usize::try_from(resident).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,44 @@
+//! The seam between the registry and whatever turns files into models.
+
+use std::sync::Arc;
+
+use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor};
+
+/// A decoded model with the bytes it turned out to take.
+#[derive(Debug)]
+pub struct Loaded<T> {
+    /// The model.
+    pub value: T,
+    /// Bytes of the model.
+    pub bytes: usize,
+    /// Bytes of working memory that come with it; for a set, what it makes its backbone's grow by.
+    pub scratch: usize,
+}
+
+/// Turns files into models. The registry is generic over it so that its guarantees can be tested with models that
+/// cost nothing to make.
+pub trait Source: Send + Sync + 'static {
+    /// A decoded backbone.
+    type Backbone: Send + Sync + 'static;
+    /// A decoded expert set, tied to its backbone.
+    type Set: Send + Sync + 'static;
+
+    /// Reads the header of a set's file again. Blocking.
+    ///
+    /// # Errors
+    /// A sentence that names file and reason.
+    fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String>;
+
+    /// Reads and decodes a backbone. Blocking.
+    ///
+    /// # Errors
+    /// A sentence that names file and reason.
+    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<Self::Backbone>, String>;
+
+    /// Reads and decodes an expert set. Blocking.
+    ///
+    /// # Errors
+    /// A sentence that names file and reason.
+    fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>)
+    -> Result<Loaded<Self::Set>, String>;
+}
