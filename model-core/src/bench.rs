@@ -10,14 +10,14 @@ use serde::Serialize;
 
 use crate::artifact::Digest;
 use crate::config::{BackboneConfig, ViTConfig};
-use crate::engine::{ExpertLayer, Moe, MoeScratch, Pool, Span, Substrates};
+use crate::engine::{Backbone, ExpertLayer, ExpertSet, Moe, MoeScratch, Pool, Row, Session, Span, Substrates};
+use crate::error::ModelError;
 use crate::image::Preprocess;
 use crate::kernels::activation::gelu;
 use crate::kernels::{Isa, PackedF32};
-use crate::model::{Backbone, ExpertSet, ModelError, Row, Session};
-use crate::weights::{
-    AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
-};
+use crate::random::SplitMix64;
+use crate::random_weights::{backbone_weights, expert_set_weights, linear};
+use crate::weights::{BlockWeights, ExpertLayerWeights, Linear};
 
 /// What to time.
 #[derive(Debug, Clone)]
@@ -112,7 +112,7 @@ pub fn run(options: &Options) -> Result<Vec<Report>, ModelError> {
 }
 
 fn report(config: &ViTConfig, options: &Options) -> Result<Report, ModelError> {
-    let mut random = Random(2603);
+    let mut random = SplitMix64::at(2603, 0);
     let weights = backbone_weights(&config.backbone, &mut random);
     let set = expert_set_weights(config, &mut random);
     let digest = Digest::of("bench", &[]);
@@ -130,11 +130,11 @@ fn model(
     options: &Options,
     backbone: &Arc<Backbone>,
     set: &ExpertSet,
-    random: &mut Random,
+    random: &mut SplitMix64,
 ) -> Result<ModelReport, ModelError> {
     let (tokens, layers, batch) = (config.backbone.num_tokens(), config.backbone.num_layers, options.batch);
     let mut session = Session::new(backbone, batch, options.threads);
-    let pixels = random.normals(batch * backbone.pixels_len(), 1.0);
+    let pixels = random.uniforms(batch * backbone.pixels_len(), 1.0);
     let mut logits = vec![0.0; batch * config.num_classes];
     let choices = layers * tokens * config.experts.top_k;
     let mut routing = vec![0; batch * choices];
@@ -194,13 +194,13 @@ fn layers(
     options: &Options,
     block: &BlockWeights,
     experts: &ExpertLayerWeights,
-    random: &mut Random,
+    random: &mut SplitMix64,
 ) -> Result<(LayerReport, Option<LayerReport>), ModelError> {
     let BackboneConfig { d_model, d_ff, .. } = config.backbone;
     let (tokens, top_k) = (config.backbone.num_tokens(), config.experts.top_k);
     let substrates = Substrates::pack(options.isa, &block.up, &block.down, d_model, d_ff)?;
     let layer = ExpertLayer::pack(experts, &config.experts, d_model, d_ff)?;
-    let x = random.normals(tokens * d_model, 1.0);
+    let x = random.uniforms(tokens * d_model, 1.0);
     let ordered = substrates.input_order().permute_columns(&x);
     let mut residual = vec![0.0; x.len()];
     let mut pool = Pool::new(options.threads);
@@ -239,11 +239,11 @@ fn dense_layer(
     options: &Options,
     x: &[f32],
     by_expert: &[Vec<usize>],
-    random: &mut Random,
+    random: &mut SplitMix64,
 ) -> Result<LayerReport, ModelError> {
     let BackboneConfig { d_model, d_ff, .. } = config.backbone;
     let mut pack = |rows: usize, cols: usize| {
-        let Linear { weight, bias } = random.linear(rows, cols);
+        let Linear { weight, bias } = linear(random, rows, cols);
         PackedF32::pack(options.isa, &weight, &bias, rows, cols)
     };
     let experts: Vec<_> = by_expert
@@ -297,98 +297,6 @@ fn time(duration: Duration, mut work: impl FnMut()) -> Timing {
     }
     runs.sort_by(f64::total_cmp);
     Timing { best_ms: runs[0], median_ms: runs[runs.len() / 2], p95_ms: runs[runs.len() * 95 / 100], runs: runs.len() }
-}
-
-/// Numbers that look random enough for timing: SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// About normal: the sum of four uniform numbers.
-    fn normals(&mut self, count: usize, std: f32) -> Vec<f32> {
-        let scale = std * 3f32.sqrt() / f32::from(u16::MAX);
-        let mut normal = || {
-            let bits = self.next();
-            (0..4).map(|i| f32::from((bits >> (16 * i)) as u16) - f32::from(u16::MAX) / 2.0).sum::<f32>() * scale
-        };
-        (0..count).map(|_| normal()).collect()
-    }
-
-    fn linear(&mut self, rows: usize, cols: usize) -> Linear {
-        Linear { weight: self.normals(rows * cols, (cols as f32).powf(-0.5)), bias: vec![0.0; rows] }
-    }
-
-    fn ternary(&mut self, rows: usize, cols: usize) -> Ternary {
-        let codes = (0..rows * cols).map(|_| (self.next() % 3) as i8 - 1).collect();
-        Ternary { codes, scale: vec![(cols as f32).powf(-0.5); rows] }
-    }
-
-    fn codes(&mut self, count: usize, bits: u32) -> Vec<u16> {
-        (0..count).map(|_| (self.next() >> (64 - bits)) as u16).collect()
-    }
-}
-
-fn norm(features: usize) -> Norm {
-    Norm { gamma: vec![1.0; features], beta: vec![0.0; features] }
-}
-
-/// A backbone of random weights.
-fn backbone_weights(config: &BackboneConfig, random: &mut Random) -> BackboneWeights {
-    let BackboneConfig { d_model, d_ff, .. } = *config;
-    let stem = config.stem_inputs().map(|(layer, _, channels)| StemWeights {
-        conv: random.linear(layer.channels, layer.kernel.pow(2) * channels),
-        norm: layer.norm_gelu.then(|| norm(layer.channels)),
-    });
-    let stem = stem.collect();
-    let block = |random: &mut Random| BlockWeights {
-        norm1: norm(d_model),
-        qkv: random.linear(3 * d_model, d_model),
-        proj: random.linear(d_model, d_model),
-        norm2: norm(d_model),
-        up: random.ternary(d_ff, d_model),
-        down: random.ternary(d_model, d_ff),
-    };
-    BackboneWeights {
-        config: config.clone(),
-        stem,
-        pos_embed: random.normals(config.num_tokens() * d_model, 0.02),
-        blocks: (0..config.num_layers).map(|_| block(random)).collect(),
-        norm: norm(d_model),
-    }
-}
-
-/// An expert set of random weights.
-fn expert_set_weights(config: &ViTConfig, random: &mut Random) -> ExpertSetWeights {
-    let (backbone, e) = (&config.backbone, &config.experts);
-    let mut angles = |stages: usize, features: usize| AngleCodes {
-        codes: random.codes(e.num_experts * stages * features / 2, e.angle_bits),
-    };
-    let angles: Vec<_> = (0..backbone.num_layers)
-        .map(|_| {
-            let hidden = angles(e.stages_hidden, backbone.d_ff);
-            [angles(e.stages_in, backbone.d_model), hidden, angles(e.stages_out, backbone.d_model)]
-        })
-        .collect();
-    let layers = angles.into_iter().map(|[rotation_in, rotation_hidden, rotation_out]| ExpertLayerWeights {
-        router: (0..e.num_experts * backbone.d_model).map(|_| (random.next() % 255) as i16 - 127).collect(),
-        router_scale: vec![1e-3; e.num_experts],
-        rotation_in,
-        rotation_hidden,
-        rotation_out,
-    });
-    let layers = layers.collect();
-    ExpertSetWeights {
-        config: e.clone(),
-        layers,
-        head: random.linear(config.num_classes, backbone.d_model),
-        labels: (0..config.num_classes).map(|i| format!("class {i}")).collect(),
-    }
 }
 
 #[cfg(test)]

@@ -5,17 +5,20 @@
 //!
 //! | module | what it holds | may depend on |
 //! | --- | --- | --- |
-//! | [`kernels`] | slices in, slices out: rotation, ternary product, activations, per instruction set | nothing |
+//! | [`kernels`] | slices in, slices out: rotation, matrix products, activations, per instruction set | nothing |
 //! | [`config`] | shapes of a model, validated once | nothing |
 //! | [`weights`] | the plain parameter tensors an artifact holds | `config` |
-//! | [`random`] | the numbers that initial weights come from; where angles started | nothing |
-//! | [`artifact`] | the safetensors files of `FORMAT.md`: reading, writing, digests, checks | `weights` |
-//! | [`image`] | image bytes to the pixels a model sees | `config` |
-//! | [`ops`], [`layers`], [`vit`], [`train`] | the candle model: float reference and training | `kernels`, `weights` |
-//! | [`engine`] | the integer forward pass that serves | `kernels`, `weights` |
-//! | [`footprint`] | where every byte goes | `config` |
-//! | [`model`] | the facade that server and trainer see | all of the above |
+//! | [`random`] | the one stream of random numbers; where angles started in it | nothing |
+//! | [`random_weights`] | random models for measurements and tests | `random`, `weights` |
+//! | [`image`] | image bytes to the pixels a model sees | nothing |
+//! | [`artifact`] | the safetensors files of `FORMAT.md`: reading, writing, digests, checks | `weights`, `image` |
+//! | [`error`] | why a model could not be built or run | `artifact`, `kernels` |
+//! | [`engine`] | the integer forward pass that serves: artifact bytes in, logits out | all of the above |
+//! | [`footprint`] | where every byte goes | `artifact`, `kernels` |
+//! | [`bench`] | timing the engine | `engine`, `random_weights` |
 //! | [`restart`] | starting the program over with settings that libraries read before `main` | nothing |
+//!
+//! Training, and the float reference that the engine is measured against, are the crate `training`.
 
 #![warn(missing_docs)]
 
@@ -23,14 +26,11 @@ pub mod artifact;
 pub mod bench;
 pub mod config;
 pub mod engine;
+pub mod error;
 pub mod footprint;
 pub mod image;
 pub mod kernels;
-pub mod layers;
-pub mod model;
-pub mod ops;
 pub mod random;
+pub mod random_weights;
 pub mod restart;
-pub mod train;
-pub mod vit;
 pub mod weights;

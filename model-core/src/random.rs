@@ -1,4 +1,5 @@
-//! The stream of random numbers that initial weights come from, and the start of a model's angles in it.
+//! The one stream of random numbers: initial weights come from it, and so do models for measurements and tests. And the
+//! start of a model's angles in it.
 
 use std::f64::consts::TAU;
 
@@ -23,13 +24,23 @@ impl SplitMix64 {
         self.drawn
     }
 
-    /// The next number, in `[0, 1)`: 53 random bits.
-    pub fn uniform(&mut self) -> f64 {
+    /// The next number's 64 bits.
+    pub fn bits(&mut self) -> u64 {
         self.drawn = self.drawn.wrapping_add(1);
         let mut z = self.seed.wrapping_add(self.drawn.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        z ^ (z >> 31)
+    }
+
+    /// The next number, in `[0, 1)`: 53 random bits.
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Uniform numbers around zero, one draw each.
+    pub fn uniforms(&mut self, count: usize, std: f64) -> Vec<f32> {
+        (0..count).map(|_| ((self.uniform() - 0.5) * 12f64.sqrt() * std) as f32).collect()
     }
 
     /// Normally distributed numbers (Box-Muller, the cosine only), two draws each.
@@ -109,6 +120,17 @@ mod tests {
             assert_eq!(stream.uniform(), (number >> 11) as f64 / (1u64 << 53) as f64);
         }
         assert_eq!(SplitMix64::at(1_234_567, 2).uniform(), (published[2] >> 11) as f64 / (1u64 << 53) as f64);
+    }
+
+    #[test]
+    fn uniform_and_normal_numbers_have_the_mean_and_deviation_asked_for() {
+        for draw in [SplitMix64::uniforms, SplitMix64::normals] {
+            let values = draw(&mut SplitMix64::at(1, 0), 100_000, 2.0);
+            let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / 1e5;
+            let variance = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / 1e5;
+            // Five standard errors: 2 / sqrt(1e5) of the mean, and of the variance 4 sqrt(2 / 1e5) for normal numbers.
+            assert!(mean.abs() < 0.032 && (variance - 4.0).abs() < 0.09, "{mean} {variance}");
+        }
     }
 
     #[test]

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use model_core::artifact::Digest;
 use model_core::config::{ExpertConfig, ViTConfig};
+use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
-use model_core::model::{Backbone, ExpertSet, Row, Session};
-use model_core::vit::ViT;
+use model_core::random::SplitMix64;
+use model_core::random_weights::{backbone_weights, expert_set_weights};
 
 struct Counting;
 
@@ -55,12 +56,11 @@ fn main() {
     let config = ViTConfig::preset("tiny").unwrap();
     let build = |experts: ExpertConfig| {
         let config = ViTConfig { experts, ..config.clone() };
-        let labels: Vec<_> = (0..config.num_classes).map(|i| i.to_string()).collect();
-        ViT::init(&config, 1).unwrap().to_weights(&labels).unwrap()
+        expert_set_weights(&config, &mut SplitMix64::at(1, 0))
     };
     let without_out = ExpertConfig { stages_out: 0, num_experts: 100, top_k: 5, ..config.experts.clone() };
-    let (weights, set) = build(config.experts.clone());
-    let (_, other) = build(without_out);
+    let weights = backbone_weights(&config.backbone, &mut SplitMix64::at(1, 0));
+    let (set, other) = (build(config.experts.clone()), build(without_out));
     let digest = Digest::of("", &[]);
     for isa in Isa::available() {
         let backbone = Backbone::from_weights("b".into(), &weights, Preprocess::default(), digest, isa).unwrap();

@@ -10,8 +10,8 @@ use common::files;
 use counting::{Counting, measure};
 use model_core::artifact::Header;
 use model_core::config::ViTConfig;
+use model_core::engine::{Backbone, ExpertSet};
 use model_core::footprint::Footprint;
-use model_core::model::{Backbone, ExpertSet};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;

@@ -294,9 +294,6 @@ pub struct ClassifyArgs {
     /// Print every logit too.
     #[arg(long, env = "BVIT_LOGITS")]
     pub logits: bool,
-    /// Compute with float activations, as a reader written from the format's document would; slow.
-    #[arg(long, env = "BVIT_FLOAT")]
-    pub float: bool,
     /// Most pixels (width times height) of an image.
     #[arg(long, env = "BVIT_MAX_PIXELS", default_value_t = 16_777_216, value_name = "N")]
     pub max_pixels: u64,

@@ -13,12 +13,12 @@ use anyhow::{Context, Result, ensure};
 use model_core::artifact::Digest;
 use model_core::image::Preprocess;
 use model_core::random::AngleStart;
-use model_core::train::AdamW;
-use model_core::train::optimizer::Moments;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
+use training::optimizer::{AdamW, Moments};
 
 use crate::data::loader::Position;
+use crate::diary::Validation;
 use crate::files::write_atomically;
 use crate::recipe::Recipe;
 
@@ -52,7 +52,7 @@ pub struct State {
     /// Class names, in the order of the head's rows.
     pub labels: Vec<String>,
     /// Results of the latest validation.
-    pub validation: Option<crate::train::Validation>,
+    pub validation: Option<Validation>,
 }
 
 /// A training run at rest.

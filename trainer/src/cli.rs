@@ -43,6 +43,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Measure artifacts on the test part of a data folder.
     Evaluate(EvaluateArgs),
+    /// Print the logits of image files, one line of JSON each.
+    Logits(LogitsArgs),
     /// Measure how fast training is, beside one large matrix product.
     Speed(SpeedArgs),
 }
@@ -462,6 +464,23 @@ pub struct EvaluateArgs {
     /// Threads that compute [default: one per core].
     #[arg(long)]
     pub threads: Option<usize>,
+}
+
+/// `logits`.
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// Image files.
+    #[arg(required = true)]
+    pub files: Vec<PathBuf>,
+    /// The backbone's file.
+    #[arg(long, value_name = "FILE")]
+    pub backbone: PathBuf,
+    /// The expert set's file.
+    #[arg(long, value_name = "FILE")]
+    pub set: PathBuf,
+    /// Take the float path instead of the integer path that serves.
+    #[arg(long)]
+    pub float: bool,
 }
 
 /// `speed`.

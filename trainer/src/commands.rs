@@ -1,5 +1,6 @@
 //! What each command does, from arguments to files.
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -10,19 +11,21 @@ use model_core::artifact::{
     BackboneArtifact, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
 };
 use model_core::config::ViTConfig;
-use model_core::image::Preprocess;
-use model_core::vit::{Quantizers, ViT, is_angle, is_router};
+use model_core::image::{DecodeLimits, Preprocess, decode};
+use serde::Serialize;
 use serde_json::{Value, json};
+use training::parameters::{Quantizers, is_angle, is_router};
+use training::vit::ViT;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{
-    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, NameArgs, SpecialiseArgs, SpeedArgs, StartArgs,
-    TeacherArgs, TrainArgs, threads,
+    CompareArgs, DataArgs, EvaluateArgs, ExportArgs, InitArgs, LogitsArgs, NameArgs, SpecialiseArgs, SpeedArgs,
+    StartArgs, TeacherArgs, TrainArgs, threads,
 };
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
+use crate::diary;
 use crate::evaluate::{Report, Tally, confusion_picture};
-use crate::metrics;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe, angle_start};
@@ -419,12 +422,8 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let Opened { dataset, skipped, warnings } = open_labelled(args, part, &config, &set.weights.labels)?;
     warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
 
-    let (model, path): (Box<dyn Predictor>, _) = if args.float {
-        let vit = ViT::from_weights(&backbone.weights, &set.weights)?.freeze(|_| true)?;
-        (Box::new(Candle { vit, quantizers: Quantizers::NONE }), "float")
-    } else {
-        (Box::new(Integer::new(&backbone, &set)?), "integer")
-    };
+    let model = predictor(&backbone, &set, args.float)?;
+    let path = if args.float { "float" } else { "integer" };
     let count = args.limit.unwrap_or(usize::MAX);
     let started = Instant::now();
     let tally = measure(&*model, &config, &dataset, count, &backbone.preprocess, threads(args.threads))?;
@@ -434,6 +433,51 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     }
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
     print(&text)
+}
+
+/// The integer path that serves, or the float path over the artifacts' values.
+fn predictor(backbone: &BackboneArtifact, set: &ExpertSetArtifact, float: bool) -> Result<Box<dyn Predictor>> {
+    if !float {
+        return Ok(Box::new(Integer::new(backbone, set)?));
+    }
+    let vit = ViT::from_weights(&backbone.weights, &set.weights)?.freeze(|_| true)?;
+    Ok(Box::new(Candle { vit, quantizers: Quantizers::NONE }))
+}
+
+/// A line of `logits`. Numbers have the digits that lead back to the same f32, which a detour over `Value` would lengthen.
+#[derive(Serialize)]
+struct Logits<'a> {
+    file: String,
+    labels: &'a [String],
+    logits: Vec<f32>,
+}
+
+/// `logits`: a line of JSON for every image file, with its logits in the order of the set's labels.
+///
+/// # Errors
+/// When an artifact is unusable or the two do not belong together; at the end, when a file held no image.
+pub fn logits(args: &LogitsArgs) -> Result<()> {
+    let backbone = load_backbone(&args.backbone)?;
+    let set = load_set(&args.set, &backbone)?;
+    let model = predictor(&backbone, &set, args.float)?;
+    let side = backbone.weights.config.image_size;
+    let mut unusable = 0;
+    for file in &args.files {
+        let image = fs::read(file).map_err(anyhow::Error::from);
+        match image.and_then(|bytes| Ok(decode(&bytes, &DecodeLimits::default())?)) {
+            Ok(image) => {
+                let logits = model.predict(backbone.preprocess.pixels(&image, side), 1)?.logits;
+                let line = Logits { file: file.display().to_string(), labels: &set.weights.labels, logits };
+                print(&(serde_json::to_string(&line)? + "\n"))?;
+            }
+            Err(error) => {
+                say(&format!("{}: {error}", file.display()));
+                unusable += 1;
+            }
+        }
+    }
+    ensure!(unusable == 0, "{unusable} of {} files hold no image", args.files.len());
+    Ok(())
 }
 
 /// `speed`: images/s.
@@ -525,7 +569,7 @@ fn drive(
             say(&format!("stopped; the checkpoint is in {}; add --resume to go on", out.display()));
         }
     }
-    if let Err(error) = learning_curve(&out.join("curve.png"), &metrics::read(out)) {
+    if let Err(error) = learning_curve(&out.join("curve.png"), &diary::read(out)) {
         // The run is worth more than its picture.
         say(&format!("warning: no learning curve: {error:#}"));
     }

@@ -1,13 +1,13 @@
 //! The trainer: from a folder of images to a backbone and its expert sets.
 //!
-//! The mathematics (layers, losses, optimiser) is `model-core`'s; what is here is everything around it.
+//! The mathematics (layers, losses, optimiser) is the crate `training`; what is here is everything around it.
 //!
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`data`] | image sets in memory, held-out splits, augmentation, batches on their own thread |
 //! | [`recipe`] | everything that decides what a run computes, in one value |
 //! | [`train`] | the loop: steps, validation, checkpoints, diary |
-//! | [`checkpoint`], [`metrics`], [`files`] | what a run leaves on the disk, and how it survives a crash |
+//! | [`checkpoint`], [`diary`], [`files`] | what a run leaves on the disk, and how it survives a crash |
 //! | [`predict`], [`evaluate`] | running a model over a data set; accuracy, calibration, routing |
 //! | [`compare`] | variants of one recipe over several seeds, as table and picture |
 //! | [`speed`] | images/s, and the share of the machine's matrix products in it |
@@ -23,9 +23,9 @@ pub mod cli;
 pub mod commands;
 pub mod compare;
 pub mod data;
+pub mod diary;
 pub mod evaluate;
 pub mod files;
-pub mod metrics;
 pub mod plot;
 pub mod predict;
 pub mod recipe;

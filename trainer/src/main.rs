@@ -49,6 +49,7 @@ fn run(cli: &Cli) -> Result<Ended> {
         Command::Compare(args) => return commands::compare(args, &*stop_on_signal()?),
         Command::Export(args) => commands::export(args)?,
         Command::Evaluate(args) => commands::evaluate(args)?,
+        Command::Logits(args) => commands::logits(args)?,
         Command::Speed(args) => commands::speed(args)?,
     }
     Ok(Ended::Finished)

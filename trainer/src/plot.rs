@@ -8,8 +8,7 @@ use model_core::image::RgbImage;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
-use crate::metrics::{Line, StepLine};
-use crate::train::Validation;
+use crate::diary::{Line, StepLine, Validation};
 
 /// Family of every text in a picture.
 pub const FONT: &str = "sans-serif";

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
+use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
-use model_core::model::{Backbone, ExpertSet, Row, Session};
-use model_core::vit::{Quantizers, ViT};
+use training::parameters::Quantizers;
+use training::vit::ViT;
 
 use crate::data::Dataset;
 

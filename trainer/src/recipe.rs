@@ -8,12 +8,14 @@ use std::f64::consts::PI;
 
 use anyhow::{Context, Result, bail, ensure};
 use model_core::config::{FeedForwardKind, ViTConfig};
-use model_core::ops::Activations;
 use model_core::random::{AngleSpread, AngleStart};
-use model_core::train::{AdamWConfig, LossWeights};
-use model_core::vit::{Quantizers, ViT, is_expert_set_parameter};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use training::losses::LossWeights;
+use training::ops::Activations;
+use training::optimizer::AdamWConfig;
+use training::parameters::{Quantizers, is_expert_set_parameter};
+use training::vit::ViT;
 
 use crate::data::LabelColumn;
 use crate::data::augment::Augment;

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use model_core::config::{FeedForwardKind, ViTConfig};
-use model_core::kernels::matmul::{Mat, Write, matmul};
-use model_core::train::{AdamW, Batch, gradients};
 use serde::Serialize;
+use training::matmul::{Mat, Write, matmul};
+use training::optimizer::AdamW;
+use training::step::{Batch, gradients};
 
 use crate::recipe::Recipe;
 

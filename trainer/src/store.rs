@@ -141,7 +141,7 @@ pub fn load_set(path: &Path, backbone: &BackboneArtifact) -> Result<ExpertSetArt
 mod tests {
     use super::*;
     use model_core::config::ViTConfig;
-    use model_core::vit::ViT;
+    use training::vit::ViT;
 
     #[test]
     fn what_is_written_is_found_and_read() {

@@ -126,8 +126,8 @@ mod tests {
     use super::*;
     use crate::store::Store;
     use model_core::config::ViTConfig;
-    use model_core::vit::ViT;
     use serde_json::Value;
+    use training::vit::ViT;
 
     fn dataset() -> Dataset {
         Dataset {

@@ -13,17 +13,18 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use model_core::image::Preprocess;
 use model_core::random::AngleStart;
-use model_core::train::{AdamW, Batch, StepStats, gradients};
-use model_core::vit::{Quantizers, ViT};
-use serde::{Deserialize, Serialize};
+use training::optimizer::AdamW;
+use training::parameters::Quantizers;
+use training::step::{Batch, StepStats, gradients};
+use training::vit::ViT;
 
 use crate::checkpoint::{Checkpoint, State, Values};
 use crate::data::Dataset;
 use crate::data::loader::{Loader, Plan, Position, StochasticDepth, batches_per_epoch};
 use crate::data::split::{HeldOut, hold_out};
+use crate::diary::{Diary, Line, StepLine, Validation};
 use crate::evaluate::Tally;
 use crate::files::create_folder;
-use crate::metrics::{Diary, Line, StepLine};
 use crate::predict::{Candle, for_each_shard};
 use crate::recipe::Recipe;
 use crate::teacher::Teacher;
@@ -45,25 +46,6 @@ pub struct Settings {
     pub limit: Option<Duration>,
     /// Draw no progress bar.
     pub quiet: bool,
-}
-
-/// How the averaged weights do on the held-out images.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Validation {
-    /// Steps taken.
-    pub step: u64,
-    /// Epochs completed.
-    pub epoch: u64,
-    /// Mean cross-entropy.
-    pub cross_entropy: f64,
-    /// Share of images whose label comes first.
-    pub top1: f64,
-    /// Share of images whose label is among the first five.
-    pub top5: f64,
-    /// Share of chosen experts that neighbouring patches have in common; none without routers.
-    pub routing_agreement: Option<f64>,
-    /// Since the start of the run, interruptions not counted.
-    pub seconds: f64,
 }
 
 /// Why a run returned.

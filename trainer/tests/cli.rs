@@ -9,8 +9,8 @@ use butterflyvit_trainer::checkpoint::Checkpoint;
 use model_core::artifact::read_expert_set;
 use model_core::image::RgbImage;
 use model_core::random::{AngleSpread, AngleStart};
-use model_core::train::quantize::angle_codes;
 use serde_json::Value;
+use training::quantize::angle_codes;
 
 fn trainer(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer")).args(args).output().unwrap()

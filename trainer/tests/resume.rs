@@ -15,9 +15,10 @@ use butterflyvit_trainer::teacher::Teacher;
 use butterflyvit_trainer::train::{Ended, Run, Settings};
 use model_core::config::ViTConfig;
 use model_core::random::AngleSpread;
-use model_core::train::AdamWConfig;
-use model_core::vit::{ViT, is_expert_set_parameter};
 use serde_json::Value;
+use training::optimizer::AdamWConfig;
+use training::parameters::is_expert_set_parameter;
+use training::vit::ViT;
 
 /// 45 noisy images of 8x8 in 5 classes.
 fn dataset() -> Arc<Dataset> {

@@ -1,4 +1,4 @@
-//! Slices in, slices out; knows nothing of candle. Every kernel has a `scalar` definition that is never optimised,
+//! Slices in, slices out; knows nothing of tensors. Every kernel has a `scalar` definition that is never optimised,
 //! and per-ISA code that must equal it: bit for bit on integer paths, within a derived bound on float paths.
 
 pub mod activation;
@@ -9,7 +9,6 @@ mod error;
 mod gemm;
 pub mod isa;
 pub mod linear;
-pub mod matmul;
 pub mod norm;
 pub mod quantize;
 pub mod rotation;

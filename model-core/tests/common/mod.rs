@@ -5,7 +5,8 @@
 use model_core::artifact::{Digest, read_backbone, write_backbone, write_expert_set};
 use model_core::config::{BackboneConfig, ExpertConfig, StemLayer, ViTConfig};
 use model_core::image::Preprocess;
-use model_core::vit::ViT;
+use model_core::random::SplitMix64;
+use model_core::random_weights::{backbone_weights, expert_set_weights};
 use serde_json::json;
 
 /// A model small enough to try every byte of it: three odd sizes, all sites, codes that leave padding bits.
@@ -32,6 +33,24 @@ pub(crate) fn minute_config() -> ViTConfig {
     }
 }
 
+/// Shapes that differ in everything a set may choose.
+pub(crate) fn expert_configs() -> Vec<ExpertConfig> {
+    let base = ViTConfig::preset("tiny").unwrap().experts;
+    vec![
+        base.clone(),
+        ExpertConfig { num_experts: 1, top_k: 1, stages_in: 0, stages_hidden: 5, stages_out: 0, ..base.clone() },
+        ExpertConfig { num_experts: 7, top_k: 7, stages_in: 1, stages_out: 0, angle_bits: 6, ..base.clone() },
+        ExpertConfig { num_experts: 40, top_k: 3, stages_out: 4, angle_bits: 16, router_bits: 16, ..base.clone() },
+        ExpertConfig { stages_in: 0, stages_hidden: 0, stages_out: 0, angle_bits: 4, ..base },
+    ]
+}
+
+/// `|got - expected| / |expected|`.
+pub(crate) fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    norm(&mut got.iter().zip(expected).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
+}
+
 /// Backbone and expert set with random weights, as files.
 pub(crate) struct Files {
     pub(crate) backbone: Vec<u8>,
@@ -40,35 +59,10 @@ pub(crate) struct Files {
 
 /// Writes a model of that configuration with weights drawn from `seed`.
 pub(crate) fn files(config: &ViTConfig, seed: u64) -> Files {
-    let labels: Vec<String> = (0..config.num_classes).map(|i| format!("class \"{i}\" é")).collect();
-    let (mut backbone, mut set) = ViT::init(config, seed).unwrap().to_weights(&labels).unwrap();
-    // Fresh norms and biases are ones and zeros, which would hide that they are swapped or missing.
-    let mut state = seed;
-    let mut spread = |values: &mut Vec<f32>| {
-        for value in values {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            *value += ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.4;
-        }
-    };
-    for layer in &mut backbone.stem {
-        spread(&mut layer.conv.bias);
-        if let Some(norm) = &mut layer.norm {
-            spread(&mut norm.gamma);
-            spread(&mut norm.beta);
-        }
-    }
-    for block in &mut backbone.blocks {
-        spread(&mut block.norm1.gamma);
-        spread(&mut block.norm1.beta);
-        spread(&mut block.qkv.bias);
-        spread(&mut block.proj.bias);
-        spread(&mut block.norm2.gamma);
-        spread(&mut block.norm2.beta);
-    }
-    spread(&mut backbone.norm.gamma);
-    spread(&mut backbone.norm.beta);
-    spread(&mut set.head.bias);
-
+    let mut random = SplitMix64::at(seed, 0);
+    let backbone = backbone_weights(&config.backbone, &mut random);
+    let mut set = expert_set_weights(config, &mut random);
+    set.labels = (0..config.num_classes).map(|i| format!("class \"{i}\" é")).collect();
     let preprocess = Preprocess { mean: [0.5071, 0.4865, 0.4409], std: [0.2673, 0.2564, 0.2762], ..Default::default() };
     let training = json!({ "seed": seed, "epochs": 0 });
     let backbone_file = write_backbone("random", &backbone, &preprocess, &training).unwrap();

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::config::{ClassifyArgs, ModelArgs};
 use crate::http::{Prediction, predictions};
 use crate::sets::descriptor::{BackboneDescriptor, SetDescriptor};
-use crate::sets::loaded::{Arithmetic, OfflineModel};
+use crate::sets::loaded::OfflineModel;
 use crate::sets::store;
 
 /// Classifies every file; one that cannot be classified is reported and makes the exit code 1.
@@ -19,8 +19,7 @@ use crate::sets::store;
 /// A sentence that names what is wrong with the model.
 pub fn run(args: &ClassifyArgs) -> Result<ExitCode, String> {
     let (backbone, set) = find(&args.models, args.set.as_deref())?;
-    let arithmetic = if args.float { Arithmetic::Float } else { Arithmetic::Integer };
-    let mut model = OfflineModel::load(&backbone, &set, arithmetic)?;
+    let mut model = OfflineModel::load(&backbone, &set)?;
     let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };
     let mut out = std::io::stdout().lock();
     let mut exit = ExitCode::SUCCESS;

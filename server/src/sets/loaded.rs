@@ -9,7 +9,7 @@ use crate::metrics::Metrics;
 use crate::routing_map::RoutingMap;
 use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor};
 use crate::sets::registry::{Lease, Loaded, Registry, Source};
-use model_core::model::{self, Backbone, ExpertSet, FloatModel, Session, Team, Welcome};
+use model_core::engine::{self, Backbone, ExpertSet, Session, Team, Welcome};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -100,7 +100,7 @@ impl LoadedBackbone {
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
         let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
-            .map(|(row, (logits, routing))| model::Row {
+            .map(|(row, (logits, routing))| engine::Row {
                 set: &row.set.set,
                 pixels: row.pixels,
                 logits,
@@ -236,17 +236,6 @@ impl ArtifactSource {
 pub struct OfflineModel {
     set: LoadedSet,
     backbone: LoadedBackbone,
-    /// Answers in place of the integer engine when asked for.
-    float: Option<FloatModel>,
-}
-
-/// Which arithmetic answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arithmetic {
-    /// The engine that serves: int8 activations.
-    Integer,
-    /// The reference: the artifact's values with float activations.
-    Float,
 }
 
 impl OfflineModel {
@@ -254,18 +243,11 @@ impl OfflineModel {
     ///
     /// # Errors
     /// A sentence that names file and reason.
-    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor, arithmetic: Arithmetic) -> Result<Self, String> {
+    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor) -> Result<Self, String> {
         let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
         let loaded_backbone = source.load_backbone(backbone)?.value;
         let loaded_set = source.load_set_on(set, &loaded_backbone)?.value;
-        let float = match arithmetic {
-            Arithmetic::Integer => None,
-            Arithmetic::Float => {
-                let model = FloatModel::from_bytes(&backbone.location.read()?, &set.location.read()?);
-                Some(model.map_err(|error| format!("{}: {error}", set.location))?)
-            }
-        };
-        Ok(Self { set: loaded_set, backbone: loaded_backbone, float })
+        Ok(Self { set: loaded_set, backbone: loaded_backbone })
     }
 
     /// One per logit.
@@ -284,9 +266,6 @@ impl OfflineModel {
     /// A sentence.
     pub fn logits(&mut self, image: &RgbImage) -> Result<Vec<f32>, String> {
         let pixels = self.backbone.preprocess().pixels(image, self.side());
-        if let Some(float) = &self.float {
-            return float.logits(&pixels).map_err(|error| error.to_string());
-        }
         let row = [Row { set: &self.set, pixels: &pixels, routing: false }];
         let mut outputs = self.backbone.forward(0, &row, None)?;
         outputs.pop().map(|output| output.logits).ok_or_else(|| "the model gave no output".to_owned())

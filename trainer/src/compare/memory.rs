@@ -3,12 +3,12 @@
 use anyhow::Result;
 use model_core::artifact::{Contents, read_backbone, write_backbone, write_expert_set};
 use model_core::config::ViTConfig;
+use model_core::engine::{Backbone, ExpertSet};
 use model_core::footprint::{components, runtime_compression};
 use model_core::image::Preprocess;
-use model_core::model::{Backbone, ExpertSet};
-use model_core::vit::ViT;
 use serde::Serialize;
 use serde_json::Value;
+use training::vit::ViT;
 
 /// What one number of experts takes, all layers together.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use model_core::config::{FeedForwardKind, ViTConfig};
 use model_core::footprint::{layer_bytes, runtime_compression};
-use model_core::ops::Activations;
 use serde::{Deserialize, Serialize};
+use training::ops::Activations;
 
 use crate::files::write_atomically;
 use crate::recipe::Recipe;

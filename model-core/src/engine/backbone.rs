@@ -1,0 +1,148 @@
+//! The half of a model that expert sets share, packed for this CPU.
+
+use super::expect_len;
+use super::linear::Linear;
+use super::moe::Substrates;
+use super::stem::Convolution;
+use crate::artifact::{BackboneArtifact, Digest, read_backbone};
+use crate::config::BackboneConfig;
+use crate::error::ModelError;
+use crate::image::Preprocess;
+use crate::kernels::Isa;
+use crate::weights::{BackboneWeights, BlockWeights, Norm};
+
+/// A backbone packed for this CPU, with everything that expert sets share.
+#[derive(Debug)]
+pub struct Backbone {
+    name: String,
+    digest: Digest,
+    preprocess: Preprocess,
+    isa: Isa,
+    config: BackboneConfig,
+    pub(super) stem: Vec<Convolution>,
+    pub(super) pos_embed: Box<[f32]>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) norm: Norm,
+}
+
+/// One transformer block without its experts.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) norm1: Norm,
+    pub(super) qkv: Linear,
+    pub(super) proj: Linear,
+    pub(super) norm2: Norm,
+    pub(super) substrates: Substrates,
+}
+
+fn expect_norm(what: &'static str, norm: &Norm, features: usize) -> Result<Norm, ModelError> {
+    expect_len(what, norm.gamma.len(), features)?;
+    expect_len(what, norm.beta.len(), features)?;
+    Ok(norm.clone())
+}
+
+fn norm_bytes(norm: &Norm) -> usize {
+    (norm.gamma.len() + norm.beta.len()) * size_of::<f32>()
+}
+
+impl Backbone {
+    /// Reads, checks and packs a backbone artifact for the best instruction set (or the one `BVIT_ISA` names).
+    ///
+    /// # Errors
+    /// [`ModelError::Artifact`] naming what is wrong with the file; [`ModelError::Kernel`] when `BVIT_ISA` names an
+    /// instruction set that this CPU does not have.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, ModelError> {
+        let BackboneArtifact { name, weights, preprocess, digest, .. } = read_backbone(bytes)?;
+        Self::from_weights(name, &weights, preprocess, digest, Isa::from_env()?)
+    }
+
+    /// Packs weights for `isa`. The digest is what expert sets will be checked against.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] or [`ModelError::Length`] when the weights are not those of a valid configuration.
+    pub fn from_weights(
+        name: String,
+        weights: &BackboneWeights,
+        preprocess: Preprocess,
+        digest: Digest,
+        isa: Isa,
+    ) -> Result<Self, ModelError> {
+        let config = weights.config.clone();
+        config.validate()?;
+        expect_len("stem layers", weights.stem.len(), config.stem.len())?;
+        expect_len("blocks", weights.blocks.len(), config.num_layers)?;
+        expect_len("pos_embed", weights.pos_embed.len(), config.num_tokens() * config.d_model)?;
+        let mut stem = Vec::with_capacity(config.stem.len());
+        for (i, (weights, shape)) in weights.stem.iter().zip(config.stem_inputs()).enumerate() {
+            match &weights.norm {
+                Some(norm) if shape.0.norm_gelu => _ = expect_norm("stem norm", norm, shape.0.channels)?,
+                norm => expect_len("stem norm", usize::from(norm.is_some()), usize::from(shape.0.norm_gelu))?,
+            }
+            stem.push(Convolution::pack(isa, weights, shape, i == 0)?);
+        }
+        let blocks = weights.blocks.iter().map(|block| Block::pack(block, &config, isa));
+        let blocks = blocks.collect::<Result<_, ModelError>>()?;
+        let norm = expect_norm("norm", &weights.norm, config.d_model)?;
+        let pos_embed = weights.pos_embed.clone().into();
+        Ok(Self { name, digest, preprocess, isa, stem, pos_embed, blocks, norm, config })
+    }
+
+    /// The name that its maker gave it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Identity of document and tensors; expert sets name their backbone by it.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Shapes.
+    pub fn config(&self) -> &BackboneConfig {
+        &self.config
+    }
+
+    /// How an image becomes pixels.
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
+    /// The instruction set that it was packed for.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Bytes that it occupies in memory.
+    pub fn resident_bytes(&self) -> usize {
+        let stem: usize = self.stem.iter().map(|layer| size_of::<Convolution>() + layer.heap_bytes()).sum();
+        let blocks: usize = self.blocks.iter().map(|block| size_of::<Block>() + block.heap_bytes()).sum();
+        let tensors = stem + blocks + size_of_val(&*self.pos_embed) + norm_bytes(&self.norm);
+        size_of::<Self>() + self.name.len() + tensors
+    }
+
+    /// Values of one image's pixels, `image_size * image_size * 3`.
+    pub fn pixels_len(&self) -> usize {
+        self.config.image_size.pow(2) * 3
+    }
+}
+
+impl Block {
+    fn pack(weights: &BlockWeights, config: &BackboneConfig, isa: Isa) -> Result<Self, ModelError> {
+        let BackboneConfig { d_model, d_ff, .. } = *config;
+        Ok(Self {
+            norm1: expect_norm("norm1", &weights.norm1, d_model)?,
+            qkv: Linear::int8(isa, &weights.qkv, 3 * d_model, d_model)?,
+            proj: Linear::int8(isa, &weights.proj, d_model, d_model)?,
+            norm2: expect_norm("norm2", &weights.norm2, d_model)?,
+            substrates: Substrates::pack(isa, &weights.up, &weights.down, d_model, d_ff)?,
+        })
+    }
+
+    fn heap_bytes(&self) -> usize {
+        self.qkv.heap_bytes()
+            + self.proj.heap_bytes()
+            + norm_bytes(&self.norm1)
+            + norm_bytes(&self.norm2)
+            + self.substrates.resident_bytes()
+    }
+}

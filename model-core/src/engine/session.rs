@@ -1,0 +1,388 @@
+//! What one caller needs to run batches, and the forward pass itself.
+
+use std::sync::Arc;
+
+use super::attention::{AttentionScratch, Head};
+use super::backbone::Block;
+use super::linear::{Quantized, TILE};
+use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
+use super::pool::{Parts, PerThread, Pool, Team};
+use super::{Backbone, ExpertSet, expect_len, stem};
+use crate::config::{BackboneConfig, ExpertConfig};
+use crate::error::ModelError;
+use crate::kernels::combine::add_assign;
+use crate::kernels::norm::layer_norm;
+use crate::weights::{LAYER_NORM_EPS, Norm};
+
+/// One image of a batch: what goes in, and where the answer goes.
+#[derive(Debug)]
+pub struct Row<'a> {
+    /// The expert set that classifies it.
+    pub set: &'a ExpertSet,
+    /// `[image_size, image_size, 3]`, normalised.
+    pub pixels: &'a [f32],
+    /// One per label of the set.
+    pub logits: &'a mut [f32],
+    /// The chosen experts, best first, `[num_layers, tokens, top_k]`, where the caller wants them.
+    pub routing: Option<&'a mut [u16]>,
+}
+
+/// Everything one caller needs to run batches: scratch for `max_batch` images and, above one, helper threads.
+///
+/// All scratch is allocated here; a forward allocates nothing, except the first time it meets an expert set whose
+/// `top_k` exceeds what the scratch was made for.
+#[derive(Debug)]
+pub struct Session {
+    backbone: Arc<Backbone>,
+    max_batch: usize,
+    pool: Pool,
+    /// The caller's row of each image: rows of one set are made neighbours.
+    order: Vec<usize>,
+    /// The batch's sets, each by the caller's row that named it first.
+    sets: Vec<usize>,
+    spans: Vec<Span>,
+    /// Activations between stem layers, two of `[max_batch, stem_len]`.
+    stem: [Vec<f32>; 2],
+    stem_len: usize,
+    /// `[max_batch, tokens, d_model]`, the residual stream.
+    x: Vec<f32>,
+    /// `[max_batch, tokens, d_model]`, normed for the experts, in lane order.
+    normed: Vec<f32>,
+    /// `[max_batch, tokens, 3 d_model]`.
+    qkv: Vec<f32>,
+    /// `[max_batch, heads, tokens, head_dim]`.
+    heads: Vec<f32>,
+    moe: MoeScratch,
+    threads: Arc<PerThread<ThreadScratch>>,
+    /// Bytes of one thread's scratch.
+    thread_bytes: usize,
+    /// Threads whose scratch counts as this session's: all of its own, or one of a group's.
+    own_threads: usize,
+}
+
+/// Buffers of one thread.
+#[derive(Debug)]
+struct ThreadScratch {
+    /// A tile's windows.
+    windows: Vec<f32>,
+    /// A tile's rows, `[TILE, d_model or stem channels]`.
+    rows: Vec<f32>,
+    /// As `rows`, for what comes out.
+    out: Vec<f32>,
+    quantized: Quantized,
+    attention: AttentionScratch,
+}
+
+impl ThreadScratch {
+    fn new(config: &BackboneConfig) -> Self {
+        let (_, windows, outputs) = stem::scratch_sizes(config);
+        let rows = outputs.max(TILE * config.d_model);
+        Self {
+            windows: vec![0.0; windows],
+            rows: vec![0.0; rows],
+            out: vec![0.0; rows],
+            quantized: Quantized::new(config.d_model.max(windows / TILE)),
+            attention: AttentionScratch::new(config.num_tokens(), config.head_dim()),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let floats = self.windows.capacity() + self.rows.capacity() + self.out.capacity();
+        let buffers = floats * size_of::<f32>() + self.quantized.heap_bytes() + self.attention.heap_bytes();
+        size_of::<Self>() + buffers
+    }
+}
+
+/// The scratch of every thread of a pool or of a group of pools.
+struct Threads {
+    rest: Arc<PerThread<ThreadScratch>>,
+    moe: Arc<PerThread<MoeThread>>,
+    /// Of one thread.
+    bytes: usize,
+}
+
+impl Threads {
+    fn new(backbone: &Backbone, count: usize) -> Self {
+        let config = backbone.config();
+        let (rest, moe) = (|| ThreadScratch::new(config), || MoeThread::new(config.d_model, config.d_ff));
+        let bytes = rest().bytes() + moe().bytes();
+        Self { rest: Arc::new(PerThread::new(count, rest)), moe: Arc::new(PerThread::new(count, moe)), bytes }
+    }
+}
+
+impl Session {
+    /// Scratch for batches of up to `max_batch` images on `backbone`, computed by `threads` threads: the caller's and
+    /// `threads - 1` helpers that live as long as the session. Zeros count as one.
+    pub fn new(backbone: &Arc<Backbone>, max_batch: usize, threads: usize) -> Self {
+        let pool = Pool::new(threads);
+        let own_threads = pool.seats();
+        Self::with(backbone, max_batch, pool, own_threads, &Threads::new(backbone, own_threads))
+    }
+
+    /// `count` sessions for as many callers, without threads of their own: a caller that has nothing to do may
+    /// [`help`](Session::help) another. The scratch of each thread serves in all of them.
+    pub fn group(backbone: &Arc<Backbone>, max_batch: usize, count: usize) -> Vec<Self> {
+        let threads = Threads::new(backbone, count);
+        Pool::group(count).into_iter().map(|pool| Self::with(backbone, max_batch, pool, 1, &threads)).collect()
+    }
+
+    fn with(backbone: &Arc<Backbone>, max_batch: usize, pool: Pool, own_threads: usize, threads: &Threads) -> Self {
+        let (config, max_batch) = (backbone.config(), max_batch.max(1));
+        let (d_model, d_ff, tokens) = (config.d_model, config.d_ff, config.num_tokens());
+        let (stem_len, ..) = stem::scratch_sizes(config);
+        let moe_threads = Arc::clone(&threads.moe);
+        Self {
+            backbone: Arc::clone(backbone),
+            max_batch,
+            order: Vec::with_capacity(max_batch),
+            sets: Vec::with_capacity(max_batch),
+            spans: Vec::with_capacity(max_batch),
+            stem: [vec![0.0; max_batch * stem_len], vec![0.0; max_batch * stem_len]],
+            stem_len,
+            x: vec![0.0; max_batch * tokens * d_model],
+            normed: vec![0.0; max_batch * tokens * d_model],
+            qkv: vec![0.0; max_batch * tokens * 3 * d_model],
+            heads: vec![0.0; max_batch * tokens * d_model],
+            moe: MoeScratch::sharing(d_model, d_ff, max_batch * tokens, moe_threads),
+            threads: Arc::clone(&threads.rest),
+            thread_bytes: threads.bytes,
+            own_threads,
+            pool,
+        }
+    }
+
+    /// Where others of its group may help.
+    pub fn team(&self) -> Team {
+        self.pool.team()
+    }
+
+    /// Shares the forward passes of another session of its group for as long as helpers are welcome there and `leave`,
+    /// which is asked every few microseconds, says no.
+    pub fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
+        self.pool.help(team, leave);
+    }
+
+    /// The backbone that it runs.
+    pub fn backbone(&self) -> &Arc<Backbone> {
+        &self.backbone
+    }
+
+    /// Most rows of one [`Session::forward`].
+    pub fn max_batch(&self) -> usize {
+        self.max_batch
+    }
+
+    /// Most bytes by which batches with sets like `experts` make the scratch of a new session grow, once: none for up to 64
+    /// experts, two of which are chosen, without an `out` rotation.
+    pub fn growth(backbone: &Backbone, max_batch: usize, experts: &ExpertConfig) -> usize {
+        let (config, tokens) = (backbone.config(), max_batch * backbone.config().num_tokens());
+        MoeScratch::growth(config.d_model, config.d_ff, tokens, experts)
+    }
+
+    /// Bytes of scratch.
+    pub fn resident_bytes(&self) -> usize {
+        let floats = self.stem[0].capacity()
+            + self.stem[1].capacity()
+            + self.x.capacity()
+            + self.normed.capacity()
+            + self.qkv.capacity()
+            + self.heads.capacity();
+        let buffers = floats * size_of::<f32>()
+            + (self.order.capacity() + self.sets.capacity()) * size_of::<usize>()
+            + self.spans.capacity() * size_of::<Span>()
+            + self.moe.heap_bytes();
+        size_of::<Self>() + buffers + self.own_threads * self.thread_bytes
+    }
+
+    /// Classifies every row: writes its logits and, where asked for, which experts its patches went to.
+    ///
+    /// # Errors
+    /// Nothing is computed when there are more rows than [`Session::max_batch`], a slice has the wrong length, or a
+    /// set belongs to another backbone.
+    pub fn forward(&mut self, rows: &mut [Row<'_>]) -> Result<(), ModelError> {
+        if let Some(row) = rows.iter().find(|row| row.set.backbone_digest() != self.backbone.digest()) {
+            return Err(ModelError::ForeignSet { expected: row.set.backbone_digest(), got: self.backbone.digest() });
+        }
+        let backbone = &*Arc::clone(&self.backbone);
+        check_rows(backbone, self.max_batch, rows)?;
+        self.arrange(backbone, rows);
+        self.run_stem(backbone, rows);
+        for (layer, block) in backbone.blocks.iter().enumerate() {
+            self.run_attention(backbone, block, rows.len());
+            self.run_experts(backbone, layer, rows);
+        }
+        self.run_head(backbone, rows);
+        Ok(())
+    }
+
+    /// Makes rows of one set neighbours, and notes which tokens go through which set.
+    fn arrange(&mut self, backbone: &Backbone, rows: &[Row<'_>]) {
+        let tokens = backbone.config().num_tokens();
+        let Self { order, sets, spans, .. } = self;
+        order.clear();
+        sets.clear();
+        spans.clear();
+        let mut first_slot = 0;
+        for (i, row) in rows.iter().enumerate() {
+            if sets.iter().any(|&set| std::ptr::eq(rows[set].set, row.set)) {
+                continue;
+            }
+            let first = order.len();
+            order.extend((i..rows.len()).filter(|&j| std::ptr::eq(rows[j].set, row.set)));
+            let span_tokens = (order.len() - first) * tokens;
+            spans.push(Span { set: sets.len(), first: first * tokens, tokens: span_tokens, first_slot });
+            first_slot += span_tokens * row.set.config().top_k;
+            sets.push(i);
+        }
+        let experts = |set: usize| &rows[sets[set]].set.layers[0];
+        Moe { substrates: &backbone.blocks[0].substrates, experts, spans }.plan(self.pool.threads(), &mut self.moe);
+    }
+
+    fn run_stem(&mut self, backbone: &Backbone, rows: &[Row<'_>]) {
+        let (isa, d_model) = (backbone.isa(), backbone.config().d_model);
+        let image_len = backbone.config().num_tokens() * d_model;
+        let (order, stem_len) = (&self.order, self.stem_len);
+        let [mut from, mut to] = self.stem.each_mut();
+        for (layer, convolution) in backbone.stem.iter().enumerate() {
+            let (is_first, is_last) = (layer == 0, layer + 1 == backbone.stem.len());
+            let threads = &*self.threads;
+            let (target, target_len) = if is_last { (&mut self.x, image_len) } else { (&mut *to, stem_len) };
+            let target = Parts::new(target);
+            let (windows, channels) = (convolution.windows(), convolution.channels());
+            let tiles = windows.div_ceil(TILE);
+            let input: &[f32] = from;
+            self.pool.run(rows.len() * tiles, |thread, item| {
+                let (image, first) = (item / tiles, item % tiles * TILE);
+                let len = TILE.min(windows - first) * channels;
+                // SAFETY: a thread number is used by one call at a time, and tiles have outputs of their own.
+                let (thread, out) =
+                    unsafe { (threads.of(thread), target.part(image * target_len + first * channels, len)) };
+                let input = if is_first { rows[order[image]].pixels } else { &input[image * stem_len..][..stem_len] };
+                let buffers = (&mut thread.windows[..], &mut thread.rows[..], &mut thread.quantized);
+                convolution.forward(isa, input, first, buffers, out).expect(LENGTHS);
+                if is_last {
+                    add_assign(isa, out, &backbone.pos_embed[first * channels..][..len]);
+                }
+            });
+            std::mem::swap(&mut from, &mut to);
+        }
+    }
+
+    /// `x += proj(attention(qkv(norm1(x))))`, then `normed = norm2(x)`.
+    fn run_attention(&mut self, backbone: &Backbone, block: &Block, images: usize) {
+        let BackboneConfig { d_model, num_heads, .. } = *backbone.config();
+        let (isa, tokens, head_dim) = (backbone.isa(), backbone.config().num_tokens(), backbone.config().head_dim());
+        let all = images * tokens;
+        let tile = all.div_ceil(self.pool.threads()).clamp(8, TILE);
+        let tiles = all.div_ceil(tile);
+        let range = |item: usize| (item * tile, tile.min(all - item * tile));
+        let threads = &*self.threads;
+
+        let (x, qkv) = (&self.x, Parts::new(&mut self.qkv));
+        self.pool.run(tiles, |thread, item| {
+            let (first, rows) = range(item);
+            // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
+            let (thread, qkv) = unsafe { (threads.of(thread), qkv.part(first * 3 * d_model, rows * 3 * d_model)) };
+            let normed = &mut thread.rows[..rows * d_model];
+            let Norm { gamma, beta } = &block.norm1;
+            layer_norm(isa, &x[first * d_model..][..rows * d_model], gamma, beta, LAYER_NORM_EPS, normed);
+            block.qkv.forward(normed, &mut thread.quantized, qkv).expect(LENGTHS);
+        });
+
+        let (qkv, heads) = (&self.qkv, Parts::new(&mut self.heads));
+        self.pool.run(images * num_heads, |thread, item| {
+            let (image, head) = (item / num_heads, item % num_heads);
+            // SAFETY: a thread number is used by one call at a time, and heads have outputs of their own.
+            let (thread, out) =
+                unsafe { (threads.of(thread), heads.part(item * tokens * head_dim, tokens * head_dim)) };
+            let qkv = &qkv[image * tokens * 3 * d_model..][..tokens * 3 * d_model];
+            Head { isa, qkv, tokens, d_model, head_dim, head }.forward(&mut thread.attention, out);
+        });
+
+        let (x, normed, heads) = (Parts::new(&mut self.x), Parts::new(&mut self.normed), &self.heads);
+        let order = block.substrates.input_order();
+        self.pool.run(tiles, |thread, item| {
+            let (first, rows) = range(item);
+            let (start, len) = (first * d_model, rows * d_model);
+            // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
+            let (thread, x, normed) = unsafe { (threads.of(thread), x.part(start, len), normed.part(start, len)) };
+            let (mixed, out) = (&mut thread.rows[..len], &mut thread.out[..len]);
+            for (row, mixed) in mixed.chunks_exact_mut(d_model).enumerate() {
+                let (image, token) = ((first + row) / tokens, (first + row) % tokens);
+                for (head, mixed) in mixed.chunks_exact_mut(head_dim).enumerate() {
+                    mixed.copy_from_slice(
+                        &heads[((image * num_heads + head) * tokens + token) * head_dim..][..head_dim],
+                    );
+                }
+            }
+            block.proj.forward(mixed, &mut thread.quantized, out).expect(LENGTHS);
+            add_assign(isa, x, out);
+            let Norm { gamma, beta } = &block.norm2;
+            layer_norm(isa, x, gamma, beta, LAYER_NORM_EPS, out);
+            for (natural, ordered) in out.chunks_exact(d_model).zip(normed.chunks_exact_mut(d_model)) {
+                order.permute_row(natural, ordered);
+            }
+        });
+    }
+
+    /// `x += experts(normed)`.
+    fn run_experts(&mut self, backbone: &Backbone, layer: usize, rows: &mut [Row<'_>]) {
+        let tokens = backbone.config().num_tokens();
+        let Self { sets, spans, moe, pool, normed, x, order, .. } = self;
+        let experts = |set: usize| &rows[sets[set]].set.layers[layer];
+        let block = Moe { substrates: &backbone.blocks[layer].substrates, experts, spans };
+        block.route(normed, pool, moe);
+        block.forward(normed, x, pool, moe);
+        for span in spans.iter() {
+            for image in span.first / tokens..(span.first + span.tokens) / tokens {
+                let row = &mut rows[order[image]];
+                let len = tokens * row.set.config().top_k;
+                if let Some(routing) = &mut row.routing {
+                    let slot = span.first_slot + (image - span.first / tokens) * len;
+                    routing[layer * len..][..len].copy_from_slice(&moe.ids()[slot..][..len]);
+                }
+            }
+        }
+    }
+
+    /// `logits = head(mean over tokens of norm(x))`.
+    fn run_head(&mut self, backbone: &Backbone, rows: &mut [Row<'_>]) {
+        let (isa, d_model, tokens) = (backbone.isa(), backbone.config().d_model, backbone.config().num_tokens());
+        // SAFETY: outside of loops the session's number is its caller's, who has the session exclusively.
+        let ThreadScratch { rows: normed, out: pooled, .. } = unsafe { self.threads.of(self.pool.own()) };
+        let pooled = &mut pooled[..d_model];
+        for (image, &row) in self.order.iter().enumerate() {
+            pooled.fill(0.0);
+            let x = &self.x[image * tokens * d_model..][..tokens * d_model];
+            for x in x.chunks(TILE * d_model) {
+                let normed = &mut normed[..x.len()];
+                layer_norm(isa, x, &backbone.norm.gamma, &backbone.norm.beta, LAYER_NORM_EPS, normed);
+                for token in normed.chunks_exact(d_model) {
+                    add_assign(isa, pooled, token);
+                }
+            }
+            for v in pooled.iter_mut() {
+                *v /= tokens as f32;
+            }
+            let row = &mut rows[row];
+            row.set.head.matmul(pooled, row.logits).expect(LENGTHS);
+        }
+    }
+}
+
+fn check_rows(backbone: &Backbone, max_batch: usize, rows: &[Row<'_>]) -> Result<(), ModelError> {
+    if rows.len() > max_batch {
+        return Err(ModelError::BatchTooLarge { rows: rows.len(), max_batch });
+    }
+    let config = backbone.config();
+    for row in rows {
+        let set = row.set;
+        expect_len("pixels", row.pixels.len(), config.image_size.pow(2) * 3)?;
+        expect_len("logits", row.logits.len(), set.labels().len())?;
+        if let Some(routing) = &row.routing {
+            let expected = config.num_layers * config.num_tokens() * set.config().top_k;
+            expect_len("routing", routing.len(), expected)?;
+        }
+    }
+    Ok(())
+}

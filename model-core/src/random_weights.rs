@@ -1,0 +1,79 @@
+//! Models of random weights, for measurements and tests. Layers keep the size of what goes through them, so that no
+//! activation vanishes or overflows.
+
+use crate::config::{BackboneConfig, ViTConfig};
+use crate::random::SplitMix64;
+use crate::weights::{
+    AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
+};
+
+/// A backbone of random weights.
+pub fn backbone_weights(config: &BackboneConfig, random: &mut SplitMix64) -> BackboneWeights {
+    let BackboneConfig { d_model, d_ff, .. } = *config;
+    let stem = config.stem_inputs().map(|(layer, _, channels)| StemWeights {
+        conv: linear(random, layer.channels, layer.kernel.pow(2) * channels),
+        norm: layer.norm_gelu.then(|| norm(random, layer.channels)),
+    });
+    let stem = stem.collect();
+    let block = |random: &mut SplitMix64| BlockWeights {
+        norm1: norm(random, d_model),
+        qkv: linear(random, 3 * d_model, d_model),
+        proj: linear(random, d_model, d_model),
+        norm2: norm(random, d_model),
+        up: ternary(random, d_ff, d_model),
+        down: ternary(random, d_model, d_ff),
+    };
+    BackboneWeights {
+        config: config.clone(),
+        stem,
+        pos_embed: random.uniforms(config.num_tokens() * d_model, 0.3),
+        blocks: (0..config.num_layers).map(|_| block(random)).collect(),
+        norm: norm(random, d_model),
+    }
+}
+
+/// An expert set of random weights, with labels `class 0` and so on.
+pub fn expert_set_weights(config: &ViTConfig, random: &mut SplitMix64) -> ExpertSetWeights {
+    let (backbone, e) = (&config.backbone, &config.experts);
+    // Codes that use the whole range of their width; logits of about one for tokens of about one.
+    let limit = (1i32 << (e.router_bits - 1)) - 1;
+    let scale = (3.0 / backbone.d_model as f32).sqrt() / limit as f32;
+    let layer = |random: &mut SplitMix64| {
+        let angles = |random: &mut SplitMix64, stages: usize, features: usize| {
+            let count = e.num_experts * stages * features / 2;
+            AngleCodes { codes: (0..count).map(|_| (random.bits() >> (64 - e.angle_bits)) as u16).collect() }
+        };
+        let codes = (0..e.num_experts * backbone.d_model)
+            .map(|_| (random.bits() % (2 * limit as u64 + 1)) as i32 - limit)
+            .map(|code| code as i16);
+        ExpertLayerWeights {
+            router: codes.collect(),
+            router_scale: vec![scale; e.num_experts],
+            rotation_in: angles(random, e.stages_in, backbone.d_model),
+            rotation_hidden: angles(random, e.stages_hidden, backbone.d_ff),
+            rotation_out: angles(random, e.stages_out, backbone.d_model),
+        }
+    };
+    ExpertSetWeights {
+        config: e.clone(),
+        layers: (0..backbone.num_layers).map(|_| layer(random)).collect(),
+        head: linear(random, config.num_classes, backbone.d_model),
+        labels: (0..config.num_classes).map(|i| format!("class {i}")).collect(),
+    }
+}
+
+/// A layer `[rows, cols]`.
+pub fn linear(random: &mut SplitMix64, rows: usize, cols: usize) -> Linear {
+    Linear { weight: random.uniforms(rows * cols, (cols as f64).powf(-0.5)), bias: random.uniforms(rows, 0.05) }
+}
+
+fn norm(random: &mut SplitMix64, features: usize) -> Norm {
+    let mut gamma = random.uniforms(features, 0.1);
+    gamma.iter_mut().for_each(|gamma| *gamma += 1.0);
+    Norm { gamma, beta: random.uniforms(features, 0.05) }
+}
+
+fn ternary(random: &mut SplitMix64, rows: usize, cols: usize) -> Ternary {
+    let codes = (0..rows * cols).map(|_| (random.bits() % 3) as i8 - 1).collect();
+    Ternary { codes, scale: vec![(1.5 / cols as f32).sqrt(); rows] }
+}

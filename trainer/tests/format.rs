@@ -1,0 +1,117 @@
+//! `FORMAT.md` says enough: a reader written from it alone, in Python, sees the same pixels and the same logits.
+
+#[path = "../../model-core/tests/common/mod.rs"]
+mod common;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{files, minute_config};
+use model_core::artifact::read_backbone;
+use model_core::config::{StemLayer, ViTConfig};
+use model_core::image::RgbImage;
+use serde::Deserialize;
+
+/// What `FORMAT.md` promises.
+const TOLERANCE: f64 = 1e-3;
+
+#[derive(Deserialize)]
+struct Answer {
+    pixels: Vec<f32>,
+    logits: Vec<f64>,
+    labels: Vec<String>,
+}
+
+/// An interpreter that has NumPy: the one in the path, or the distribution's.
+fn python_with_numpy() -> Option<&'static str> {
+    ["python3", "/usr/bin/python3"].into_iter().find(|python| {
+        let status = Command::new(python).args(["-c", "import numpy"]).stderr(Stdio::null()).status();
+        status.is_ok_and(|status| status.success())
+    })
+}
+
+fn photo(width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let (x, y) = (f64::from(x), f64::from(y));
+        let wave = |phase: f64| (128.0 + 120.0 * (x / 3.1 + y / 4.7 + phase).sin()) as u8;
+        [wave(0.0), wave(2.0), (7.0 * x + 5.0 * y) as u8].into()
+    })
+}
+
+fn independent_answer(python: &str, folder: &Path, image: &RgbImage) -> Answer {
+    let mut reader = Command::new(python)
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/independent_reader.py"))
+        .args([folder.join("backbone"), folder.join("set")])
+        .args([image.width().to_string(), image.height().to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    reader.stdin.take().unwrap().write_all(image.as_raw()).unwrap();
+    let output = reader.wait_with_output().unwrap();
+    assert!(output.status.success(), "the independent reader failed; its complaint is above");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// What `butterflyvit-trainer logits --float` prints for a file.
+#[derive(Deserialize)]
+struct Printed {
+    labels: Vec<String>,
+    logits: Vec<f64>,
+}
+
+fn float_path(folder: &Path, image: &RgbImage) -> Printed {
+    let (file, backbone, set) = (folder.join("image.png"), folder.join("backbone"), folder.join("set"));
+    image.save(&file).unwrap();
+    let mut trainer = Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer"));
+    trainer.arg("logits").arg(file).arg("--backbone").arg(backbone).arg("--set").arg(set).arg("--float");
+    let output = trainer.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
+    let Some(python) = python_with_numpy() else {
+        assert!(std::env::var_os("CI").is_none(), "python3 with numpy is required here");
+        eprintln!("skipped: there is no python3 with numpy");
+        return;
+    };
+    let tiny = ViTConfig::preset("tiny").unwrap();
+    let mut without_out_rotation = tiny.clone();
+    without_out_rotation.experts.stages_out = 0;
+    without_out_rotation.experts.angle_bits = 4;
+    // Strided, padded convolutions whose last windows hang over the edge, and three heads.
+    let mut strided = tiny.clone();
+    strided.backbone.image_size = 15;
+    strided.backbone.stem =
+        vec![StemLayer::conv3(6, 2), StemLayer { padding: 2, kernel: 4, ..StemLayer::conv3(24, 3) }];
+    (strided.backbone.d_model, strided.backbone.num_heads) = (24, 3);
+    (strided.experts.stages_in, strided.experts.angle_bits, strided.experts.router_bits) = (3, 16, 16);
+
+    for (name, config) in [
+        ("minute", minute_config()),
+        ("tiny", tiny),
+        ("without an out rotation", without_out_rotation),
+        ("strided", strided),
+    ] {
+        let files = files(&config, 11);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("backbone"), &files.backbone).unwrap();
+        std::fs::write(folder.path().join("set"), &files.expert_set).unwrap();
+        let preprocess = read_backbone(&files.backbone).unwrap().preprocess;
+        let side = config.backbone.image_size;
+        for (width, height) in [(side as u32, side as u32), (37, 23), (5, 11)] {
+            let image = photo(width, height);
+            let answer = independent_answer(python, folder.path(), &image);
+            assert_eq!(answer.pixels, preprocess.pixels(&image, side), "{name}, {width}x{height}");
+            let Printed { labels, logits } = float_path(folder.path(), &image);
+            assert_eq!(answer.labels, labels);
+            assert_eq!(logits.len(), answer.logits.len());
+            let error = logits.iter().zip(&answer.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            println!("{name}, {width}x{height}: off by {error:.1e}");
+            assert!(error < TOLERANCE, "{name}, {width}x{height}: off by {error}");
+        }
+    }
+}

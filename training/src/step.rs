@@ -1,0 +1,155 @@
+//! Gradients of one batch, computed by shards on several threads.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::losses::{LossWeights, expert_loads, losses};
+use crate::optimizer::Gradients;
+use crate::parameters::Quantizers;
+use crate::vit::{Output, ViT};
+
+/// Images ready for the model.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// Normalised pixels, `[batch, side, side, 3]`.
+    pub pixels: Vec<f32>,
+    /// Soft labels `[batch, classes]`, rows summing to one.
+    pub targets: Vec<f32>,
+    /// Number of images.
+    pub len: usize,
+    /// Stochastic depth (arXiv 1603.09382): what every image's residual branches are multiplied by,
+    /// `[batch, 2 * layers]`, attention before feed-forward; empty for one everywhere.
+    pub branch_scales: Vec<f32>,
+}
+
+/// Means over a batch.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepStats {
+    /// The loss that was descended.
+    pub loss: f64,
+    /// Its cross-entropy term.
+    pub cross_entropy: f64,
+    /// Load balance, 1 when balanced.
+    pub balance: f64,
+    /// Spatial smoothness.
+    pub smoothness: f64,
+    /// Contiguity ratio; 0 when it has no weight.
+    pub contiguity: f64,
+    /// Share of images whose largest logit is the largest target, mixed and taught as it may be.
+    pub accuracy: f64,
+}
+
+/// The gradient of the mean loss over `batch`, and its statistics.
+///
+/// The batch is cut into shards of `shard_size` images that `threads` threads take in turn; shards are summed in
+/// order, so the result depends on `shard_size` but not on `threads` or timing. Experts are balanced over the whole
+/// batch: all shards go forward before the first goes back.
+///
+/// # Errors
+/// When shapes do not fit, or a parameter receives no gradient.
+pub fn gradients(
+    vit: &ViT,
+    quantizers: Quantizers,
+    batch: &Batch,
+    weights: LossWeights,
+    shard_size: usize,
+    threads: usize,
+) -> Result<(Gradients, StepStats)> {
+    let shards = (0..batch.len).step_by(shard_size).map(|start| start..batch.len.min(start + shard_size)).collect();
+    let forward = in_turn(threads, shards, |images| Ok((forward(vit, quantizers, batch, &images)?, images)))?;
+    let loads = expert_loads(forward.iter().map(|(output, _)| output));
+    let shards = in_turn(threads, forward, |(output, images)| backward(vit, &output, &loads, batch, &images, weights))?;
+    let mut sum = Gradients::new();
+    let mut stats = StepStats::default();
+    for (gradients, shard) in shards {
+        for (name, gradient) in gradients {
+            match sum.get_mut(&name) {
+                Some(sum) => sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += g),
+                None => drop(sum.insert(name, gradient)),
+            }
+        }
+        stats.loss += shard.loss;
+        stats.cross_entropy += shard.cross_entropy;
+        stats.balance += shard.balance;
+        stats.smoothness += shard.smoothness;
+        stats.contiguity += shard.contiguity;
+        stats.accuracy += shard.accuracy;
+    }
+    Ok((sum, stats))
+}
+
+/// What `work` makes of every item, in order, on `threads` threads that take them in turn.
+fn in_turn<T: Send, R: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let results: Vec<Mutex<Option<Result<R>>>> = items.iter().map(|_| Mutex::new(None)).collect();
+    let todo = Mutex::new(items.into_iter().zip(&results));
+    let work = || {
+        loop {
+            let taken = todo.lock().expect("no thread panics while it holds the lock").next();
+            let Some((item, result)) = taken else { break };
+            let done = work(item);
+            *result.lock().expect("no thread panics while it holds the lock") = Some(done);
+        }
+    };
+    std::thread::scope(|scope| {
+        (0..threads.clamp(1, results.len().max(1))).for_each(|_| drop(scope.spawn(work)));
+    });
+    drop(todo);
+    results.into_iter().filter_map(|result| result.into_inner().expect("no thread panics")).collect()
+}
+
+fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usize>) -> Result<Output> {
+    let pixels = vit.config().backbone.image_size.pow(2) * 3;
+    let side = vit.config().backbone.image_size;
+    let pixels = batch.pixels[images.start * pixels..images.end * pixels].to_vec();
+    let pixels = Tensor::from_vec(pixels, (images.len(), side, side, 3), &Device::Cpu)?;
+    let branches = 2 * vit.config().backbone.num_layers;
+    if batch.branch_scales.is_empty() {
+        return vit.forward(&pixels, quantizers);
+    }
+    let scales = batch.branch_scales[images.start * branches..images.end * branches].to_vec();
+    vit.forward_scaled(&pixels, quantizers, Some(&Tensor::from_vec(scales, (images.len(), branches), &Device::Cpu)?))
+}
+
+/// The share of the batch's gradient and statistics that comes from `images`.
+fn backward(
+    vit: &ViT,
+    output: &Output,
+    loads: &[Vec<f32>],
+    batch: &Batch,
+    images: &Range<usize>,
+    weights: LossWeights,
+) -> Result<(Gradients, StepStats)> {
+    let classes = vit.config().num_classes;
+    let share = images.len() as f64 / batch.len as f64;
+    let targets = &batch.targets[images.start * classes..images.end * classes];
+    let target_tensor = Tensor::from_slice(targets, (images.len(), classes), &Device::Cpu)?;
+    let losses = losses(output, loads, &target_tensor, vit.config().backbone.grid_side(), weights)?;
+    let grads = (&losses.total * share)?.backward()?;
+    let mut named = Gradients::new();
+    for (name, var) in vit.parameters().trainable() {
+        let gradient = match grads.get(var) {
+            Some(gradient) => gradient.flatten_all()?.to_vec1::<f32>()?,
+            None => candle_core::bail!("parameter {name} received no gradient"),
+        };
+        named.insert(name.clone(), gradient);
+    }
+    let logits = output.logits.flatten_all()?.to_vec1::<f32>()?;
+    let hits = logits.chunks_exact(classes).zip(targets.chunks_exact(classes));
+    let hits = hits.filter(|(logits, targets)| argmax(logits) == argmax(targets)).count();
+    let scalar = |t: &Tensor| t.to_scalar::<f32>().map(f64::from);
+    let stats = StepStats {
+        loss: scalar(&losses.total)? * share,
+        cross_entropy: scalar(&losses.cross_entropy)? * share,
+        balance: scalar(&losses.balance)? * share,
+        smoothness: scalar(&losses.smoothness)? * share,
+        contiguity: scalar(&losses.contiguity)? * share,
+        accuracy: hits as f64 / batch.len as f64,
+    };
+    Ok((named, stats))
+}
+
+fn argmax(values: &[f32]) -> usize {
+    values.iter().enumerate().fold(0, |best, (i, v)| if *v > values[best] { i } else { best })
+}

@@ -1,0 +1,173 @@
+//! From an artifact's weights to parameters and back.
+
+use candle_core::Result;
+use model_core::config::FeedForwardKind;
+use model_core::kernels::ternary::scalar::ternarize;
+use model_core::weights::{
+    self, AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, StemWeights, Ternary,
+};
+
+use super::{ViT, invalid};
+use crate::parameters::Parameters;
+use crate::quantize;
+
+impl ViT {
+    /// The values an artifact stands for. Meant for [`Quantizers::NONE`]: its substrates are already ternary.
+    ///
+    /// # Errors
+    /// When the shapes of the weights do not fit their configuration.
+    pub fn from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
+        Self::from_weights_with(backbone, set, dense)
+    }
+
+    /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on from it
+    /// with [`Quantizers::ALL`].
+    ///
+    /// # Errors
+    /// As for [`ViT::from_weights`].
+    pub fn latent_from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
+        Self::from_weights_with(backbone, set, latent)
+    }
+
+    fn from_weights_with(
+        backbone: &BackboneWeights,
+        set: &ExpertSetWeights,
+        substrate: fn(&Ternary) -> Vec<f32>,
+    ) -> Result<Self> {
+        let config = set.vit_config(&backbone.config);
+        config.validate().map_err(invalid)?;
+        let (b, e) = (&config.backbone, &config.experts);
+        let mut p = Parameters::default();
+        let linear = |p: &mut Parameters, name: &str, layer: &weights::Linear| -> Result<()> {
+            let out = layer.bias.len();
+            p.insert(format!("{name}.weight"), layer.weight.clone(), &[out, layer.weight.len() / out.max(1)])?;
+            p.insert(format!("{name}.bias"), layer.bias.clone(), &[out])
+        };
+        let norm = |p: &mut Parameters, name: &str, layer: &weights::Norm| -> Result<()> {
+            p.insert(format!("{name}.gamma"), layer.gamma.clone(), &[layer.gamma.len()])?;
+            p.insert(format!("{name}.beta"), layer.beta.clone(), &[layer.beta.len()])
+        };
+        for (i, layer) in backbone.stem.iter().enumerate() {
+            linear(&mut p, &format!("stem.{i}.conv"), &layer.conv)?;
+            if let Some(layer) = &layer.norm {
+                norm(&mut p, &format!("stem.{i}.norm"), layer)?;
+            }
+        }
+        p.insert("pos_embed", backbone.pos_embed.clone(), &[b.num_tokens(), b.d_model])?;
+        for (l, (block, layer)) in backbone.blocks.iter().zip(&set.layers).enumerate() {
+            norm(&mut p, &format!("blocks.{l}.norm1"), &block.norm1)?;
+            linear(&mut p, &format!("blocks.{l}.attention.qkv"), &block.qkv)?;
+            linear(&mut p, &format!("blocks.{l}.attention.proj"), &block.proj)?;
+            norm(&mut p, &format!("blocks.{l}.norm2"), &block.norm2)?;
+            let mut matrix = |part: &str, values: Vec<f32>, shape: &[usize]| {
+                p.insert(format!("blocks.{l}.moe.{part}"), values, shape)
+            };
+            matrix("up", substrate(&block.up), &[b.d_ff, b.d_model])?;
+            matrix("down", substrate(&block.down), &[b.d_model, b.d_ff])?;
+            let rows = layer.router.chunks_exact(b.d_model).zip(&layer.router_scale);
+            let router = rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect();
+            matrix("router", router, &[e.num_experts, b.d_model])?;
+            let angles = |codes: &AngleCodes| quantize::angles_of_codes(&codes.codes, e.angle_bits);
+            matrix("rotation_in", angles(&layer.rotation_in), &[e.num_experts, e.stages_in, b.d_model / 2])?;
+            matrix("rotation_hidden", angles(&layer.rotation_hidden), &[e.num_experts, e.stages_hidden, b.d_ff / 2])?;
+            if e.stages_out > 0 {
+                matrix("rotation_out", angles(&layer.rotation_out), &[e.num_experts, e.stages_out, b.d_model / 2])?;
+            }
+        }
+        norm(&mut p, "norm", &backbone.norm)?;
+        linear(&mut p, "head", &set.head)?;
+        Self::assemble(config, FeedForwardKind::Butterfly, p)
+    }
+
+    /// The codes that latent parameters round to, ready for an artifact.
+    ///
+    /// # Errors
+    /// When the number of `labels` is not the number of classes, or the feed-forward layers are of a kind that
+    /// artifacts do not hold.
+    pub fn to_weights(&self, labels: &[String]) -> Result<(BackboneWeights, ExpertSetWeights)> {
+        let (b, e) = (&self.config.backbone, &self.config.experts);
+        if labels.len() != self.config.num_classes {
+            candle_core::bail!("{} labels for {} classes", labels.len(), self.config.num_classes);
+        }
+        if self.kind != FeedForwardKind::Butterfly {
+            candle_core::bail!("artifacts hold butterfly experts, not {:?}", self.kind);
+        }
+        let p = &self.parameters;
+        let linear = |name: &str| -> Result<weights::Linear> {
+            Ok(weights::Linear {
+                weight: p.values(&format!("{name}.weight"))?,
+                bias: p.values(&format!("{name}.bias"))?,
+            })
+        };
+        let norm = |name: &str| -> Result<weights::Norm> {
+            Ok(weights::Norm { gamma: p.values(&format!("{name}.gamma"))?, beta: p.values(&format!("{name}.beta"))? })
+        };
+        let stem = b.stem.iter().enumerate().map(|(i, layer)| {
+            Ok(StemWeights {
+                conv: linear(&format!("stem.{i}.conv"))?,
+                norm: if layer.norm_gelu { Some(norm(&format!("stem.{i}.norm"))?) } else { None },
+            })
+        });
+        let ternary = |name: &str, cols: usize| -> Result<Ternary> {
+            let (codes, scale) = ternarize(&p.values(name)?, cols);
+            Ok(Ternary { codes, scale })
+        };
+        let blocks = (0..b.num_layers).map(|l| {
+            Ok(BlockWeights {
+                norm1: norm(&format!("blocks.{l}.norm1"))?,
+                qkv: linear(&format!("blocks.{l}.attention.qkv"))?,
+                proj: linear(&format!("blocks.{l}.attention.proj"))?,
+                norm2: norm(&format!("blocks.{l}.norm2"))?,
+                up: ternary(&format!("blocks.{l}.moe.up"), b.d_model)?,
+                down: ternary(&format!("blocks.{l}.moe.down"), b.d_ff)?,
+            })
+        });
+        let backbone = BackboneWeights {
+            config: b.clone(),
+            stem: stem.collect::<Result<_>>()?,
+            pos_embed: p.values("pos_embed")?,
+            blocks: blocks.collect::<Result<_>>()?,
+            norm: norm("norm")?,
+        };
+        let layers = (0..b.num_layers).map(|l| {
+            let values = |part: &str| p.values(&format!("blocks.{l}.moe.{part}"));
+            let codes = |part: &str| -> Result<AngleCodes> {
+                Ok(AngleCodes { codes: quantize::angle_codes(&values(part)?, e.angle_bits) })
+            };
+            let (router, router_scale) = quantize::router_codes(&values("router")?, b.d_model, e.router_bits);
+            Ok(ExpertLayerWeights {
+                router,
+                router_scale,
+                rotation_in: codes("rotation_in")?,
+                rotation_hidden: codes("rotation_hidden")?,
+                rotation_out: if e.stages_out > 0 { codes("rotation_out")? } else { AngleCodes::default() },
+            })
+        });
+        let set = ExpertSetWeights {
+            config: e.clone(),
+            layers: layers.collect::<Result<_>>()?,
+            head: linear("head")?,
+            labels: labels.to_vec(),
+        };
+        Ok((backbone, set))
+    }
+}
+
+fn dense(matrix: &Ternary) -> Vec<f32> {
+    let cols = matrix.codes.len() / matrix.scale.len().max(1);
+    let rows = matrix.codes.chunks_exact(cols.max(1)).zip(&matrix.scale);
+    rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect()
+}
+
+/// Rounding takes the mean magnitude of a row for its scale. That of `code * scale` is smaller by the share of codes that
+/// are not zero.
+fn latent(matrix: &Ternary) -> Vec<f32> {
+    let cols = (matrix.codes.len() / matrix.scale.len().max(1)).max(1);
+    let rows = matrix.codes.chunks_exact(cols).zip(&matrix.scale);
+    let latents = rows.flat_map(|(row, scale)| {
+        let nonzero = row.iter().filter(|&&code| code != 0).count().max(1);
+        let value = (f64::from(*scale) * cols as f64 / nonzero as f64) as f32;
+        row.iter().map(move |&code| f32::from(code) * value)
+    });
+    latents.collect()
+}

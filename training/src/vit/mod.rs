@@ -1,0 +1,136 @@
+//! The Vision Transformer in candle, top to bottom as in the paper's figure: the float reference of the engine, and
+//! the graph that training differentiates.
+
+mod convert;
+mod init;
+
+use candle_core::{Result, Tensor};
+use model_core::config::{ConfigError, FeedForwardKind, ViTConfig};
+use model_core::random::AngleStart;
+
+use crate::layers::{Attention, FeedForward, LayerNorm, Linear, Routing, Stem};
+use crate::parameters::{Parameters, Quantizers};
+
+/// A block: `x += attention(norm1(x))`, `x += feed_forward(norm2(x))`.
+#[derive(Debug, Clone)]
+struct Block {
+    norm1: LayerNorm,
+    attention: Attention,
+    norm2: LayerNorm,
+    feed_forward: FeedForward,
+}
+
+/// What a forward pass gives.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// `[batch, classes]`.
+    pub logits: Tensor,
+    /// One per block, where there are routers.
+    pub routing: Vec<Routing>,
+}
+
+/// The model with its parameters.
+#[derive(Debug, Clone)]
+pub struct ViT {
+    config: ViTConfig,
+    kind: FeedForwardKind,
+    parameters: Parameters,
+    angle_start: Option<AngleStart>,
+    stem: Stem,
+    blocks: Vec<Block>,
+    norm: LayerNorm,
+    head: Linear,
+}
+
+impl ViT {
+    fn assemble(config: ViTConfig, kind: FeedForwardKind, parameters: Parameters) -> Result<Self> {
+        let p = &parameters;
+        let blocks = (0..config.backbone.num_layers).map(|l| {
+            Ok(Block {
+                norm1: LayerNorm::new(p, &format!("blocks.{l}.norm1"))?,
+                attention: Attention::new(p, &format!("blocks.{l}.attention"), config.backbone.num_heads)?,
+                norm2: LayerNorm::new(p, &format!("blocks.{l}.norm2"))?,
+                feed_forward: FeedForward::new(p, &format!("blocks.{l}.moe"), kind, &config.experts)?,
+            })
+        });
+        Ok(Self {
+            stem: Stem::new(p, &config.backbone)?,
+            blocks: blocks.collect::<Result<_>>()?,
+            norm: LayerNorm::new(p, "norm")?,
+            head: Linear::new(p, "head")?,
+            config,
+            kind,
+            parameters,
+            angle_start: None,
+        })
+    }
+
+    /// The same model with every parameter for which `frozen` is true left out of the graph.
+    ///
+    /// # Errors
+    /// Never for a model that was built.
+    pub fn freeze(self, frozen: impl Fn(&str) -> bool) -> Result<Self> {
+        let Self { config, kind, parameters, angle_start, .. } = self;
+        Ok(Self { angle_start, ..Self::assemble(config, kind, parameters.freeze(frozen))? })
+    }
+
+    /// The same model with another record of where its angles started: that of the model it was made from.
+    pub fn with_angle_start(self, angle_start: Option<AngleStart>) -> Self {
+        Self { angle_start, ..self }
+    }
+
+    /// Where the angles started; none for a model made of an artifact's values, or without angles.
+    pub fn angle_start(&self) -> Option<&AngleStart> {
+        self.angle_start.as_ref()
+    }
+
+    /// The model's shapes.
+    pub fn config(&self) -> &ViTConfig {
+        &self.config
+    }
+
+    /// The model's parameters.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// `pixels [batch, side, side, 3]`, normalised, to logits.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward(&self, pixels: &Tensor, quantizers: Quantizers) -> Result<Output> {
+        self.forward_scaled(pixels, quantizers, None)
+    }
+
+    /// [`ViT::forward`] with the residual branches of every image multiplied by `branch_scales [batch, 2 * layers]`,
+    /// attention before feed-forward.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward_scaled(
+        &self,
+        pixels: &Tensor,
+        quantizers: Quantizers,
+        branch_scales: Option<&Tensor>,
+    ) -> Result<Output> {
+        let scaled = |y: Tensor, branch: usize| match branch_scales {
+            Some(scales) => y.broadcast_mul(&scales.narrow(1, branch, 1)?.unsqueeze(2)?),
+            None => Ok(y),
+        };
+        let mut x = self.stem.forward(pixels)?;
+        let mut routing = Vec::with_capacity(self.blocks.len());
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let y = block.attention.forward(&block.norm1.forward(&x)?)?;
+            x = (x + scaled(y, 2 * layer)?)?;
+            let (y, chosen) = block.feed_forward.forward(&block.norm2.forward(&x)?, quantizers)?;
+            x = (x + scaled(y, 2 * layer + 1)?)?;
+            routing.extend(chosen);
+        }
+        let pooled = self.norm.forward(&x)?.mean(1)?;
+        Ok(Output { logits: self.head.forward(&pooled)?, routing })
+    }
+}
+
+fn invalid(error: ConfigError) -> candle_core::Error {
+    candle_core::Error::Msg(error.to_string()).bt()
+}
