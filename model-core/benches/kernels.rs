@@ -13,7 +13,10 @@ use model_core::kernels::activation::gelu;
 use model_core::kernels::norm::layer_norm;
 use model_core::kernels::rotation::{Coefficients, rotate};
 use model_core::kernels::softmax::softmax;
-use model_core::kernels::{Isa, LaneOrder, PackedAngles, PackedF32, PackedInt8, PackedTernary, quantize_rows};
+use model_core::kernels::{
+    Isa, LaneOrder, PackedAngles, PackedDepthwise, PackedF32, PackedInt8, PackedPointwise, PackedTernary, Requantize,
+    depthwise, quantize_rows,
+};
 
 /// The sizes that kernels see in one image of a preset.
 struct Shape {
@@ -99,6 +102,38 @@ fn int8(criterion: &mut Criterion) {
     }
 }
 
+/// The widest layers of EfficientNet-Lite0 at 192 pixels, each way of convolving one.
+fn convolutions(criterion: &mut Criterion) {
+    let requantize = |n| Requantize::new(&vec![1e-3; n], &vec![0.5; n], (-128.0, 127.0), 0.0).expect("finite numbers");
+    let mut group = criterion.benchmark_group("pointwise");
+    for (side, k, n) in [(96, 16, 96), (24, 40, 240), (12, 112, 672), (6, 1152, 192)] {
+        let m = side * side;
+        let (weights, lhs, mut out) = (codes(n * k), codes(m * k), vec![0; m * n]);
+        let pack = |isa| PackedPointwise::pack(isa, &weights, k, requantize(n)).expect("valid weights");
+        every_isa(&mut group, format!("{side}x{side} {k} to {n}"), m * n * k, pack, |_, packed| {
+            packed.forward(&lhs, m, None, &mut out).expect("the shapes fit");
+        });
+    }
+    group.finish();
+
+    let mut group = criterion.benchmark_group("depthwise");
+    for (side, channels, kernel) in [(48, 144, 3), (12, 672, 5)] {
+        let shape = depthwise::Shape { channels, kernel, stride: 1, top: kernel / 2, left: kernel / 2 };
+        let (weights, plane) = (codes(channels * kernel * kernel), codes(side * side * channels));
+        let input = depthwise::Input { codes: &plane, width: side, zero: -3 };
+        let mut scratch = vec![0; PackedDepthwise::scratch_bytes(&shape, side)];
+        let mut out = vec![0; side * channels];
+        let pack = |isa| PackedDepthwise::pack(isa, &weights, shape, requantize(channels)).expect("valid weights");
+        let name = format!("{side}x{side}x{channels} by {kernel}x{kernel}");
+        every_isa(&mut group, name, plane.len() * kernel * kernel, pack, |_, packed| {
+            for row in 0..side {
+                packed.forward_row(input, row, None, &mut scratch, &mut out).expect("the shapes fit");
+            }
+        });
+    }
+    group.finish();
+}
+
 fn dense(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("dense f32");
     for Shape { name, d_model, tokens: m, num_heads, .. } in shapes() {
@@ -182,5 +217,5 @@ fn elementwise(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(kernels, ternary, int8, dense, rotation, elementwise);
+criterion_group!(kernels, ternary, int8, convolutions, dense, rotation, elementwise);
 criterion_main!(kernels);

@@ -22,6 +22,14 @@ pub enum KernelError {
         /// What stands there.
         value: i8,
     },
+    /// An int8 weight is -128: its magnitude is no int8.
+    #[error("{what}: code {index} is -128, below -127")]
+    Code {
+        /// Which argument.
+        what: &'static str,
+        /// Position in it.
+        index: usize,
+    },
     /// A weight, scale or bias is infinite or not a number.
     #[error("{what} {index} is not finite")]
     NotFinite {
@@ -58,5 +66,13 @@ pub(super) fn expect_finite(what: &'static str, values: &[f32]) -> Result<(), Ke
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
         Some(index) => Err(KernelError::NotFinite { what, index }),
+    }
+}
+
+/// Checks that all weights are in -127..=127.
+pub(super) fn expect_codes(what: &'static str, codes: &[i8]) -> Result<(), KernelError> {
+    match codes.iter().position(|&code| code == i8::MIN) {
+        None => Ok(()),
+        Some(index) => Err(KernelError::Code { what, index }),
     }
 }

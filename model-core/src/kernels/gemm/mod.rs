@@ -41,6 +41,7 @@ mod portable;
 
 use super::error::{KernelError, expect_len};
 use super::isa::{Isa, Kind};
+use super::requantize::Requantize;
 pub(super) use pack::{pack_int8, pack_ternary, unpack_ternary};
 
 /// Rows of w in a panel: one 512-bit register of 32-bit lanes.
@@ -112,6 +113,15 @@ pub(super) enum Sink<'a> {
         /// `[rows]`, padded to whole panels.
         bias: Option<&'a [f32]>,
     },
+    /// int8 codes: `out[m, n] = requantize(dot, added[m, n])`.
+    Requantized {
+        /// `[m, rows]`.
+        out: &'a mut [i8],
+        /// For as many features as `rows`.
+        requantize: &'a Requantize,
+        /// `[m, rows]`.
+        added: Option<&'a [i8]>,
+    },
 }
 
 /// The rows of `lhs` that one tile works on.
@@ -181,6 +191,11 @@ pub(super) fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>
     let out = match sink {
         Sink::Dots(out) => out.len(),
         Sink::Scaled { out, .. } => out.len(),
+        Sink::Requantized { out, requantize, added } => {
+            expect_len("features of a requantised product", requantize.features(), weights.rows)?;
+            expect_len("codes of a residual connection", added.map_or(out.len(), <[i8]>::len), out.len())?;
+            out.len()
+        }
     };
     expect_len("product", out, m.saturating_mul(weights.rows))?;
     // SAFETY (of every call of an entry below): `weights.isa` is an `Isa`, which exists only where detection found
@@ -254,6 +269,10 @@ fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>)
                         let out = &mut out[at..][..columns.len()];
                         sums.write_scaled(out, steps[first + r], &scale[columns.start..], bias);
                     }
+                    Sink::Requantized { out, requantize, added } => {
+                        let added = added.map(|added| &added[at..][..columns.len()]);
+                        sums.write_requantized(&mut out[at..][..columns.len()], requantize, first_panel, added);
+                    }
                 }
             }
         }
@@ -319,6 +338,15 @@ impl Sums<'_> {
         }
         if !rest.is_empty() {
             rest.copy_from_slice(&self.scaled_panel(whole.len(), step, scale, bias)[..rest.len()]);
+        }
+    }
+
+    /// As codes, which begin with the features of panel `first`.
+    #[inline(always)]
+    fn write_requantized(&self, out: &mut [i8], requantize: &Requantize, first: usize, added: Option<&[i8]>) {
+        for (p, out) in out.chunks_mut(PANEL).enumerate() {
+            let added = added.map(|added| &added[p * PANEL..][..out.len()]);
+            requantize.write(first + p, &self.panel(p), added, out);
         }
     }
 }

@@ -1,0 +1,182 @@
+//! From the exact i32 sums of a convolution to the int8 codes of its output.
+//!
+//! A code q of a tensor with step s and zero z stands for `s (q - z)`. The zeros of input and output, the bias and the
+//! steps of weights and input all fall into one scale and one bias per feature, so that
+//! ```text
+//! y    = min(max(dot * scale[n] + bias[n], low), high)          the activation: ReLU6, or none with infinite bounds
+//! y    = y + added * ratio                                       the residual connection, if there is one
+//! code = round_half_even(min(max(y, -128), 127))
+//! ```
+//! in f32, each operation rounded by itself: no fused multiply-add, so that every instruction set gives the same bits.
+
+use super::error::{KernelError, expect_finite, expect_len};
+
+/// Features that are requantised together.
+pub(super) const LANES: usize = 16;
+
+/// 1.5 * 2^23: a small f32 added to it loses its fraction, rounded half to even, and is left in the lowest bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// Scale, bias and activation of a convolution whose output is int8.
+#[derive(Debug, Clone)]
+pub struct Requantize {
+    features: usize,
+    /// Padded with zeros to whole blocks.
+    scale: Box<[[f32; LANES]]>,
+    /// Padded with zeros to whole blocks.
+    bias: Box<[[f32; LANES]]>,
+    low: f32,
+    high: f32,
+    ratio: f32,
+}
+
+impl Requantize {
+    /// See the module for what the arguments mean; `scale` and `bias` have one value a feature, `bounds` are low and
+    /// high, and `ratio` multiplies the codes of a residual connection.
+    ///
+    /// # Errors
+    /// [`KernelError`] when lengths differ, a scale, bias or ratio is not finite, or a bound is not a number.
+    pub fn new(scale: &[f32], bias: &[f32], bounds: (f32, f32), ratio: f32) -> Result<Self, KernelError> {
+        expect_len("bias of a convolution", bias.len(), scale.len())?;
+        expect_finite("scale of a convolution", scale)?;
+        expect_finite("bias of a convolution", bias)?;
+        expect_finite("ratio of a residual connection", &[ratio])?;
+        if let Some(index) = [bounds.0, bounds.1].iter().position(|bound| bound.is_nan()) {
+            return Err(KernelError::NotFinite { what: "bound of an activation", index });
+        }
+        let pad = |values: &[f32]| {
+            let blocks =
+                values.chunks(LANES).map(|chunk| std::array::from_fn(|i| chunk.get(i).copied().unwrap_or(0.0)));
+            blocks.collect()
+        };
+        Ok(Self { features: scale.len(), scale: pad(scale), bias: pad(bias), low: bounds.0, high: bounds.1, ratio })
+    }
+
+    /// Features of the output.
+    pub fn features(&self) -> usize {
+        self.features
+    }
+
+    /// Bytes on the heap.
+    pub fn resident_bytes(&self) -> usize {
+        size_of_val(&*self.scale) + size_of_val(&*self.bias)
+    }
+
+    /// The definition: the code of feature `n` for the sum `dot`, with the code of the residual connection.
+    pub fn code(&self, n: usize, dot: i32, added: Option<i8>) -> i8 {
+        let (scale, bias) = (self.scale[n / LANES][n % LANES], self.bias[n / LANES][n % LANES]);
+        let y = (dot as f32 * scale + bias).max(self.low).min(self.high);
+        let y = y + added.map_or(0.0, |code| f32::from(code) * self.ratio);
+        y.clamp(-128.0, 127.0).round_ties_even() as i8
+    }
+
+    /// [`Requantize::code`] for the features of block `index`. Plain loops, which the compiler turns into vectors of
+    /// whatever the caller is compiled for.
+    #[inline(always)]
+    pub(super) fn block(&self, index: usize, dots: &[i32; LANES], added: Option<&[i8; LANES]>) -> [i8; LANES] {
+        let (scale, bias) = (&self.scale[index], &self.bias[index]);
+        let mut y = [0.0; LANES];
+        for c in 0..LANES {
+            y[c] = at_most(at_least(dots[c] as f32 * scale[c] + bias[c], self.low), self.high);
+        }
+        if let Some(added) = added {
+            for c in 0..LANES {
+                y[c] += f32::from(added[c]) * self.ratio;
+            }
+        }
+        let mut codes = [0; LANES];
+        for c in 0..LANES {
+            // The low byte of the sum is the code.
+            codes[c] = (at_most(at_least(y[c], -128.0), 127.0) + ROUND).to_bits() as i8;
+        }
+        codes
+    }
+
+    /// Writes the codes of block `index` into `out`, which is a whole block or the last one's features; `added` is as
+    /// long.
+    #[inline(always)]
+    pub(super) fn write(&self, index: usize, dots: &[i32; LANES], added: Option<&[i8]>, out: &mut [i8]) {
+        let whole = added.and_then(|added| added.first_chunk());
+        if let Some(out) = out.first_chunk_mut()
+            && added.is_some() == whole.is_some()
+        {
+            *out = self.block(index, dots, whole);
+            return;
+        }
+        let mut padded = [0; LANES];
+        if let Some(added) = added {
+            padded[..added.len()].copy_from_slice(added);
+        }
+        let codes = self.block(index, dots, added.map(|_| &padded));
+        out.copy_from_slice(&codes[..out.len()]);
+    }
+}
+
+/// `f32::max` for numbers, which is one instruction.
+#[inline(always)]
+fn at_least(y: f32, low: f32) -> f32 {
+    if y > low { y } else { low }
+}
+
+/// `f32::min` for numbers, which is one instruction.
+#[inline(always)]
+fn at_most(y: f32, high: f32) -> f32 {
+    if y < high { y } else { high }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use rand::{Rng, rngs::SmallRng};
+
+    use super::*;
+
+    /// One whose codes reach all of int8 and both bounds, for sums over `k` products.
+    pub(in crate::kernels) fn any_requantize(rng: &mut SmallRng, features: usize, k: usize) -> Requantize {
+        let size = 100.0 / (4000.0 * (k.max(1) as f32).sqrt());
+        let scale: Vec<f32> = (0..features).map(|_| size * rng.random_range(0.1..2.0)).collect();
+        let bias: Vec<f32> = (0..features).map(|_| rng.random_range(-90.0..90.0)).collect();
+        let bounds = match rng.random_range(0..3) {
+            0 => (f32::NEG_INFINITY, f32::INFINITY),
+            1 => (-128.0, 100.25),
+            _ => (-60.5, 70.0),
+        };
+        Requantize::new(&scale, &bias, bounds, rng.random_range(-2.0..2.0)).unwrap()
+    }
+
+    #[test]
+    fn ties_round_to_even_and_codes_stay_in_range() {
+        let requantize = Requantize::new(&[0.5], &[0.0], (f32::NEG_INFINITY, f32::INFINITY), 0.5).unwrap();
+        for (dot, code) in
+            [(1, 0), (3, 2), (5, 2), (-1, 0), (-3, -2), (-5, -2), (253, 126), (255, 127), (i32::MIN, -128)]
+        {
+            assert_eq!(requantize.code(0, dot, None), code, "{dot}");
+            assert_eq!(requantize.block(0, &[dot; LANES], None)[0], code, "{dot}");
+        }
+        assert_eq!(requantize.code(0, 10, Some(-3)), 4);
+        assert_eq!(requantize.block(0, &[10; LANES], Some(&[-3; LANES]))[0], 4);
+    }
+
+    /// Without what is added, or ReLU6 would cut the sum instead of the convolution.
+    #[test]
+    fn the_activation_bounds_the_convolution_alone() {
+        let requantize = Requantize::new(&[1.0], &[0.0], (0.0, 6.0), 1.0).unwrap();
+        assert_eq!(requantize.code(0, 50, Some(20)), 26);
+        assert_eq!(requantize.block(0, &[50; LANES], Some(&[20; LANES]))[0], 26);
+        assert_eq!(requantize.code(0, -50, Some(-20)), -20);
+    }
+
+    #[test]
+    fn what_is_not_a_number_is_refused() {
+        let new = |scale, bias, low, ratio| Requantize::new(&[scale], &[bias], (low, 1.0), ratio);
+        assert!(new(1.0, 1.0, f32::NEG_INFINITY, 1.0).is_ok());
+        for (scale, bias, low, ratio) in [
+            (f32::NAN, 1.0, 0.0, 1.0),
+            (1.0, f32::INFINITY, 0.0, 1.0),
+            (1.0, 1.0, f32::NAN, 1.0),
+            (1.0, 1.0, 0.0, f32::INFINITY),
+        ] {
+            assert!(matches!(new(scale, bias, low, ratio), Err(KernelError::NotFinite { .. })));
+        }
+        assert!(Requantize::new(&[1.0; 2], &[1.0], (0.0, 1.0), 1.0).is_err());
+    }
+}
