@@ -23,14 +23,15 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace").to_path_buf()
 }
 
-/// A release binary by its name. `tests/run.sh` builds them before it runs the tests.
+/// The server that cargo built together with the running test.
 ///
 /// # Panics
-/// When it was not built.
-pub fn binary(name: &str) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let path = target.join("release").join(name);
-    assert!(path.exists(), "{} is missing: cargo build --release", path.display());
+/// When the caller is no integration test of this package: cargo builds the server for those alone.
+pub fn binary() -> PathBuf {
+    let test = std::env::current_exe().expect("the path of the running test");
+    let profile = test.ancestors().nth(2).expect("cargo puts tests into the folder deps");
+    let path = profile.join("butterflyvit-under-test");
+    assert!(path.exists(), "{} is missing", path.display());
     path
 }
 
@@ -79,7 +80,7 @@ impl Server {
         flags: impl IntoIterator<Item = S>,
         variables: [(&str, &str); N],
     ) -> Self {
-        let mut child = Command::new(binary("butterflyvit"))
+        let mut child = Command::new(binary())
             .args(["--listen", "127.0.0.1:0"])
             .args(flags)
             .envs(variables)

@@ -38,7 +38,7 @@ fn the_console_works_in_a_browser() {
     let picture = image_names().into_iter().find(|name| name.ends_with(".png")).unwrap();
     python
         .arg("browser/console.py")
-        .arg(binary("butterflyvit"))
+        .arg(binary())
         .arg(store.path())
         .arg(root().join("models/cifar100.safetensors"))
         .arg(root().join("tests/images").join(picture))

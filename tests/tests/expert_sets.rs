@@ -330,7 +330,7 @@ fn one_bad_file_stops_nothing_unless_strict() {
     assert_eq!(server.classify(&image("test-00.png")).status, 200);
     assert_eq!(server.get("/sets").json()["broken"][0]["file"], "torn/1.safetensors");
     assert_eq!(metric(&server, "bvit_sets_failed"), 1.0);
-    let strict = std::process::Command::new(system_tests::server::binary("butterflyvit"))
+    let strict = std::process::Command::new(system_tests::server::binary())
         .args(["--listen", "127.0.0.1:0", "--strict", "--model-store"])
         .arg(store.path())
         .output()

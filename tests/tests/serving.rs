@@ -13,7 +13,7 @@ fn embedded() -> Server {
 }
 
 fn run(args: &[&str]) -> Output {
-    Command::new(binary("butterflyvit")).args(args).current_dir(root()).output().expect("the program runs")
+    Command::new(binary()).args(args).current_dir(root()).output().expect("the program runs")
 }
 
 fn base64(bytes: &[u8]) -> String {

@@ -45,7 +45,7 @@ fn classify(connection: &mut Connection<StreamOwned<ClientConnection, TcpStream>
 }
 
 fn healthcheck(server: &Server, certificate: Option<&Path>) -> bool {
-    let mut command = Command::new(binary("butterflyvit"));
+    let mut command = Command::new(binary());
     command.args(["healthcheck", "--listen", &server.address.to_string()]);
     command.args(certificate.map(|path| format!("--tls-cert={}", path.display())));
     command.output().unwrap().status.success()
@@ -95,7 +95,7 @@ fn a_key_that_is_not_the_certificates_stops_the_start() {
     write_certificate(folder.path());
     let other = tempfile::tempdir().unwrap();
     write_certificate(other.path());
-    let output = Command::new(binary("butterflyvit"))
+    let output = Command::new(binary())
         .args(["--listen", "127.0.0.1:0", "--tls-cert"])
         .arg(folder.path().join("cert.pem"))
         .arg("--tls-key")
