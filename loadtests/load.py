@@ -31,6 +31,7 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 MIB = 1 << 20
 
 
@@ -74,9 +75,8 @@ def port_in(line):
 
 
 def butterflyvit(arguments, *flags):
-    binary = arguments.binary or ROOT / "target/release/butterflyvit"
     store = ["--model-store", arguments.model_store] if arguments.model_store else []
-    command = [binary, "--listen", "127.0.0.1:0", *store, *arguments.flag, *flags]
+    command = [arguments.binary, "--listen", "127.0.0.1:0", *store, *arguments.flag, *flags]
     return Server(command, lambda line: " ready " in line)
 
 
@@ -341,7 +341,7 @@ def soak(arguments, report):
 
 def compare(arguments, report):
     folder = ROOT / "loadtests/dense_onnx"
-    model = pathlib.Path(arguments.work or ROOT / "target") / "dense-experts.onnx"
+    model = arguments.work / "dense-experts.onnx"
     subprocess.run([arguments.python, folder / "make_model.py", model], check=True)
     rows = []
     dense = [arguments.python, "-u", folder / "serve.py", model]
@@ -435,7 +435,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tests = {test.__name__: test for test in (saturate, rate, overload, photos, soak, compare)}
     parser.add_argument("test", choices=tests)
-    parser.add_argument("--binary", type=pathlib.Path, help="the server to load; target/release/butterflyvit")
+    parser.add_argument("--binary", type=pathlib.Path, default=TARGET / "release/butterflyvit", help="the server to load")
     parser.add_argument("--model-store", type=pathlib.Path, help="serve this store instead of the embedded model")
     parser.add_argument("--sets", help="expert sets to take turns, separated by commas")
     parser.add_argument("--images", nargs="+", type=pathlib.Path, help="files to send in turn; the PNGs of tests/images")
@@ -445,12 +445,14 @@ def main():
     parser.add_argument("--minutes", type=float, default=30, help="length of `soak`")
     parser.add_argument("--p99-ms", type=float, default=100, help="threshold of `rate`")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the packages `compare` needs")
-    parser.add_argument("--work", type=pathlib.Path, help="folder for the dense model; target/")
+    parser.add_argument("--work", type=pathlib.Path, default=TARGET, help="folder for the dense model")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
     parser.add_argument("--picture", type=pathlib.Path, help="draw the figures there")
     arguments = parser.parse_args()
     if arguments.picture and not importlib.util.find_spec("matplotlib"):
         parser.error("--picture needs matplotlib")
+    for folder in (arguments.work, *(path.parent for path in (arguments.json, arguments.picture) if path)):
+        folder.mkdir(parents=True, exist_ok=True)
     report = Report()
     tests[arguments.test](arguments, report)
     if arguments.json:
