@@ -39,7 +39,6 @@ pub struct State {
     pub recipe: Recipe,
     /// What the images looked like, [`crate::data::Dataset::fingerprint`].
     pub data_fingerprint: u64,
-    /// The next batch.
     pub position: Position,
     /// Steps the optimiser has taken.
     pub step: u64,

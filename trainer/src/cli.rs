@@ -20,12 +20,10 @@ use crate::recipe::Recipe;
 #[derive(Debug, Parser)]
 #[command(name = "butterflyvit-trainer", version, max_term_width = 110)]
 pub struct Cli {
-    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Write a random backbone and random expert sets, for tests and measurements.
@@ -49,7 +47,6 @@ pub enum Command {
     Speed(SpeedArgs),
 }
 
-/// Which model.
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct ModelArgs {
@@ -61,10 +58,8 @@ pub struct ModelArgs {
     pub config: Option<PathBuf>,
 }
 
-/// `init`.
 #[derive(Debug, Args)]
 pub struct InitArgs {
-    /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
     /// The model store to write to.
@@ -235,7 +230,6 @@ pub struct RecipeArgs {
     pub seed: Option<u64>,
 }
 
-/// `--angle-spread`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Spread {
     /// Normal around zero, over a few codes: experts begin as slight turns of one another.
@@ -292,7 +286,6 @@ impl RecipeArgs {
     }
 }
 
-/// Distillation.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Teacher")]
 pub struct TeacherArgs {
@@ -332,33 +325,27 @@ pub struct StartArgs {
     pub start_run: Option<PathBuf>,
 }
 
-/// `train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
     /// Where images come from.
     #[command(flatten)]
     pub data: DataArgs,
-    /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
     /// What to start from.
     #[command(flatten)]
     pub start: StartArgs,
-    /// The loop.
     #[command(flatten)]
     pub run: LoopArgs,
     /// What the artifacts are called.
     #[command(flatten)]
     pub names: NameArgs,
-    /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Distillation.
     #[command(flatten)]
     pub teacher: TeacherArgs,
 }
 
-/// `specialise`.
 #[derive(Debug, Args)]
 pub struct SpecialiseArgs {
     /// Where images come from.
@@ -374,27 +361,22 @@ pub struct SpecialiseArgs {
     /// it.
     #[arg(long, value_name = "DIR", conflicts_with = "start")]
     pub start_run: Option<PathBuf>,
-    /// The loop.
     #[command(flatten)]
     pub run: LoopArgs,
     /// Name of the expert set.
     #[arg(long, default_value = "default")]
     pub set_name: String,
-    /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Distillation.
     #[command(flatten)]
     pub teacher: TeacherArgs,
 }
 
-/// `compare`.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
     /// Where images come from.
     #[command(flatten)]
     pub data: DataArgs,
-    /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
     /// The loop; --out is the folder of all runs.
@@ -406,15 +388,12 @@ pub struct CompareArgs {
     /// Seeds to train each with.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2])]
     pub seeds: Vec<u64>,
-    /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Distillation.
     #[command(flatten)]
     pub teacher: TeacherArgs,
 }
 
-/// `export`.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
     /// The run folder.
@@ -431,7 +410,6 @@ pub struct ExportArgs {
     pub names: NameArgs,
 }
 
-/// `evaluate`.
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
     /// Where images come from.
@@ -466,7 +444,6 @@ pub struct EvaluateArgs {
     pub threads: Option<usize>,
 }
 
-/// `logits`.
 #[derive(Debug, Args)]
 pub struct LogitsArgs {
     /// Image files.
@@ -483,10 +460,8 @@ pub struct LogitsArgs {
     pub float: bool,
 }
 
-/// `speed`.
 #[derive(Debug, Args)]
 pub struct SpeedArgs {
-    /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
     /// The recipe's variant.
@@ -501,7 +476,6 @@ pub struct SpeedArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
-    /// What is computed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
 }

@@ -106,8 +106,10 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
 /// The trained model that `train` starts from.
 enum Start {
     /// Its codes, which become latent parameters in the middle of what rounds to them.
-    Artifacts { backbone: Box<BackboneArtifact>, set: Box<ExpertSetArtifact> },
-    /// Its latent parameters.
+    Artifacts {
+        backbone: Box<BackboneArtifact>,
+        set: Box<ExpertSetArtifact>,
+    },
     Run(Box<Checkpoint>),
 }
 
@@ -193,9 +195,6 @@ fn take(vit: &ViT, from: &ViT, taken: impl Fn(&str) -> bool) -> Result<()> {
 }
 
 /// `specialise`: a new expert set on a frozen backbone.
-///
-/// # Errors
-/// As for [`train`].
 pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     let settings = args.run.settings();
     let checkpoint = starting_point(&settings, args.run.resume)?;
@@ -283,9 +282,6 @@ impl SetStart {
 }
 
 /// `compare`: variants of one recipe, each with every seed.
-///
-/// # Errors
-/// As for [`train`].
 pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let mut base = Recipe::scratch(args.model.resolve()?.0);
     args.recipe.apply(&mut base);
@@ -481,9 +477,6 @@ pub fn logits(args: &LogitsArgs) -> Result<()> {
 }
 
 /// `speed`: images/s.
-///
-/// # Errors
-/// When the configuration is invalid.
 pub fn speed(args: &SpeedArgs) -> Result<()> {
     let mut recipe = Recipe::scratch(args.model.resolve()?.0);
     args.recipe.apply(&mut recipe);

@@ -17,7 +17,6 @@ pub struct StepLine {
     pub step: u64,
     /// The same in epochs.
     pub epoch: f64,
-    /// What is descended.
     pub loss: f64,
     /// Its cross-entropy term, against smoothed and mixed targets.
     pub cross_entropy: f64,
@@ -34,7 +33,6 @@ pub struct StepLine {
     pub gradient_norm: f64,
     /// Of the last step.
     pub learning_rate: f64,
-    /// Training speed.
     pub images_per_second: f64,
     /// Since the start of the run, interruptions not counted.
     pub seconds: f64,
@@ -43,11 +41,8 @@ pub struct StepLine {
 /// How the averaged weights do on the held-out images.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
-    /// Steps taken.
     pub step: u64,
-    /// Epochs completed.
     pub epoch: u64,
-    /// Mean cross-entropy.
     pub cross_entropy: f64,
     /// Share of images whose label comes first.
     pub top1: f64,
@@ -59,13 +54,10 @@ pub struct Validation {
     pub seconds: f64,
 }
 
-/// One line.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Line {
-    /// Progress.
     Step(StepLine),
-    /// A validation.
     Validation(Validation),
 }
 
@@ -86,9 +78,6 @@ pub struct Diary {
 
 impl Diary {
     /// Opens the diary at `step`: lines of steps that an interruption undid are dropped.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
     pub fn open(folder: &Path, step: u64) -> Result<Self> {
         let path = folder.join(FILE_NAME);
         let kept: Vec<Line> = read(folder).into_iter().filter(|line| line.step() <= step).collect();

@@ -31,9 +31,6 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes the folder `path` and its parents.
-///
-/// # Errors
-/// When that fails.
 pub fn create_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("making the folder {}", path.display()))
 }

@@ -16,7 +16,6 @@
 //! | [`cli`], [`commands`] | from arguments to files |
 
 #![forbid(unsafe_code)]
-#![warn(missing_docs)]
 
 pub mod checkpoint;
 pub mod cli;

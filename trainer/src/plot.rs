@@ -24,9 +24,6 @@ pub fn use_font() {
 }
 
 /// Draws with `draw` on a white picture of `width x height` and writes it to `path` as PNG.
-///
-/// # Errors
-/// When drawing fails or the file cannot be written.
 pub fn png(
     path: &Path,
     (width, height): (u32, u32),
@@ -49,9 +46,6 @@ pub fn drawing(error: impl std::fmt::Display) -> anyhow::Error {
 }
 
 /// Loss over accuracy, against epochs: the diary as a picture.
-///
-/// # Errors
-/// When drawing fails or the file cannot be written.
 pub fn learning_curve(path: &Path, lines: &[Line]) -> Result<()> {
     let steps: Vec<StepLine> =
         lines.iter().filter_map(|l| if let Line::Step(l) = l { Some(*l) } else { None }).collect();

@@ -26,9 +26,6 @@ pub struct Prediction {
 /// A model ready to look at images.
 pub trait Predictor: Sync {
     /// Looks at `len` images of normalised `pixels [len, side, side, 3]`.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     fn predict(&self, pixels: Vec<f32>, len: usize) -> Result<Prediction>;
 }
 
@@ -66,9 +63,6 @@ pub struct Integer {
 
 impl Integer {
     /// Packs artifacts for this CPU.
-    ///
-    /// # Errors
-    /// When they do not belong together.
     pub fn new(backbone: &BackboneArtifact, set: &ExpertSetArtifact) -> Result<Self> {
         set.check_backbone(&backbone.weights.config, backbone.digest)?;
         let choices = backbone.weights.config.num_tokens() * set.weights.config.top_k;

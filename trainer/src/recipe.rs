@@ -64,7 +64,6 @@ pub struct Distillation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Shapes.
     pub model: ViTConfig,
     /// What stands in the feed-forward place; all but butterfly experts are there to be compared with.
     #[serde(default)]
@@ -99,7 +98,6 @@ pub struct Recipe {
     pub label_smoothing: f32,
     /// Variation of single images.
     pub augment: Augment,
-    /// Blending of pairs.
     pub mixing: Mixing,
     /// Stochastic depth: the probability that the last block's branches are left out, less for earlier ones.
     #[serde(default)]
@@ -163,9 +161,6 @@ impl Recipe {
     }
 
     /// A model with fresh parameters.
-    ///
-    /// # Errors
-    /// When the configuration is invalid.
     pub fn init_model(&self) -> Result<ViT> {
         Ok(ViT::init_kind(&self.model, self.feed_forward, self.angle_spread, self.seed)?)
     }

@@ -15,12 +15,9 @@ use training::step::{Batch, gradients};
 
 use crate::recipe::Recipe;
 
-/// What [`measure`] found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Speed {
-    /// Threads that computed.
     pub threads: usize,
-    /// Steps measured.
     pub steps: usize,
     /// Training images a second, optimiser included; images are synthetic and ready.
     pub images_per_second: f64,
@@ -66,9 +63,6 @@ pub fn training_multiply_adds(config: &ViTConfig, kind: FeedForwardKind) -> u64 
 }
 
 /// Trains on synthetic images for about `duration`, alternating with the large product.
-///
-/// # Errors
-/// When the recipe is invalid.
 pub fn measure(recipe: &Recipe, threads: usize, duration: Duration) -> Result<Speed> {
     recipe.validate()?;
     let vit = recipe.init_model()?.freeze(|name| recipe.is_frozen(name))?;

@@ -56,9 +56,6 @@ impl Store {
     }
 
     /// Writes an expert set bound to the given backbone, and returns its path.
-    ///
-    /// # Errors
-    /// As for [`Store::write_backbone`].
     pub fn write_set(
         &self,
         name: &str,

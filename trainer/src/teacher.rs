@@ -69,9 +69,6 @@ impl Teacher {
     /// `targets <- (1 - share) targets + share softmax(teacher)`, for `pixels [batch, side, side, 3]`, normalised as
     /// `normalized` says, and `targets [batch, classes]`. Each image's answer is its own, so that threads do not change
     /// the result.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn teach(
         &self,
         pixels: &[f32],

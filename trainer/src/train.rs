@@ -32,13 +32,9 @@ use crate::teacher::Teacher;
 /// What does not change the result.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The run folder.
     pub out: PathBuf,
-    /// Threads that compute.
     pub threads: usize,
-    /// Time between checkpoints.
     pub checkpoint_every: Duration,
-    /// Epochs between validations.
     pub validate_every: u64,
     /// Steps between lines of the diary.
     pub log_every: u64,
@@ -53,9 +49,7 @@ pub struct Settings {
 pub enum Ended {
     /// The recipe is done.
     Finished,
-    /// The time limit.
     OutOfTime,
-    /// Somebody asked.
     Interrupted,
 }
 
@@ -413,7 +407,6 @@ impl Recent {
     }
 }
 
-/// Every parameter's values.
 fn values(vit: &ViT) -> Result<Values> {
     let all = vit.parameters().all().iter();
     all.map(|(name, var)| Ok((name.clone(), var.flatten_all()?.to_vec1()?))).collect()

@@ -13,8 +13,6 @@
 //! | [`optimizer`] | AdamW | `parameters` |
 //! | [`step`] | gradients of one batch, by shards on several threads | `losses`, `optimizer` |
 
-#![warn(missing_docs)]
-
 pub mod layers;
 pub mod losses;
 pub mod matmul;

@@ -27,7 +27,6 @@ impl Default for LossWeights {
 
 /// The terms of a loss.
 pub struct Losses {
-    /// Cross-entropy alone.
     pub cross_entropy: Tensor,
     /// Mean load balance over layers; 1 when balanced.
     pub balance: Tensor,
@@ -41,9 +40,6 @@ pub struct Losses {
 
 /// All terms for a batch with soft `targets [batch, classes]` whose rows sum to one. `loads` is [`expert_loads`] of the
 /// batch, or of the larger one that it is a part of: means of shards are then the terms of the whole but for contiguity.
-///
-/// # Errors
-/// When shapes do not fit.
 pub fn losses(
     output: &Output,
     loads: &[Vec<f32>],
@@ -93,9 +89,6 @@ pub fn contiguity_ratio(probabilities: &Tensor, side: usize) -> Result<Tensor> {
 }
 
 /// Mean over the batch of `-sum_c target_c log softmax(logits)_c`.
-///
-/// # Errors
-/// When shapes differ.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
     let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;

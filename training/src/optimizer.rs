@@ -59,17 +59,13 @@ impl Default for AdamWConfig {
 /// First and second moments of one parameter's gradient.
 #[derive(Debug, Clone, Default)]
 pub struct Moments {
-    /// Running mean.
     pub mean: Vec<f32>,
-    /// Running mean square.
     pub square: Vec<f32>,
 }
 
-/// The optimiser.
 #[derive(Debug, Clone)]
 pub struct AdamW {
     config: AdamWConfig,
-    /// Steps taken.
     pub step: u64,
     /// By parameter name.
     pub moments: BTreeMap<String, Moments>,

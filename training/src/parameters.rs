@@ -35,18 +35,12 @@ pub struct Parameters {
 
 impl Parameters {
     /// The tensor of that name: part of the graph unless frozen.
-    ///
-    /// # Errors
-    /// When there is none.
     pub fn get(&self, name: &str) -> Result<Tensor> {
         let var = self.var(name)?;
         Ok(if self.frozen.contains(name) { var.as_detached_tensor() } else { var.as_tensor().clone() })
     }
 
     /// The variable of that name.
-    ///
-    /// # Errors
-    /// When there is none.
     pub fn var(&self, name: &str) -> Result<&Var> {
         self.vars.get(name).ok_or_else(|| candle_core::Error::Msg(format!("no parameter is named {name}")).bt())
     }

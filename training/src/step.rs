@@ -17,7 +17,6 @@ pub struct Batch {
     pub pixels: Vec<f32>,
     /// Soft labels `[batch, classes]`, rows summing to one.
     pub targets: Vec<f32>,
-    /// Number of images.
     pub len: usize,
     /// Stochastic depth (arXiv 1603.09382): what every image's residual branches are multiplied by,
     /// `[batch, 2 * layers]`, attention before feed-forward; empty for one everywhere.
@@ -29,11 +28,9 @@ pub struct Batch {
 pub struct StepStats {
     /// The loss that was descended.
     pub loss: f64,
-    /// Its cross-entropy term.
     pub cross_entropy: f64,
     /// Load balance, 1 when balanced.
     pub balance: f64,
-    /// Spatial smoothness.
     pub smoothness: f64,
     /// Contiguity ratio; 0 when it has no weight.
     pub contiguity: f64,

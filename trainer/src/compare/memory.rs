@@ -33,9 +33,6 @@ pub(super) struct ExpertMemory {
 const NUMBERS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 
 /// Writes and loads a random model of this shape for every number of experts.
-///
-/// # Errors
-/// When the configuration is invalid.
 pub(super) fn by_number_of_experts(config: &ViTConfig) -> Result<Vec<ExpertMemory>> {
     let labels: Vec<String> = (0..config.num_classes).map(|class| format!("class {class}")).collect();
     let measure = |num_experts| {

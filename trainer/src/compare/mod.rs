@@ -61,7 +61,6 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// Changes the recipe.
     pub fn apply(self, recipe: &mut Recipe) {
         let (d_model, d_ff) = (recipe.model.backbone.d_model, recipe.model.backbone.d_ff);
         let experts = &mut recipe.model.experts;
@@ -99,15 +98,12 @@ impl Variant {
 /// What one run came to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
-    /// The change.
     pub variant: Variant,
     /// The whole recipe with it.
     pub recipe: Recipe,
-    /// Trained numbers.
     pub parameters: usize,
     /// On the test part, by the integer path where the variant can be served.
     pub top1: f64,
-    /// As `top1`.
     pub top5: f64,
     /// Share of chosen experts that neighbouring patches have in common, on the test part; none without routers.
     pub routing_agreement: Option<f64>,
@@ -140,9 +136,7 @@ pub const SAMPLE_IMAGES: usize = 6;
 /// All runs of one variant.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// The change.
     pub variant: Variant,
-    /// Number of runs.
     pub seeds: usize,
     /// Mean over seeds.
     pub top1: f64,
@@ -158,7 +152,6 @@ pub struct Row {
     pub far_agreement: Option<f64>,
     /// What was measured: the integer engine, or the candle model.
     pub path: &'static str,
-    /// Trained numbers.
     pub parameters: usize,
     /// Bytes of all feed-forward layers as the paper counts them.
     pub paper_bytes: f64,
@@ -204,9 +197,6 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
 
 /// Writes tables (`table.md`, `table.json`, `memory.json`) and pictures (`accuracy-memory.png`, `memory-experts.png`,
 /// `routing-maps.png`, `expert-utilisation.png`) into `folder`, and returns the main table.
-///
-/// # Errors
-/// When a file cannot be written.
 pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
     let rows = rows(outcomes);
     let agreement = |share: Option<f64>| share.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share));
@@ -249,9 +239,6 @@ pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
 }
 
 /// Writes `memory.json` and `memory-experts.png` into `folder`: what 8 to 256 experts of this shape take.
-///
-/// # Errors
-/// When a file cannot be written.
 pub fn write_memory(folder: &Path, config: &ViTConfig) -> Result<()> {
     let points = memory::by_number_of_experts(config)?;
     write_atomically(&folder.join("memory.json"), serde_json::to_string_pretty(&points)?.as_bytes())?;

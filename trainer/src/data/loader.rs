@@ -32,7 +32,6 @@ pub struct Mixing {
 }
 
 impl Mixing {
-    /// Leaves images alone.
     pub const NONE: Self = Self { probability: 0.0, cutmix_share: 0.5, mixup_alpha: 0.8, cutmix_alpha: 1.0 };
 }
 
@@ -45,7 +44,6 @@ pub struct Plan {
     pub batch_size: usize,
     /// Variation of single images.
     pub augment: Augment,
-    /// Blending of pairs.
     pub mixing: Mixing,
     /// Share of the target spread evenly over all classes.
     pub label_smoothing: f32,
@@ -87,7 +85,6 @@ pub struct Position {
 /// One step's worth of images.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
-    /// Where it belongs.
     pub position: Position,
     /// `[batch, side, side, 3]`, normalised.
     pub pixels: Vec<f32>,

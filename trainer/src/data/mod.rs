@@ -36,7 +36,6 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Number of images.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
@@ -46,7 +45,6 @@ impl Dataset {
         self.labels.is_empty()
     }
 
-    /// Number of classes.
     pub fn num_classes(&self) -> usize {
         self.class_names.len()
     }
@@ -158,7 +156,6 @@ pub struct OpenOptions {
 /// A data set and what was wrong with its files.
 #[derive(Debug)]
 pub struct Opened {
-    /// The readable images.
     pub dataset: Dataset,
     /// One sentence for each image left out.
     pub skipped: Vec<String>,

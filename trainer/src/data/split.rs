@@ -6,7 +6,6 @@ use super::random::{Purpose, rng, shuffle};
 /// Indices into a [`Dataset`], each part in ascending order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldOut {
-    /// Learnt from.
     pub train: Vec<u32>,
     /// Never learnt from; every choice is made on it.
     pub validation: Vec<u32>,

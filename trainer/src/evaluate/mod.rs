@@ -42,7 +42,6 @@ struct Bin {
 struct LayerTally {
     /// Choices of each expert.
     load: Vec<u64>,
-    /// Of neighbouring patches.
     neighbours: Pairs,
     /// Of patches half the grid apart.
     far: Pairs,
@@ -58,10 +57,8 @@ struct Pairs {
     same_first: u64,
 }
 
-/// The main figures.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scores {
-    /// Images seen.
     pub images: usize,
     /// Share of images whose label comes first.
     pub top1: f64,

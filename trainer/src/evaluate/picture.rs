@@ -12,9 +12,6 @@ use crate::plot::{FONT, drawing, png};
 const MAX_NAMED: usize = 40;
 
 /// Rows are what images show, columns what they were taken for; dark is often. Right answers are on the diagonal.
-///
-/// # Errors
-/// When drawing fails or the file cannot be written.
 pub fn confusion_picture(path: &Path, tally: &Tally, names: &[String]) -> Result<()> {
     let classes = tally.classes;
     let cell = (900 / classes as i32).clamp(4, 40);

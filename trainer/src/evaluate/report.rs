@@ -11,7 +11,6 @@ use super::Tally;
 pub struct Report {
     /// Which forward pass: `integer` or `float`.
     pub path: &'static str,
-    /// Images seen.
     pub images: usize,
     /// Images left out because they could not be read.
     pub skipped: usize,
@@ -36,9 +35,7 @@ pub struct Report {
 /// How one class did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClassScore {
-    /// Its name.
     pub name: String,
-    /// Images of it.
     pub images: u32,
     /// Share of them that was recognised.
     pub accuracy: f64,
@@ -47,11 +44,9 @@ pub struct ClassScore {
 /// One class taken for another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Confusion {
-    /// What it was.
     pub label: String,
     /// What it was taken for.
     pub prediction: String,
-    /// How often.
     pub count: u32,
 }
 
@@ -119,7 +114,6 @@ impl Report {
         }
     }
 
-    /// For people.
     pub fn text(&self) -> String {
         let mut out = String::new();
         // Writing to a string cannot fail.

@@ -16,9 +16,6 @@ pub struct Attention {
 
 impl Attention {
     /// The layer whose parameters start with `name`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str, num_heads: usize) -> Result<Self> {
         Ok(Self {
             qkv: Linear::new(parameters, &format!("{name}.qkv"))?,
@@ -28,9 +25,6 @@ impl Attention {
     }
 
     /// `[batch, tokens, d_model] -> [batch, tokens, d_model]`.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.proj.forward(&ops::attention(&self.qkv.forward(x)?, self.num_heads)?)
     }

@@ -18,18 +18,12 @@ pub struct DenseExperts {
 
 impl DenseExperts {
     /// The layer whose parameters start with `name`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str, config: &ExpertConfig) -> Result<Self> {
         let get = |part: &str| parameters.get(&format!("{name}.{part}"));
         Ok(Self { router: Router::new(parameters, name, config)?, up: get("up")?, down: get("down")? })
     }
 
     /// `rows [tokens, d_model] -> [tokens, d_model]`, and what the router chose.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, rows: &Tensor) -> Result<(Tensor, Routing)> {
         let (routing, weights) = self.router.forward(rows, false)?;
         let a = ops::gelu(&ops::expert_linear(rows, &self.up, routing.experts.clone())?)?;
@@ -47,18 +41,12 @@ pub struct Dense {
 
 impl Dense {
     /// The layer whose parameters start with `name`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str) -> Result<Self> {
         let get = |part: &str| parameters.get(&format!("{name}.{part}"));
         Ok(Self { up: get("up")?, down: get("down")? })
     }
 
     /// `rows [tokens, d_model] -> [tokens, d_model]`.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, rows: &Tensor) -> Result<Tensor> {
         let product = |x: &Tensor, weight: &Tensor| ops::ternary_linear(x, weight, false, Activations::Float);
         product(&ops::gelu(&product(rows, &self.up)?)?, &self.down)

@@ -8,7 +8,6 @@ use crate::parameters::{Parameters, Quantizers};
 use crate::quantize;
 use model_core::config::{ExpertConfig, FeedForwardKind};
 
-/// The second substrate.
 #[derive(Debug, Clone)]
 enum Down {
     /// A matrix of its own.
@@ -33,9 +32,6 @@ pub struct ButterflyMoe {
 
 impl ButterflyMoe {
     /// The layer whose parameters start with `name`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str, kind: FeedForwardKind, config: &ExpertConfig) -> Result<Self> {
         let get = |part: &str| parameters.get(&format!("{name}.{part}"));
         Ok(Self {
@@ -54,9 +50,6 @@ impl ButterflyMoe {
     }
 
     /// `rows [tokens, d_model] -> [tokens, d_model]`, and what the router chose.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, rows: &Tensor, quantizers: Quantizers) -> Result<(Tensor, Routing)> {
         let (routing, weights) = self.router.forward(rows, quantizers.experts)?;
         let grid = if quantizers.experts { AngleGrid::Bits(self.angle_bits) } else { AngleGrid::Continuous };

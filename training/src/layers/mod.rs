@@ -25,17 +25,12 @@ use model_core::config::{ExpertConfig, FeedForwardKind};
 pub enum FeedForward {
     /// [`FeedForwardKind::Butterfly`] and its variants.
     Butterfly(ButterflyMoe),
-    /// [`FeedForwardKind::DenseExperts`].
     DenseExperts(DenseExperts),
-    /// [`FeedForwardKind::Dense`].
     Dense(Dense),
 }
 
 impl FeedForward {
     /// The layer of that kind whose parameters start with `name`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str, kind: FeedForwardKind, experts: &ExpertConfig) -> Result<Self> {
         Ok(match kind {
             FeedForwardKind::Butterfly | FeedForwardKind::ButterflyGains | FeedForwardKind::ButterflyTied => {
@@ -48,9 +43,6 @@ impl FeedForward {
 
     /// `[batch, tokens, d_model] -> [batch, tokens, d_model]`, and what the router chose where there is one. Dense kinds
     /// are fp32 whatever `quantizers` says.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, x: &Tensor, quantizers: Quantizers) -> Result<(Tensor, Option<Routing>)> {
         let (batch, tokens, d_model) = x.dims3()?;
         let rows = x.reshape((batch * tokens, d_model))?;
@@ -72,17 +64,11 @@ pub struct Linear {
 
 impl Linear {
     /// The layer whose parameters are `name.weight` and `name.bias`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str) -> Result<Self> {
         Ok(Self { weight: parameters.get(&format!("{name}.weight"))?, bias: parameters.get(&format!("{name}.bias"))? })
     }
 
     /// `[.., in] -> [.., out]`.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, &self.bias)
     }

@@ -14,25 +14,16 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     /// The layer whose parameters are `name.gamma` and `name.beta`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, name: &str) -> Result<Self> {
         Ok(Self { gamma: parameters.get(&format!("{name}.gamma"))?, beta: parameters.get(&format!("{name}.beta"))? })
     }
 
     /// `[.., features] -> [.., features]`.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &self.gamma, &self.beta)
     }
 
     /// [`LayerNorm::forward`], then GELU.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm_gelu(x, &self.gamma, &self.beta)
     }

@@ -41,18 +41,12 @@ pub struct Router {
 
 impl Router {
     /// The router of the layer whose parameters start with `name`.
-    ///
-    /// # Errors
-    /// When the parameter is missing.
     pub fn new(parameters: &Parameters, name: &str, config: &ExpertConfig) -> Result<Self> {
         let gate = parameters.get(&format!("{name}.router"))?;
         Ok(Self { gate, top_k: config.top_k, bits: config.router_bits })
     }
 
     /// Routes `rows [tokens, d_model]`. The weights `[tokens, top_k]` of the chosen experts carry the gradient.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, rows: &Tensor, quantize: bool) -> Result<(Routing, Tensor)> {
         let (num_experts, d_model) = self.gate.dims2()?;
         let gate = if quantize {

@@ -24,9 +24,6 @@ pub struct Stem {
 
 impl Stem {
     /// The stem of `config`, parameters `stem.{i}.conv.*`, `stem.{i}.norm.*` and `pos_embed`.
-    ///
-    /// # Errors
-    /// When a parameter is missing.
     pub fn new(parameters: &Parameters, config: &BackboneConfig) -> Result<Self> {
         let layers = config.stem.iter().enumerate().map(|(i, &layer)| {
             Ok(Convolution {
@@ -40,9 +37,6 @@ impl Stem {
     }
 
     /// `[batch, side, side, 3] -> [batch, tokens, d_model]`, tokens row by row.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let mut x = pixels.clone();
         for Convolution { layer, weight, bias, norm } in &self.layers {

@@ -27,7 +27,6 @@ struct ExpertLinear {
     copies: usize,
 }
 
-/// Rows by expert.
 struct Groups {
     /// Row numbers, those of expert 0 first.
     order: Vec<usize>,

@@ -22,9 +22,6 @@ impl ViT {
 
     /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on from it
     /// with [`Quantizers::ALL`].
-    ///
-    /// # Errors
-    /// As for [`ViT::from_weights`].
     pub fn latent_from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
         Self::from_weights_with(backbone, set, latent)
     }

@@ -9,18 +9,12 @@ use crate::parameters::Parameters;
 
 impl ViT {
     /// Fresh latent parameters; the same `seed` gives the same model.
-    ///
-    /// # Errors
-    /// When `config` is invalid.
     pub fn init(config: &ViTConfig, seed: u64) -> Result<Self> {
         Self::init_kind(config, FeedForwardKind::Butterfly, AngleSpread::Narrow, seed)
     }
 
     /// [`ViT::init`] with feed-forward layers of another kind or another spread of angles. The parameters outside the
     /// feed-forward layers are the same for every kind, and all but the angles for every spread.
-    ///
-    /// # Errors
-    /// When `config` is invalid.
     pub fn init_kind(config: &ViTConfig, kind: FeedForwardKind, spread: AngleSpread, seed: u64) -> Result<Self> {
         config.validate().map_err(invalid)?;
         let mut rng = SplitMix64::at(seed, 0);

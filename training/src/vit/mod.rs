@@ -84,29 +84,21 @@ impl ViT {
         self.angle_start.as_ref()
     }
 
-    /// The model's shapes.
     pub fn config(&self) -> &ViTConfig {
         &self.config
     }
 
-    /// The model's parameters.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
 
     /// `pixels [batch, side, side, 3]`, normalised, to logits.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward(&self, pixels: &Tensor, quantizers: Quantizers) -> Result<Output> {
         self.forward_scaled(pixels, quantizers, None)
     }
 
     /// [`ViT::forward`] with the residual branches of every image multiplied by `branch_scales [batch, 2 * layers]`,
     /// attention before feed-forward.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
     pub fn forward_scaled(
         &self,
         pixels: &Tensor,
