@@ -19,7 +19,6 @@ use crate::random::SplitMix64;
 use crate::random_weights::{backbone_weights, expert_set_weights, linear};
 use crate::weights::{BlockWeights, ExpertLayerWeights, Linear};
 
-/// What to time.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Shapes; `experts` is replaced by each of `num_experts` in turn.
@@ -34,7 +33,6 @@ pub struct Options {
     pub duration: Duration,
     /// Whether to time dense experts too; they take `8 d_model d_ff` bytes each.
     pub dense: bool,
-    /// Instruction set.
     pub isa: Isa,
 }
 
@@ -47,7 +45,6 @@ pub struct Timing {
     pub median_ms: f64,
     /// One run in twenty was slower.
     pub p95_ms: f64,
-    /// Number of runs.
     pub runs: usize,
 }
 
@@ -67,7 +64,6 @@ pub struct LayerReport {
 /// The whole model, from pixels to logits.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct ModelReport {
-    /// One batch.
     pub time: Timing,
     /// Images of that batch per second, at the median.
     pub images_per_second: f64,
@@ -75,7 +71,6 @@ pub struct ModelReport {
     pub gmac_per_second: f64,
     /// Weights read for one batch, divided by its images: everything but the angles of experts that no token chose.
     pub bytes_read_per_image: usize,
-    /// Backbone in memory.
     pub backbone_bytes: usize,
     /// Expert set in memory.
     pub expert_set_bytes: usize,
@@ -88,7 +83,6 @@ pub struct ModelReport {
 pub struct Report {
     /// Experts per layer.
     pub num_experts: usize,
-    /// Our layer.
     pub layer: LayerReport,
     /// The same layer with dense f32 experts.
     pub dense_layer: Option<LayerReport>,

@@ -20,7 +20,6 @@ pub enum ModelError {
     /// A tensor, or a slice handed to [`Session::forward`](crate::engine::Session::forward), does not have the size that the configuration asks for.
     #[error("{what}: expected {expected} values, got {got}")]
     Length {
-        /// Which one.
         what: &'static str,
         /// Values that the configuration asks for.
         expected: usize,
@@ -32,13 +31,11 @@ pub enum ModelError {
     ForeignSet {
         /// The backbone that the set names.
         expected: Digest,
-        /// The session's.
         got: Digest,
     },
     /// More rows than the session has scratch for.
     #[error("{rows} rows are more than the session's {max_batch}")]
     BatchTooLarge {
-        /// Rows handed in.
         rows: usize,
         /// What the session was made for.
         max_batch: usize,

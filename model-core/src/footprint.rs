@@ -127,7 +127,6 @@ pub fn paper_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> C
 /// Bytes that one feed-forward layer takes at run time, by what they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct LayerBytes {
-    /// Both substrates.
     pub substrates: u64,
     /// One f32 per row of each substrate.
     pub scales: u64,
@@ -153,7 +152,6 @@ impl LayerBytes {
         }
     }
 
-    /// All of them.
     pub fn total(&self) -> u64 {
         self.substrates + self.scales + self.angles + self.router
     }
@@ -201,13 +199,10 @@ pub struct Footprint {
 /// What the feed-forward layers take, per layer, and what they save.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FeedForward {
-    /// Experts a layer.
     pub num_experts: usize,
     /// Bytes of one layer at run time.
     pub layer: LayerBytes,
-    /// The paper's accounting.
     pub paper: Compression,
-    /// Ours.
     pub runtime: Compression,
 }
 

@@ -20,8 +20,6 @@
 //!
 //! Training, and the float reference that the engine is measured against, are the crate `training`.
 
-#![warn(missing_docs)]
-
 pub mod artifact;
 pub mod bench;
 pub mod config;

@@ -85,9 +85,7 @@ pub enum AngleSpread {
 /// Where a model's angles started, so that anybody can rebuild the start from an artifact and compare.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AngleStart {
-    /// [`AngleStart::GENERATOR`].
     pub generator: String,
-    /// Of [`SplitMix64`].
     pub seed: u64,
     /// How the numbers become angles.
     pub spread: AngleSpread,

@@ -64,7 +64,6 @@ pub struct BlockWeights {
 /// Everything expert sets share.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackboneWeights {
-    /// Shapes.
     pub config: BackboneConfig,
     /// One per [`BackboneConfig::stem`] layer.
     pub stem: Vec<StemWeights>,
@@ -101,7 +100,6 @@ pub struct ExpertLayerWeights {
 /// One task's experts, routers, head and labels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertSetWeights {
-    /// Shapes.
     pub config: ExpertConfig,
     /// One per transformer block.
     pub layers: Vec<ExpertLayerWeights>,

@@ -58,7 +58,6 @@ impl Random {
     }
 }
 
-/// A random backbone.
 pub fn backbone_weights(config: &BackboneConfig, seed: u64) -> BackboneWeights {
     let mut random = Random::new(seed);
     let (d_model, d_ff) = (config.d_model, config.d_ff);
@@ -111,9 +110,6 @@ pub fn expert_set_weights(config: &ViTConfig, seed: u64) -> ExpertSetWeights {
 }
 
 /// The bytes of a random backbone artifact, and its digest.
-///
-/// # Panics
-/// When the artifact cannot be written, which fails the test.
 pub fn backbone_artifact(config: &BackboneConfig, seed: u64) -> (Vec<u8>, Digest) {
     let weights = backbone_weights(config, seed);
     let bytes = write_backbone("random", &weights, &Preprocess::default(), &json!({})).expect("valid weights");
@@ -122,18 +118,12 @@ pub fn backbone_artifact(config: &BackboneConfig, seed: u64) -> (Vec<u8>, Digest
 }
 
 /// The bytes of a random expert-set artifact.
-///
-/// # Panics
-/// When the artifact cannot be written, which fails the test.
 pub fn expert_set_artifact(config: &ViTConfig, backbone: Digest, name: &str, seed: u64) -> Vec<u8> {
     let weights = expert_set_weights(config, seed);
     write_expert_set(name, &weights, (&config.backbone, backbone), &json!({})).expect("valid weights")
 }
 
 /// Writes a model store with one backbone and version 1 of each named set.
-///
-/// # Panics
-/// When a file cannot be written, which fails the test.
 pub fn write_store(root: &Path, config: &ViTConfig, sets: &[&str]) -> Digest {
     let (bytes, digest) = backbone_artifact(&config.backbone, 1);
     write(&root.join("backbones/main.safetensors"), &bytes);
@@ -145,9 +135,6 @@ pub fn write_store(root: &Path, config: &ViTConfig, sets: &[&str]) -> Digest {
 }
 
 /// A model store with the shipped backbone and the shipped expert set under other names, each `NAME/VERSION`.
-///
-/// # Panics
-/// When a file cannot be written, which fails the test.
 pub fn shipped_store(sets: &[&str]) -> tempfile::TempDir {
     let store = tempfile::tempdir().expect("a folder");
     let models = root().join("models");
@@ -161,9 +148,6 @@ pub fn shipped_store(sets: &[&str]) -> tempfile::TempDir {
 }
 
 /// Writes a file, making its folder.
-///
-/// # Panics
-/// When that fails, which fails the test.
 pub fn write(path: &Path, bytes: &[u8]) {
     fs::create_dir_all(path.parent().expect("a file in a folder")).expect("the folder can be made");
     fs::write(path, bytes).expect("the file can be written");

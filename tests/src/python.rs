@@ -7,9 +7,6 @@ use crate::server::root;
 
 /// A program of `target/venv`, started in `tests/`; `None` when it is missing, which is an error under CI.
 /// `tests/run.sh` makes the folder.
-///
-/// # Panics
-/// Under CI when it is missing, which fails the test.
 pub fn program(name: &str) -> Option<Command> {
     let path = path(name);
     if !path.exists() {
@@ -27,9 +24,6 @@ fn path(name: &str) -> PathBuf {
 }
 
 /// Runs a program to its end, shows what it says, and asserts that it succeeds.
-///
-/// # Panics
-/// When it fails, which fails the test.
 pub fn succeed(command: &mut Command) {
     let output = command.output().expect("the program runs");
     let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

@@ -15,18 +15,11 @@ use serde_json::Value;
 /// How long anything may take before the test fails instead of hanging; no statement about speed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The workspace's folder.
-///
-/// # Panics
-/// Never: this crate lies in it.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace").to_path_buf()
 }
 
 /// The server that cargo built together with the running test.
-///
-/// # Panics
-/// When the caller is no integration test of this package: cargo builds the server for those alone.
 pub fn binary() -> PathBuf {
     let test = std::env::current_exe().expect("the path of the running test");
     let profile = test.ancestors().nth(2).expect("cargo puts tests into the folder deps");
@@ -36,17 +29,11 @@ pub fn binary() -> PathBuf {
 }
 
 /// The bytes of a file of `tests/images`.
-///
-/// # Panics
-/// When it cannot be read, which fails the test.
 pub fn image(name: &str) -> Vec<u8> {
     std::fs::read(root().join("tests/images").join(name)).expect("a committed test image")
 }
 
 /// The names of the committed test images.
-///
-/// # Panics
-/// When their list cannot be read, which fails the test.
 pub fn image_names() -> Vec<String> {
     let labels: Value = serde_json::from_slice(&image("labels.json")).expect("JSON");
     labels.as_object().expect("an object by name").keys().cloned().collect()
@@ -56,7 +43,6 @@ pub fn image_names() -> Vec<String> {
 #[derive(Debug)]
 pub struct Server {
     child: Child,
-    /// Where it listens.
     pub address: SocketAddr,
     /// Behind a lock so that threads of a test can share the server.
     lines: Mutex<Receiver<String>>,
@@ -65,17 +51,11 @@ pub struct Server {
 
 impl Server {
     /// Starts `butterflyvit` with more flags and waits until it is ready.
-    ///
-    /// # Panics
-    /// When it does not become ready, which fails the test.
     pub fn start<S: AsRef<OsStr>>(flags: impl IntoIterator<Item = S>) -> Self {
         Self::start_with(flags, [])
     }
 
     /// As [`Server::start`], with more environment variables.
-    ///
-    /// # Panics
-    /// When it does not become ready, which fails the test.
     pub fn start_with<S: AsRef<OsStr>, const N: usize>(
         flags: impl IntoIterator<Item = S>,
         variables: [(&str, &str); N],
@@ -102,7 +82,6 @@ impl Server {
         server
     }
 
-    /// The server's process.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -112,10 +91,6 @@ impl Server {
         format!("http://{}{path}", self.address)
     }
 
-    /// A GET.
-    ///
-    /// # Panics
-    /// When no answer comes, which fails the test.
     pub fn get(&self, path: &str) -> Answer {
         Answer::of(self.client.get(self.url(path)))
     }
@@ -132,17 +107,11 @@ impl Server {
     }
 
     /// POSTs bytes to `/classify` without a content type, as `curl -T` does.
-    ///
-    /// # Panics
-    /// When no answer comes, which fails the test.
     pub fn classify(&self, body: &[u8]) -> Answer {
         Answer::of(self.post("/classify").body(body.to_vec()))
     }
 
     /// A bare connection, for requests no client library would send.
-    ///
-    /// # Panics
-    /// When it is refused, which fails the test.
     pub fn connect(&self) -> Connection {
         let stream = TcpStream::connect(self.address).expect("a connection");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
@@ -150,18 +119,12 @@ impl Server {
     }
 
     /// Sends a signal such as `TERM`.
-    ///
-    /// # Panics
-    /// When there is no `sh` to send it.
     pub fn signal(&self, name: &str) {
         let status = Command::new("sh").args(["-c", &format!("kill -{name} {}", self.pid())]).status();
         assert!(status.expect("sh runs").success());
     }
 
     /// Waits for the process to end.
-    ///
-    /// # Panics
-    /// When it does not end within [`PATIENCE`].
     pub fn wait(&mut self) -> ExitStatus {
         let start = std::time::Instant::now();
         while start.elapsed() < PATIENCE {
@@ -174,25 +137,16 @@ impl Server {
     }
 
     /// What has been logged and not yet been waited for.
-    ///
-    /// # Panics
-    /// When a test thread panicked while it read.
     pub fn log_so_far(&self) -> Vec<String> {
         self.lines.lock().expect("no test thread panicked while it read").try_iter().collect()
     }
 
     /// What has been logged and not yet been waited for, up to the end of the process.
-    ///
-    /// # Panics
-    /// When a test thread panicked while it read.
     pub fn log_to_end(&self) -> Vec<String> {
         self.lines.lock().expect("no test thread panicked while it read").iter().collect()
     }
 
     /// The process's resident memory in bytes, now and at its peak.
-    ///
-    /// # Panics
-    /// When the process is gone.
     pub fn memory(&self) -> (usize, usize) {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("a running process");
         let field = |name: &str| {
@@ -203,9 +157,6 @@ impl Server {
     }
 
     /// Waits for a line of the log that contains `text`.
-    ///
-    /// # Panics
-    /// When none comes, which fails the test.
     pub fn wait_for_log(&self, text: &str) -> String {
         let lines = self.lines.lock().expect("no test thread panicked while it read");
         loop {
@@ -233,21 +184,14 @@ fn forward(output: impl Read + Send + 'static, lines: Sender<String>) {
     });
 }
 
-/// What came back.
 #[derive(Debug)]
 pub struct Answer {
-    /// The HTTP status.
     pub status: u16,
     headers: reqwest::header::HeaderMap,
-    /// The whole body.
     pub text: String,
 }
 
 impl Answer {
-    /// Sends a request.
-    ///
-    /// # Panics
-    /// When no answer comes, which fails the test.
     pub fn of(request: RequestBuilder) -> Self {
         Self::read(request.send().expect("an answer"))
     }
@@ -263,26 +207,17 @@ impl Answer {
     }
 
     /// The body as JSON.
-    ///
-    /// # Panics
-    /// When it is not JSON, which fails the test.
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
     }
 
     /// The first prediction's label.
-    ///
-    /// # Panics
-    /// When there is none, which fails the test.
     pub fn label(&self) -> String {
         let label = self.json()["predictions"][0]["label"].as_str().map(ToOwned::to_owned);
         label.unwrap_or_else(|| panic!("{}: {}", self.status, self.text))
     }
 
     /// Asserts a refusal: its status, its code, and the flat body every refusal has.
-    ///
-    /// # Panics
-    /// When it is anything else, which fails the test.
     pub fn assert_refused(&self, status: u16, error_type: &str) {
         let body = self.json();
         assert_eq!((self.status, body["error_type"].as_str()), (status, Some(error_type)), "{}", self.text);
@@ -332,9 +267,6 @@ fn status_and_text(bytes: &[u8]) -> (u16, String) {
 }
 
 /// Waits for something that the server does in its own time.
-///
-/// # Panics
-/// When it is not so within [`PATIENCE`].
 pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     let start = std::time::Instant::now();
     while !is_so() {

@@ -1,5 +1,4 @@
-//! What a gateway in a cupboard lives through: being stopped under load, full and vanishing disks, a clock
-//! that jumps.
+//! What a gateway in a cupboard lives through: being stopped under load, full and vanishing disks, a clock that jumps.
 
 use std::collections::HashSet;
 use std::io::Write;

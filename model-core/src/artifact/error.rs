@@ -45,12 +45,7 @@ pub enum ArtifactError {
     UnknownMetadata(String),
     /// The document has more values than any honest one; parsing it would take more memory than the file justifies.
     #[error("the document has about {got} JSON values; at most {limit} are allowed")]
-    DocumentTooLarge {
-        /// Most values accepted.
-        limit: usize,
-        /// Values counted.
-        got: usize,
-    },
+    DocumentTooLarge { limit: usize, got: usize },
     /// The JSON document in the metadata has another shape than `FORMAT.md` says.
     #[error("the document in the metadata: {0}")]
     Document(serde_json::Error),
@@ -128,7 +123,6 @@ pub enum ArtifactError {
         tensor: String,
         /// Flat index of the element; of the byte, for a packed tensor.
         index: usize,
-        /// What is wrong.
         reason: String,
     },
     /// Document and tensors are not what the digest was taken over: the file was damaged or altered.
@@ -157,7 +151,6 @@ pub enum ArtifactError {
         tensor: String,
         /// Elements the configuration asks for.
         expected: usize,
-        /// Elements there are.
         got: usize,
     },
 }

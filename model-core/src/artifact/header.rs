@@ -61,14 +61,12 @@ pub(super) enum Document {
 pub enum Contents {
     /// Everything expert sets share.
     Backbone {
-        /// Shapes.
         config: BackboneConfig,
         /// How an image becomes the model's input.
         preprocess: Preprocess,
     },
     /// One task's experts, routers, head and labels.
     ExpertSet {
-        /// Shapes.
         config: ExpertConfig,
         /// Shapes of the backbone the set was fitted to.
         backbone_config: BackboneConfig,
@@ -95,11 +93,9 @@ impl Contents {
 pub struct Header {
     /// Name given by whoever wrote the artifact.
     pub name: String,
-    /// What it is.
     pub contents: Contents,
     /// Summary of the training run, free-form.
     pub training: Value,
-    /// Declared digest.
     pub digest: Digest,
     /// Size of the file.
     pub file_bytes: u64,
@@ -178,7 +174,6 @@ impl RawHeader {
     }
 }
 
-/// Document and digest.
 fn metadata_values(metadata: &Metadata) -> Result<(String, Digest), ArtifactError> {
     let mut map = metadata.metadata().clone().unwrap_or_default();
     let document = map.remove(DOCUMENT_KEY).ok_or(ArtifactError::MissingMetadata(DOCUMENT_KEY))?;

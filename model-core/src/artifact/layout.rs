@@ -50,7 +50,6 @@ pub struct TensorSize {
     pub name: String,
     /// How its values are encoded.
     pub encoding: Encoding,
-    /// Values.
     pub elements: usize,
     /// Length of the first axis: output features, experts.
     pub rows: usize,

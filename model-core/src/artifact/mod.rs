@@ -29,7 +29,6 @@ use crate::weights::{BackboneWeights, ExpertSetWeights};
 pub struct BackboneArtifact {
     /// Name given by whoever wrote it.
     pub name: String,
-    /// The parameters.
     pub weights: BackboneWeights,
     /// How an image becomes the model's input.
     pub preprocess: Preprocess,

@@ -7,7 +7,6 @@ use crate::kernels::softmax::softmax;
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 32;
 
-/// Per-thread buffers.
 #[derive(Debug)]
 pub(super) struct AttentionScratch {
     /// k as the weights of a product, `[tokens, head_dim]` in panels.
@@ -39,7 +38,6 @@ pub(super) struct Head<'a> {
     pub tokens: usize,
     pub d_model: usize,
     pub head_dim: usize,
-    /// Which head.
     pub head: usize,
 }
 

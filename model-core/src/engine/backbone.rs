@@ -97,7 +97,6 @@ impl Backbone {
         self.digest
     }
 
-    /// Shapes.
     pub fn config(&self) -> &BackboneConfig {
         &self.config
     }

@@ -82,7 +82,6 @@ impl ExpertSet {
         &self.labels
     }
 
-    /// Shapes.
     pub fn config(&self) -> &ExpertConfig {
         &self.config
     }

@@ -178,9 +178,7 @@ fn decode_router<T: Copy + Into<f32>>(codes: &[T], scale: &[f32], panel: &mut [f
 pub struct Span {
     /// Which of the batch's expert sets.
     pub set: usize,
-    /// First token.
     pub first: usize,
-    /// Number of tokens.
     pub tokens: usize,
     /// First of the `tokens * top_k` slots, one per (token, choice).
     pub first_slot: usize,
@@ -364,7 +362,6 @@ impl MoeScratch {
 
 /// One layer at work on a batch.
 pub struct Moe<'a, F> {
-    /// The backbone's half.
     pub substrates: &'a Substrates,
     /// The sets' half: the layer's experts of the set with that index.
     pub experts: F,

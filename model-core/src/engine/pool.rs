@@ -12,7 +12,6 @@ use std::thread::JoinHandle;
 /// Dropping it ends its own helpers.
 pub struct Pool {
     shared: Arc<Shared>,
-    /// The caller's number.
     own: usize,
     /// Numbers lie below this.
     seats: usize,
@@ -180,7 +179,6 @@ impl Pool {
         }
     }
 
-    /// The caller's number.
     pub(super) fn own(&self) -> usize {
         self.own
     }

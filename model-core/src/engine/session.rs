@@ -63,7 +63,6 @@ pub struct Session {
 /// Buffers of one thread.
 #[derive(Debug)]
 struct ThreadScratch {
-    /// A tile's windows.
     windows: Vec<f32>,
     /// A tile's rows, `[TILE, d_model or stem channels]`.
     rows: Vec<f32>,
@@ -97,7 +96,6 @@ impl ThreadScratch {
 struct Threads {
     rest: Arc<PerThread<ThreadScratch>>,
     moe: Arc<PerThread<MoeThread>>,
-    /// Of one thread.
     bytes: usize,
 }
 

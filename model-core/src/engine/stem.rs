@@ -44,7 +44,6 @@ impl Convolution {
         self.output_side.pow(2)
     }
 
-    /// Output channels.
     pub(super) fn channels(&self) -> usize {
         self.layer.channels
     }

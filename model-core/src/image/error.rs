@@ -23,15 +23,11 @@ pub enum ImageError {
         width: u32,
         /// Height in the header.
         height: u32,
-        /// Most pixels accepted.
         limit: u64,
     },
     /// The header announces dimensions that no decoder takes.
     #[error("the image's dimensions are beyond what is decoded; at most {limit} pixels are accepted")]
-    TooLarge {
-        /// Most pixels accepted.
-        limit: u64,
-    },
+    TooLarge { limit: u64 },
     /// Decoding would take more memory than allowed, at whatever scale.
     #[error("decoding the {width}x{height} image would take {needed} bytes; at most {limit} are allowed")]
     TooMuchMemory {

@@ -9,7 +9,6 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 
 /// The input samples that one output sample is made of.
 struct Window {
-    /// First input sample.
     start: usize,
     /// Weights in units of `2^-PRECISION_BITS`; they sum to about one.
     weights: Vec<i32>,

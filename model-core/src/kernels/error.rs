@@ -7,7 +7,6 @@ pub enum KernelError {
     /// A slice does not have the length that the shapes ask for.
     #[error("{what} has {got} elements, expected {expected}")]
     Length {
-        /// Which argument.
         what: &'static str,
         /// Elements that the shapes ask for.
         expected: usize,
@@ -19,25 +18,14 @@ pub enum KernelError {
     NotTernary {
         /// Position in the row-major codes.
         index: usize,
-        /// What stands there.
         value: i8,
     },
     /// An int8 weight is -128: its magnitude is no int8.
     #[error("{what}: code {index} is -128, below -127")]
-    Code {
-        /// Which argument.
-        what: &'static str,
-        /// Position in it.
-        index: usize,
-    },
+    Code { what: &'static str, index: usize },
     /// A weight, scale or bias is infinite or not a number.
     #[error("{what} {index} is not finite")]
-    NotFinite {
-        /// Which argument.
-        what: &'static str,
-        /// Position in it.
-        index: usize,
-    },
+    NotFinite { what: &'static str, index: usize },
     /// The inner dimension is so long that an i32 sum could overflow.
     #[error("inner dimension {got} is more than {max}")]
     InnerDimension {
@@ -56,7 +44,6 @@ pub enum KernelError {
     },
 }
 
-/// Checks one length.
 pub(super) fn expect_len(what: &'static str, got: usize, expected: usize) -> Result<(), KernelError> {
     if got == expected { Ok(()) } else { Err(KernelError::Length { what, expected, got }) }
 }

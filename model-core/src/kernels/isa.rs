@@ -95,7 +95,6 @@ impl Isa {
         Kind::ALL.iter().filter(|kind| kind.detected()).map(|&kind| Self(kind))
     }
 
-    /// The fastest one.
     pub fn best() -> Self {
         Self::available().next_back().unwrap_or(Self::SCALAR)
     }

@@ -14,7 +14,6 @@ use super::isa::Kind;
 
 /// Vector operations of one instruction set, holding only what the kernels use.
 pub(super) trait Simd: Copy {
-    /// A vector.
     type V: Copy;
     /// Floats in a vector; a power of two, at most [`MAX_LANES`].
     const LANES: usize;
@@ -96,7 +95,6 @@ pub(super) trait Simd: Copy {
         self.to_array(v, 0.0)[..Self::LANES].iter().sum()
     }
 
-    /// The largest lane.
     #[inline(always)]
     fn max_lane(self, v: Self::V) -> f32 {
         self.to_array(v, f32::NEG_INFINITY).iter().copied().fold(f32::NEG_INFINITY, f32::max)
@@ -150,15 +148,12 @@ impl Turn {
 /// An elementwise function of vectors. A trait and not a closure, because `map` must be `#[inline(always)]`, which a
 /// closure cannot be told to be: left out of line, it is compiled without the instructions.
 pub(super) trait Map<S: Simd> {
-    /// Of one vector.
     fn map(&self, simd: S, v: S::V) -> S::V;
 }
 
 /// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`.
 pub(super) trait Work {
-    /// What it returns.
     type Output;
-    /// Does it.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 

@@ -27,7 +27,6 @@ unsafe impl GlobalAlloc for Counting {
 /// What a run took.
 #[allow(dead_code, reason = "every test binary uses a part of it")]
 pub(crate) struct Taken<T> {
-    /// What it returned.
     pub(crate) result: T,
     /// Most bytes it held at once.
     pub(crate) peak: usize,

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-/// One golden file.
 pub(crate) struct Golden<'a> {
     pub(crate) name: String,
     pub(crate) spec: Value,

@@ -53,7 +53,6 @@ pub struct Shape {
     pub left: usize,
 }
 
-/// What is convolved.
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
     /// `[height, width, channels]`.

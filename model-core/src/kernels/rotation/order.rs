@@ -30,7 +30,6 @@ impl LaneOrder {
         Self { features, lanes, segment: (1 << max_stages) / lanes, max_stages }
     }
 
-    /// Number of features.
     pub fn features(&self) -> usize {
         self.features
     }
