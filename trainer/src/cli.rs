@@ -430,6 +430,11 @@ pub struct EvaluateArgs {
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,
+    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without rotations,
+    /// with the angles back at their start and without experts; how far angles moved, how alike experts are and how many
+    /// are used.
+    #[arg(long, conflicts_with = "confusion")]
+    pub probe: bool,
     /// Look at the first N images only.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,

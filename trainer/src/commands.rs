@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::{Device, Tensor};
 use model_core::artifact::{
     BackboneArtifact, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
 };
@@ -25,7 +26,7 @@ use crate::cli::{
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::diary;
-use crate::evaluate::{Report, Tally, confusion_picture};
+use crate::evaluate::{Artifacts, Probe, Report, Tally, confusion_picture};
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe, angle_start};
@@ -418,18 +419,35 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let Opened { dataset, skipped, warnings } = open_labelled(args, part, &config, &set.weights.labels)?;
     warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
 
-    let model = predictor(&backbone, &set, args.float)?;
+    let count = args.limit.unwrap_or(usize::MAX).min(dataset.len());
     let path = if args.float { "float" } else { "integer" };
-    let count = args.limit.unwrap_or(usize::MAX);
+    let show = |model: &Artifacts| -> Result<Tally> {
+        let predictor = predictor(&model.backbone, &model.set, args.float)?;
+        measure(&*predictor, &config, &dataset, count, &model.backbone.preprocess, threads(args.threads))
+    };
+    let model = Artifacts { backbone, set };
+    if args.probe {
+        let start = angle_start(&model.set.training, &config)?;
+        let some = PROBED_IMAGES.min(count);
+        let side = dataset.side;
+        let pixels = model.backbone.preprocess.normalize(&dataset.images[..some * dataset.image_bytes()]);
+        let pixels = Tensor::from_vec(pixels, (some, side, side, 3), &Device::Cpu)?;
+        let probe = Probe::new(&model, start.as_ref(), path, &pixels, show)?;
+        return print(&if args.json { serde_json::to_string_pretty(&probe)? + "\n" } else { probe.text() });
+    }
     let started = Instant::now();
-    let tally = measure(&*model, &config, &dataset, count, &backbone.preprocess, threads(args.threads))?;
-    let report = Report::new(&tally, &set.weights.labels, path, skipped.len(), started.elapsed().as_secs_f64());
+    let tally = show(&model)?;
+    let labels = &model.set.weights.labels;
+    let report = Report::new(&tally, labels, path, skipped.len(), started.elapsed().as_secs_f64());
     if let Some(path) = &args.confusion {
-        confusion_picture(path, &tally, &set.weights.labels)?;
+        confusion_picture(path, &tally, labels)?;
     }
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
     print(&text)
 }
+
+/// Images of whose tokens a probe compares the experts' outputs.
+const PROBED_IMAGES: usize = 32;
 
 /// The integer path that serves, or the float path over the artifacts' values.
 fn predictor(backbone: &BackboneArtifact, set: &ExpertSetArtifact, float: bool) -> Result<Box<dyn Predictor>> {

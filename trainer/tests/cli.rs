@@ -270,6 +270,21 @@ fn angles_of_rate_zero_stay_where_the_artifact_says_they_started() {
             assert_eq!(angle_codes(&angles, set.weights.config.angle_bits), codes.codes, "layer {l}, site {site}");
         }
     }
+    let backbone = out.join("store/backbones/backbone.safetensors");
+    let set_path = out.join("store/expert-sets/default/1.safetensors");
+    let evaluate = ["evaluate", "--data", text(&data), "--backbone", text(&backbone), "--set", text(&set_path)];
+    let json = |more: &[&str]| -> Value {
+        serde_json::from_slice(&succeed(&[&evaluate[..], &["--json"], more].concat()).stdout).unwrap()
+    };
+    let (report, probe) = (json(&[]), json(&["--probe"]));
+    assert_eq!(probe["top1"], report["top1"]);
+    assert_eq!((&probe["angles_moved"], &probe["angles_at_start"]), (&Value::from(0.0), &report["top1"]), "{probe}");
+    for key in ["wrong_expert", "random_expert", "no_rotation", "no_experts"] {
+        assert!(probe[key].as_f64().is_some_and(|top1| (0.0..=1.0).contains(&top1)), "{key}: {probe}");
+    }
+    assert_eq!(json(&["--probe", "--limit", "4", "--float"])["images"], 4);
+    let said = String::from_utf8(succeed(&[&evaluate[..], &["--probe"]].concat()).stdout).unwrap();
+    assert!(said.contains("angle codes moved       0.00 %"), "{said}");
     // Routers and everything else did move.
     let initial = Checkpoint::load(&out).unwrap().state.recipe.init_model().unwrap();
     for part in ["router", "up"] {

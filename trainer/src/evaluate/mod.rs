@@ -1,9 +1,11 @@
 //! Measuring a model: how often it is right, how well it knows that, and how its routers behave.
 
 mod picture;
+mod probe;
 mod report;
 
 pub use picture::confusion_picture;
+pub use probe::{Artifacts, LayerProbe, Probe};
 pub use report::{ClassScore, Confusion, LayerRouting, Report};
 
 use model_core::config::ViTConfig;

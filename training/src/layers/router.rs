@@ -22,6 +22,11 @@ pub struct Routing {
 }
 
 impl Routing {
+    /// What was routed, `[tokens, d_model]`.
+    pub fn rows(&self) -> &Tensor {
+        &self.rows
+    }
+
     /// The probabilities once more, with a gradient that moves the router and not what it looks at.
     ///
     /// # Errors
