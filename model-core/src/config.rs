@@ -127,6 +127,14 @@ pub enum FeedForwardKind {
     DenseExperts,
     /// A single fp32 feed-forward layer, no router.
     Dense,
+    /// As many experts behind the same router, each with ternary matrices of its own.
+    TernaryExperts,
+    /// The same with 4-bit matrices, a scale per row.
+    Int4Experts,
+    /// The same with 8-bit matrices, a scale per row.
+    Int8Experts,
+    /// The same with matrices that are products of two fp32 factors, through [`BackboneConfig::low_rank`] features.
+    LowRankExperts,
 }
 
 /// A whole model: backbone and one expert set.
@@ -228,6 +236,11 @@ impl BackboneConfig {
     /// Number of patch tokens.
     pub fn num_tokens(&self) -> usize {
         self.grid_side().pow(2)
+    }
+
+    /// Rank of the matrices of [`FeedForwardKind::LowRankExperts`]: an eighth of `d_model`.
+    pub fn low_rank(&self) -> usize {
+        (self.d_model / 8).max(1)
     }
 
     /// Features of one attention head.

@@ -111,16 +111,18 @@ impl Compression {
     }
 }
 
+/// Bits of a ternary weight as the paper counts them.
+const PAPER_TERNARY_BITS: f64 = 1.58;
+
 /// The paper's accounting for one layer: one substrate at 1.58 bits a weight and 16 bits an angle, whatever the
 /// configuration's own code widths, against dense fp32 experts.
 pub fn paper_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> Compression {
-    const TERNARY_BITS: f64 = 1.58;
     const ANGLE_BYTES: usize = 2;
     let matrix = backbone.d_model * backbone.d_ff;
     let angles = experts.num_experts * experts.angles_per_expert(backbone);
     Compression {
         dense_bytes: (experts.num_experts * 2 * matrix * F32_BYTES as usize) as f64,
-        butterfly_bytes: matrix as f64 * TERNARY_BITS / 8.0 + (angles * ANGLE_BYTES) as f64,
+        butterfly_bytes: matrix as f64 * PAPER_TERNARY_BITS / 8.0 + (angles * ANGLE_BYTES) as f64,
     }
 }
 
@@ -164,8 +166,9 @@ pub fn runtime_compression(backbone: &BackboneConfig, experts: &ExpertConfig) ->
     Compression { dense_bytes: dense as f64, butterfly_bytes: LayerBytes::resident(backbone, experts).total() as f64 }
 }
 
-/// Bytes of one feed-forward layer of any kind, by the paper's accounting and by ours. The router of dense experts is
-/// fp32 and counts in ours only; gains count as the fp32 that training leaves; a tied `down` saves its codes.
+/// Bytes of one feed-forward layer of any kind, by the paper's accounting and by ours. The router of fp32 experts is
+/// fp32; scales and routers count in ours only; gains count as the fp32 that training leaves; a tied `down` saves its
+/// codes; ternary matrices of an expert's own take the bits that a substrate takes.
 pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &ExpertConfig) -> (f64, f64) {
     let (paper, runtime) = (paper_compression(backbone, experts), runtime_compression(backbone, experts));
     match kind {
@@ -180,6 +183,24 @@ pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &E
             (paper.butterfly_bytes, runtime.butterfly_bytes - down)
         }
         FeedForwardKind::DenseExperts => (paper.dense_bytes, runtime.dense_bytes),
+        FeedForwardKind::TernaryExperts | FeedForwardKind::Int4Experts | FeedForwardKind::Int8Experts => {
+            let layer = LayerBytes::resident(backbone, experts);
+            let weights = (experts.num_experts * 2 * backbone.d_model * backbone.d_ff) as f64;
+            let (paper, runtime) = match kind {
+                FeedForwardKind::TernaryExperts => {
+                    (weights * PAPER_TERNARY_BITS / 8.0, experts.num_experts as f64 * layer.substrates as f64)
+                }
+                FeedForwardKind::Int4Experts => (weights / 2.0, weights / 2.0),
+                _ => (weights, weights),
+            };
+            let scales = (experts.num_experts * (backbone.d_model + backbone.d_ff)) as f64 * F32_BYTES as f64;
+            (paper, runtime + scales + layer.router as f64)
+        }
+        FeedForwardKind::LowRankExperts => {
+            let factors = experts.num_experts * 2 * backbone.low_rank() * (backbone.d_model + backbone.d_ff);
+            let (factors, routers) = (factors as f64 * F32_BYTES as f64, runtime.dense_bytes - paper.dense_bytes);
+            (factors, factors + routers)
+        }
         FeedForwardKind::Dense => {
             let one = paper.dense_bytes / experts.num_experts as f64;
             (one, one)
@@ -331,6 +352,19 @@ mod tests {
         assert_eq!(bytes(FeedForwardKind::Butterfly).1, 316_672.0);
         assert_eq!(bytes(FeedForwardKind::ButterflyTied).1, 316_672.0 - 65_536.0);
         assert_eq!(bytes(FeedForwardKind::ButterflyGains).1, 316_672.0 + 262_144.0);
+    }
+
+    #[test]
+    fn rivals_count_their_own_matrices_scales_and_routers() {
+        let config = paper();
+        let bytes = |kind| layer_bytes(kind, &config.backbone, &config.experts);
+        // 64 x 2 x 256 x 1024 weights; scales of 64 x (256 + 1024) rows; a router of 64 rows of 256 bytes and a scale.
+        let (weights, rest) = (33_554_432.0, 327_680.0 + 64.0 * 260.0);
+        assert_eq!(bytes(FeedForwardKind::TernaryExperts), (weights * 1.58 / 8.0, weights / 4.0 + rest));
+        assert_eq!(bytes(FeedForwardKind::Int4Experts), (weights / 2.0, weights / 2.0 + rest));
+        assert_eq!(bytes(FeedForwardKind::Int8Experts), (weights, weights + rest));
+        // Rank 32: 64 x 2 x 32 x (256 + 1024) fp32, and a router of 64 x 256.
+        assert_eq!(bytes(FeedForwardKind::LowRankExperts), (20_971_520.0, 20_971_520.0 + 65_536.0));
     }
 
     #[test]

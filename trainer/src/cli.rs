@@ -385,6 +385,13 @@ pub struct CompareArgs {
     /// Variants to train.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Variant::Butterfly, Variant::DenseExperts, Variant::Dense, Variant::NoSmoothness])]
     pub variants: Vec<Variant>,
+    /// Learning rates to try for each variant, with the first seed; the one with the lowest cross-entropy on the held-out
+    /// images trains it. All trials are in `rates.json`. Without this option every variant has the recipe's rate.
+    #[arg(long, value_name = "RATE", value_delimiter = ',')]
+    pub rates: Vec<f64>,
+    /// Passes of each of these trials.
+    #[arg(long, value_name = "EPOCHS", default_value_t = 2)]
+    pub rate_epochs: u64,
     /// Seeds to train each with.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2])]
     pub seeds: Vec<u64>,

@@ -1,5 +1,6 @@
 //! What each command does, from arguments to files.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::diary;
 use crate::evaluate::{Artifacts, Probe, Report, Tally, confusion_picture};
+use crate::files::write_atomically;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe, angle_start};
@@ -293,30 +295,76 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
     crate::files::create_folder(&args.run.out)?;
     compare::write_memory(&args.run.out, &base.model)?;
+    let train = |folder: &str, recipe: Recipe| -> Result<Trained> {
+        say(folder);
+        let out = args.run.out.join(folder);
+        let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
+        let vit = recipe.init_model()?;
+        let settings = Settings { out: out.clone(), ..args.run.settings() };
+        let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess(), teacher.clone())?;
+        let mut finished = None;
+        let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
+            finished = Some(checkpoint.clone());
+            Ok(())
+        })?;
+        Ok((ended, finished))
+    };
+    let rates = match choose_rates(args, &base, &train)? {
+        Rates::Chosen(rates) => rates,
+        Rates::Unfinished(ended) => return Ok(ended),
+    };
     let mut outcomes = Vec::new();
     for &seed in &args.seeds {
         for &variant in &args.variants {
             let mut recipe = Recipe { seed, ..base.clone() };
             variant.apply(&mut recipe);
-            let out = args.run.out.join(format!("{}-seed-{seed}", variant.name()));
-            say(&format!("{variant:?}, seed {seed}"));
-            let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
-            let vit = recipe.init_model()?;
-            let settings = Settings { out: out.clone(), ..args.run.settings() };
-            let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess(), teacher.clone())?;
-            let mut outcome = None;
-            let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
-                outcome = Some(measure_run(variant, checkpoint, &test, threads(args.run.threads))?);
-                Ok(())
-            })?;
-            let Some(outcome) = outcome else { return Ok(ended) };
-            outcomes.push(outcome);
+            recipe.learning_rate = rates.get(&variant).copied().unwrap_or(recipe.learning_rate);
+            let (ended, finished) = train(&format!("{}-seed-{seed}", variant.name()), recipe)?;
+            let Some(checkpoint) = finished else { return Ok(ended) };
+            outcomes.push(measure_run(variant, &checkpoint, &test, threads(args.run.threads))?);
             // After every run, so that a long comparison can be watched.
             let table = compare::write(&args.run.out, &outcomes)?;
             print(&table)?;
         }
     }
     Ok(Ended::Finished)
+}
+
+/// How a run ended, and its last checkpoint if it is done.
+type Trained = (Ended, Option<Checkpoint>);
+
+/// What came of [`choose_rates`].
+enum Rates {
+    /// By variant; empty where none were asked for.
+    Chosen(BTreeMap<Variant, f64>),
+    /// A trial was interrupted.
+    Unfinished(Ended),
+}
+
+/// Tries every variant at every rate of `--rates` with the first seed, and chooses by cross-entropy on the held-out images.
+/// Every trial is in `rates.json`.
+fn choose_rates(args: &CompareArgs, base: &Recipe, train: &impl Fn(&str, Recipe) -> Result<Trained>) -> Result<Rates> {
+    let mut chosen = BTreeMap::new();
+    let mut trials = Vec::new();
+    for &variant in args.variants.iter().filter(|_| !args.rates.is_empty()) {
+        let mut best = f64::INFINITY;
+        for &rate in &args.rates {
+            let seed = args.seeds.first().copied().context("--seeds is empty")?;
+            let mut recipe = Recipe { seed, epochs: args.rate_epochs, learning_rate: rate, ..base.clone() };
+            variant.apply(&mut recipe);
+            recipe.learning_rate = rate;
+            let (ended, finished) = train(&format!("rates/{}-{rate}", variant.name()), recipe)?;
+            let Some(checkpoint) = finished else { return Ok(Rates::Unfinished(ended)) };
+            let held_out = checkpoint.state.validation.context("--rates choose by held-out images; --hold-out is 0")?;
+            trials.push(json!({ "variant": variant, "learning_rate": rate, "held_out": held_out }));
+            if held_out.cross_entropy < best {
+                best = held_out.cross_entropy;
+                chosen.insert(variant, rate);
+            }
+            write_atomically(&args.run.out.join("rates.json"), serde_json::to_string_pretty(&trials)?.as_bytes())?;
+        }
+    }
+    Ok(Rates::Chosen(chosen))
 }
 
 /// Measures a finished run on the test part: through an artifact and the integer engine where it can be served.
@@ -343,6 +391,7 @@ fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, thread
         parameters: checkpoint.parameters.values().map(Vec::len).sum(),
         top1: scores.top1,
         top5: scores.top5,
+        right: tally.right().to_vec(),
         routing_agreement: scores.routing_agreement,
         far_agreement: scores.far_agreement,
         images_per_second: state.step as f64 * recipe.batch_size as f64 / state.seconds.max(1e-9),

@@ -175,7 +175,9 @@ impl Recipe {
     /// The roundings that training makes, after [`Recipe::float_epochs`].
     pub fn quantizers(&self) -> Quantizers {
         let quantizers = match (self.feed_forward, &self.origin) {
-            (FeedForwardKind::DenseExperts | FeedForwardKind::Dense, _) => Quantizers::NONE,
+            (FeedForwardKind::DenseExperts | FeedForwardKind::LowRankExperts | FeedForwardKind::Dense, _) => {
+                Quantizers::NONE
+            }
             (_, Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }) => Quantizers::ALL,
             (_, Origin::Specialise { .. }) => Quantizers::EXPERTS,
         };

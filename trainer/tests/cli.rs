@@ -326,8 +326,34 @@ fn compare_trains_variants_and_goes_on_after_an_interruption() {
         assert_eq!(row["routing_agreement"].is_null(), row["variant"] == "dense", "{row}");
     }
     assert!(out.join("butterfly-seed-3/curve.png").is_file());
+    assert!(table.contains("| variant against butterfly |"), "{table}");
+    assert_eq!(json[0]["paired"], Value::Null);
+    assert_eq!(json[1]["paired"]["by_seed"]["3"], json[1]["paired"]["difference"], "one seed");
     for picture in ["accuracy-memory.png", "memory-experts.png", "routing-maps.png", "expert-utilisation.png"] {
         assert!(out.join(picture).is_file(), "{picture}");
+    }
+}
+
+#[test]
+fn every_variant_gets_the_rate_that_does_best_on_held_out_images() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("study"));
+    let compare = ["compare", "--data", text(&data), "--out", text(&out), "--preset", "tiny", "--seeds", "3"];
+    // At a rate of 1e-9 nothing is learnt.
+    let rates =
+        ["--rates", "1e-9,0.01", "--rate-epochs", "10", "--variants", "butterfly,ternary-experts,low-rank-experts"];
+    let compare = [&compare[..], &rates, &FAST].concat();
+    succeed(&[&compare[..], &["--limit-seconds", "0"]].concat());
+    assert!(!out.join("table.md").exists());
+    succeed(&compare);
+    let read = |name: &str| -> Value { serde_json::from_slice(&fs::read(out.join(name)).unwrap()).unwrap() };
+    let trials = read("rates.json");
+    assert_eq!(trials.as_array().unwrap().len(), 6);
+    assert_eq!(trials[2]["variant"], "ternary-experts");
+    assert!(trials.as_array().unwrap().iter().all(|trial| trial["held_out"]["epoch"] == 10), "{trials}");
+    for row in read("table.json").as_array().unwrap() {
+        assert_eq!(row["learning_rate"], 0.01, "{row}");
+        assert!(row["top1"].as_f64().unwrap() > 0.8, "{row}");
     }
 }
 

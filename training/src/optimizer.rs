@@ -121,5 +121,6 @@ impl AdamW {
 }
 
 fn is_decayed(name: &str) -> bool {
-    name.ends_with(".weight") || name.ends_with(".up") || name.ends_with(".down") || name.ends_with(".router")
+    const MATRICES: [&str; 8] = ["weight", "up", "down", "router", "up_in", "up_out", "down_in", "down_out"];
+    MATRICES.contains(&name.rsplit('.').next().unwrap_or_default())
 }

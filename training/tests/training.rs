@@ -4,9 +4,10 @@ use candle_core::{Device, Tensor};
 use model_core::config::{ExpertConfig, FeedForwardKind, ViTConfig};
 use model_core::random::{AngleSpread, AngleStart};
 use training::losses::LossWeights;
-use training::ops::Activations;
+use training::ops::{self, Activations};
 use training::optimizer::{AdamW, AdamWConfig};
 use training::parameters::{Quantizers, is_expert_set_parameter};
+use training::quantize::router_snapped;
 use training::step::{Batch, gradients};
 use training::vit::ViT;
 
@@ -101,6 +102,60 @@ fn dense_kinds_have_their_parameters_and_a_gradient_that_finite_differences_conf
         }
         let labels: Vec<String> = (0..config.num_classes).map(|i| i.to_string()).collect();
         assert!(vit.to_weights(&labels).unwrap_err().to_string().contains("butterfly experts"));
+    }
+}
+
+#[test]
+fn low_rank_experts_have_a_gradient_that_finite_differences_confirm() {
+    let config = tiny();
+    let batch = batch(&config, 4);
+    let vit = ViT::init_kind(&config, FeedForwardKind::LowRankExperts, AngleSpread::Narrow, 7).unwrap();
+    let loss = |vit: &ViT| gradients(vit, Quantizers::ALL, &batch, LossWeights::default(), 4, 1).unwrap();
+    let analytic = loss(&vit).0;
+    // Rank 2, an eighth of 16.
+    assert_eq!(analytic["blocks.0.moe.up_out"].len(), 4 * 32 * 2);
+    for name in ["blocks.0.moe.up_in", "blocks.1.moe.up_out", "blocks.0.moe.down_in", "blocks.1.moe.down_out"] {
+        check_largest(&vit, name, &analytic[name], |vit| loss(vit).1.loss);
+    }
+}
+
+/// Experts of few bits compute what fp32 experts of the rounded matrices compute.
+#[test]
+fn experts_of_few_bits_are_dense_experts_that_were_rounded() {
+    let config = tiny();
+    let batch = batch(&config, 4);
+    let rounded = Quantizers { experts: false, activations: Activations::Float, ..Quantizers::ALL };
+    let dense = ViT::init_kind(&config, FeedForwardKind::DenseExperts, AngleSpread::Narrow, 7).unwrap();
+    let exact = logits(&dense, &batch, Quantizers::NONE);
+    type Round = fn(&[f32], usize) -> Vec<f32>;
+    let kinds: [(FeedForwardKind, Round, usize); 3] = [
+        (FeedForwardKind::TernaryExperts, |w, cols| ops::ternarized(w, cols), 3),
+        (FeedForwardKind::Int4Experts, |w, cols| router_snapped(w, cols, 4), 15),
+        (FeedForwardKind::Int8Experts, |w, cols| router_snapped(w, cols, 8), 255),
+    ];
+    for (kind, round, levels) in kinds {
+        let few = ViT::init_kind(&config, kind, AngleSpread::Narrow, 7).unwrap();
+        let of_few = logits(&few, &batch, rounded);
+        let reference = ViT::init_kind(&config, FeedForwardKind::DenseExperts, AngleSpread::Narrow, 7).unwrap();
+        for l in 0..config.backbone.num_layers {
+            for (part, cols) in [("up", config.backbone.d_model), ("down", config.backbone.d_ff)] {
+                let name = format!("blocks.{l}.moe.{part}");
+                let values = few.parameters().var(&name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let values = round(&values, cols);
+                let mut row: Vec<u32> = values[..cols].iter().map(|v| v.to_bits()).collect();
+                row.sort_unstable();
+                row.dedup();
+                assert!(row.len() <= levels + 1, "{kind:?}: {} values in a row", row.len());
+                reference.parameters().set(&name, &values).unwrap();
+            }
+        }
+        for (a, b) in of_few.iter().zip(logits(&reference, &batch, Quantizers::NONE)) {
+            // w + (round(w) - w) differs from round(w) by a rounding of 2^-24 of w, in sums of 32 products.
+            assert!((a - b).abs() < 1e-4, "{kind:?}: {a} and {b}");
+        }
+        assert!(of_few.iter().zip(&exact).any(|(a, b)| (a - b).abs() > 1e-3), "{kind:?} rounds nothing");
+        let all = logits(&few, &batch, Quantizers::ALL);
+        assert!(all.iter().zip(&of_few).any(|(a, b)| a != b), "{kind:?}: activations stay in float");
     }
 }
 

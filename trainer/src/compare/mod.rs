@@ -18,7 +18,10 @@ use crate::files::write_atomically;
 use crate::recipe::Recipe;
 
 mod memory;
+mod paired;
 mod pictures;
+
+pub use paired::Paired;
 
 /// A change to the recipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
@@ -32,6 +35,16 @@ pub enum Variant {
     Dense,
     /// Without spatial smoothness and contiguity losses.
     NoSmoothness,
+    /// Angles stay where they started.
+    FrozenAngles,
+    /// As many experts, each with ternary matrices of its own. Cannot be served.
+    TernaryExperts,
+    /// As many experts, each with 4-bit matrices of its own. Cannot be served.
+    Int4Experts,
+    /// As many experts, each with 8-bit matrices of its own. Cannot be served.
+    Int8Experts,
+    /// As many experts, each with fp32 matrices of low rank of its own. Cannot be served.
+    LowRankExperts,
     /// Two stages in both rotations.
     Stages2,
     /// Four stages in both rotations.
@@ -73,6 +86,11 @@ impl Variant {
             Self::DenseExperts => recipe.feed_forward = FeedForwardKind::DenseExperts,
             Self::Dense => recipe.feed_forward = FeedForwardKind::Dense,
             Self::NoSmoothness => (recipe.losses.smoothness, recipe.losses.contiguity) = (0.0, 0.0),
+            Self::FrozenAngles => recipe.optimizer.angle_rate = 0.0,
+            Self::TernaryExperts => recipe.feed_forward = FeedForwardKind::TernaryExperts,
+            Self::Int4Experts => recipe.feed_forward = FeedForwardKind::Int4Experts,
+            Self::Int8Experts => recipe.feed_forward = FeedForwardKind::Int8Experts,
+            Self::LowRankExperts => recipe.feed_forward = FeedForwardKind::LowRankExperts,
             Self::Stages2 => stages(2),
             Self::Stages4 => stages(4),
             Self::StagesAll => stages(16),
@@ -105,6 +123,8 @@ pub struct Outcome {
     /// On the test part, by the integer path where the variant can be served.
     pub top1: f64,
     pub top5: f64,
+    /// Of every image of the test part whether its label came first.
+    pub right: Vec<bool>,
     /// Share of chosen experts that neighbouring patches have in common, on the test part; none without routers.
     pub routing_agreement: Option<f64>,
     /// The same of patches half the grid apart.
@@ -150,6 +170,12 @@ pub struct Row {
     pub routing_agreement: Option<f64>,
     /// Mean over seeds.
     pub far_agreement: Option<f64>,
+    /// `routing_agreement` minus `far_agreement`: what is due to patches' being neighbours.
+    pub smoothness: Option<f64>,
+    /// Against [`Variant::Butterfly`], or the first variant where that was not trained; none for itself.
+    pub paired: Option<Paired>,
+    /// Learning rate after the warm-up.
+    pub learning_rate: f64,
     /// What was measured: the integer engine, or the candle model.
     pub path: &'static str,
     pub parameters: usize,
@@ -166,6 +192,7 @@ pub struct Row {
 /// Gathers outcomes by variant.
 pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
     let variants: BTreeSet<Variant> = outcomes.iter().map(|outcome| outcome.variant).collect();
+    let against = variants.first().copied();
     let row = |variant: Variant| {
         let runs: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.variant == variant).collect();
         let mean = |value: fn(&Outcome) -> f64| runs.iter().map(|run| value(run)).sum::<f64>() / runs.len() as f64;
@@ -174,6 +201,11 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
         let recipe = &runs[0].recipe;
         let (backbone, experts) = (&recipe.model.backbone, &recipe.model.experts);
         let layers = backbone.num_layers as f64;
+        let shared = |value: fn(&Outcome) -> Option<f64>| {
+            let values: Vec<f64> = runs.iter().filter_map(|run| value(run)).collect();
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
+        let (near, far) = (shared(|run| run.routing_agreement), shared(|run| run.far_agreement));
         let (paper_bytes, runtime_bytes) = layer_bytes(recipe.feed_forward, backbone, experts);
         Row {
             variant,
@@ -182,8 +214,13 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
             top1_lowest: lowest,
             top1_highest: highest,
             top5: mean(|run| run.top5),
-            routing_agreement: runs[0].routing_agreement.map(|_| mean(|run| run.routing_agreement.unwrap_or(f64::NAN))),
-            far_agreement: runs[0].far_agreement.map(|_| mean(|run| run.far_agreement.unwrap_or(f64::NAN))),
+            routing_agreement: near,
+            far_agreement: far,
+            smoothness: near.zip(far).map(|(near, far)| near - far),
+            paired: against
+                .filter(|against| *against != variant)
+                .and_then(|against| Paired::new(outcomes, variant, against)),
+            learning_rate: recipe.learning_rate,
             path: if recipe.is_servable() { "integer" } else { "float" },
             parameters: runs[0].parameters,
             paper_bytes: layers * paper_bytes,
@@ -201,14 +238,14 @@ pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
     let rows = rows(outcomes);
     let agreement = |share: Option<f64>| share.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share));
     let mut table = String::from(
-        "| variant | path | seeds | top-1 % | spread | top-5 % | neighbours agree % | far patches agree % | parameters | \
-         expert kB (paper) | expert kB (all counted) | smaller than dense | images/s |\n\
-         |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+        "| variant | path | seeds | top-1 % | spread | top-5 % | neighbours agree % | far patches agree % | difference | \
+         parameters | expert kB (paper) | expert kB (all counted) | smaller than dense | images/s | rate |\n\
+         |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     for row in &rows {
         writeln!(
             table,
-            "| {} | {} | {} | {:.2} | {:.2} | {:.2} | {} | {} | {} | {:.1} | {:.1} | {:.0}x | {:.0} |",
+            "| {} | {} | {} | {:.2} | {:.2} | {:.2} | {} | {} | {} | {} | {:.1} | {:.1} | {:.0}x | {:.0} | {} |",
             row.variant.name(),
             row.path,
             row.seeds,
@@ -217,14 +254,17 @@ pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
             100.0 * row.top5,
             agreement(row.routing_agreement),
             agreement(row.far_agreement),
+            agreement(row.smoothness),
             row.parameters,
             row.paper_bytes / 1e3,
             row.runtime_bytes / 1e3,
             row.runtime_ratio,
-            row.images_per_second
+            row.images_per_second,
+            row.learning_rate,
         )
         .context("formatting the table")?;
     }
+    table.push_str(&differences(&rows).context("formatting the differences")?);
     write_atomically(&folder.join("table.md"), table.as_bytes())?;
     write_atomically(&folder.join("table.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
     pictures::accuracy_against_memory(&folder.join("accuracy-memory.png"), &rows)?;
@@ -235,6 +275,34 @@ pub fn write(folder: &Path, outcomes: &[Outcome]) -> Result<String> {
     let smooth_or_not = |outcome: &&&Outcome| matches!(outcome.variant, Variant::Butterfly | Variant::NoSmoothness);
     let shown: Vec<&Outcome> = of_first_seed.iter().filter(smooth_or_not).copied().collect();
     pictures::routing_maps(&folder.join("routing-maps.png"), &shown)?;
+    Ok(table)
+}
+
+/// The second table: what every variant is above or below the first, in points of top-1.
+fn differences(rows: &[Row]) -> std::result::Result<String, std::fmt::Error> {
+    let paired: Vec<(&Row, &Paired)> = rows.iter().filter_map(|row| Some((row, row.paired.as_ref()?))).collect();
+    let Some((_, first)) = paired.first() else { return Ok(String::new()) };
+    let mut table = format!(
+        "\n| variant against {} | points | 95%, these models on other images | p | by seed | 95%, other seeds |\n\
+         |---|---:|---:|---:|---|---:|\n",
+        first.against.name()
+    );
+    let points = |share: f64| format!("{:+.2}", 100.0 * share);
+    let interval = |[low, high]: [f64; 2]| format!("{} to {}", points(low), points(high));
+    for (row, paired) in paired {
+        let seeds: Vec<String> =
+            paired.by_seed.iter().map(|(seed, share)| format!("{seed}: {}", points(*share))).collect();
+        writeln!(
+            table,
+            "| {} | {} | {} | {:.4} | {} | {} |",
+            row.variant.name(),
+            points(paired.difference),
+            interval(paired.interval),
+            paired.p,
+            seeds.join(", "),
+            paired.interval_over_seeds.map_or_else(|| "one seed".to_owned(), interval)
+        )?;
+    }
     Ok(table)
 }
 
@@ -273,6 +341,7 @@ mod tests {
                 parameters: 7,
                 top1,
                 top5: 0.9,
+                right: vec![true, top1 > 0.5],
                 routing_agreement: Some(0.5),
                 far_agreement: Some(0.25),
                 images_per_second: 10.0,
@@ -292,7 +361,10 @@ mod tests {
         assert!(rows[1].runtime_bytes < rows[0].runtime_bytes);
         let folder = tempfile::tempdir().unwrap();
         let table = write(folder.path(), &outcomes).unwrap();
-        assert!(table.contains("| butterfly | integer | 2 | 62.50 | 25.00 |"), "{table}");
+        assert!(table.contains("| butterfly | integer | 2 | 62.50 | 25.00 | 90.00 | 50.0 | 25.0 | 25.0 |"), "{table}");
+        assert_eq!((rows[0].smoothness, &rows[0].paired), (Some(0.25), &None));
+        // All have seed 1, and the last butterfly counts: right on both images, where angles4 is right on one.
+        assert!(table.contains("| angles4 | -50.00 |"), "{table}");
         for picture in ["accuracy-memory.png", "routing-maps.png", "expert-utilisation.png"] {
             assert!(folder.path().join(picture).is_file(), "{picture}");
         }

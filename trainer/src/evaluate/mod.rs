@@ -23,6 +23,8 @@ pub struct Tally {
     top_k: usize,
     images: usize,
     top1: usize,
+    /// Of every image whether its label came first.
+    right: Vec<bool>,
     top5: usize,
     cross_entropy: f64,
     bins: [Bin; BINS],
@@ -86,6 +88,7 @@ impl Tally {
             top_k: config.experts.top_k,
             images: 0,
             top1: 0,
+            right: Vec::new(),
             top5: 0,
             cross_entropy: 0.0,
             bins: [Bin::default(); BINS],
@@ -118,6 +121,7 @@ impl Tally {
 
         self.images += 1;
         self.top1 += usize::from(rank == 0);
+        self.right.push(rank == 0);
         self.top5 += usize::from(rank < 5);
         self.cross_entropy += sum.ln() + max - f64::from(logits[label]);
         self.confusion[label * self.classes + first] += 1;
@@ -126,6 +130,11 @@ impl Tally {
         bin.count += 1;
         bin.right += usize::from(rank == 0);
         bin.confidence += confidence;
+    }
+
+    /// Of every image seen, in order, whether its label came first.
+    pub fn right(&self) -> &[bool] {
+        &self.right
     }
 
     /// The main figures so far.

@@ -8,7 +8,7 @@ mod router;
 mod stem;
 
 pub use attention::Attention;
-pub use dense::{Dense, DenseExperts};
+pub use dense::{Dense, DenseExperts, LowRankExperts};
 pub use expert::ButterflyMoe;
 pub use norm::LayerNorm;
 pub use router::{Router, Routing};
@@ -25,7 +25,9 @@ use model_core::config::{ExpertConfig, FeedForwardKind};
 pub enum FeedForward {
     /// [`FeedForwardKind::Butterfly`] and its variants.
     Butterfly(ButterflyMoe),
+    /// [`FeedForwardKind::DenseExperts`] and its variants of fewer bits.
     DenseExperts(DenseExperts),
+    LowRankExperts(LowRankExperts),
     Dense(Dense),
 }
 
@@ -36,19 +38,24 @@ impl FeedForward {
             FeedForwardKind::Butterfly | FeedForwardKind::ButterflyGains | FeedForwardKind::ButterflyTied => {
                 Self::Butterfly(ButterflyMoe::new(parameters, name, kind, experts)?)
             }
-            FeedForwardKind::DenseExperts => Self::DenseExperts(DenseExperts::new(parameters, name, experts)?),
+            FeedForwardKind::DenseExperts
+            | FeedForwardKind::TernaryExperts
+            | FeedForwardKind::Int4Experts
+            | FeedForwardKind::Int8Experts => Self::DenseExperts(DenseExperts::new(parameters, name, kind, experts)?),
+            FeedForwardKind::LowRankExperts => Self::LowRankExperts(LowRankExperts::new(parameters, name, experts)?),
             FeedForwardKind::Dense => Self::Dense(Dense::new(parameters, name)?),
         })
     }
 
-    /// `[batch, tokens, d_model] -> [batch, tokens, d_model]`, and what the router chose where there is one. Dense kinds
-    /// are fp32 whatever `quantizers` says.
+    /// `[batch, tokens, d_model] -> [batch, tokens, d_model]`, and what the router chose where there is one. Kinds in
+    /// fp32 stay so whatever `quantizers` says.
     pub fn forward(&self, x: &Tensor, quantizers: Quantizers) -> Result<(Tensor, Option<Routing>)> {
         let (batch, tokens, d_model) = x.dims3()?;
         let rows = x.reshape((batch * tokens, d_model))?;
         let (y, routing) = match self {
             Self::Butterfly(experts) => experts.forward(&rows, quantizers).map(|(y, routing)| (y, Some(routing)))?,
-            Self::DenseExperts(experts) => experts.forward(&rows).map(|(y, routing)| (y, Some(routing)))?,
+            Self::DenseExperts(experts) => experts.forward(&rows, quantizers).map(|(y, routing)| (y, Some(routing)))?,
+            Self::LowRankExperts(experts) => experts.forward(&rows).map(|(y, routing)| (y, Some(routing)))?,
             Self::Dense(dense) => (dense.forward(&rows)?, None),
         };
         Ok((y.reshape((batch, tokens, d_model))?, routing))

@@ -52,17 +52,33 @@ impl ViT {
             let mut matrix = |part: &str, std: f64, shape: &[usize]| {
                 p.insert(format!("blocks.{l}.moe.{part}"), rng.normals(shape.iter().product(), std), shape)
             };
-            // Dense experts own their matrices, so there is one of each per expert.
-            let own: &[usize] = if kind == FeedForwardKind::DenseExperts { &[e.num_experts] } else { &[] };
-            matrix("up", (b.d_model as f64).powf(-0.5), &[own, &[b.d_ff, b.d_model]].concat())?;
-            if kind != FeedForwardKind::ButterflyTied {
-                matrix("down", 0.5 * (b.d_ff as f64).powf(-0.5), &[own, &[b.d_model, b.d_ff]].concat())?;
+            // What experts do not share exists once per expert.
+            let owns = !matches!(
+                kind,
+                FeedForwardKind::Butterfly
+                    | FeedForwardKind::ButterflyGains
+                    | FeedForwardKind::ButterflyTied
+                    | FeedForwardKind::Dense
+            );
+            let own: &[usize] = if owns { &[e.num_experts] } else { &[] };
+            let (up, down) = ((b.d_model as f64).powf(-0.5), 0.5 * (b.d_ff as f64).powf(-0.5));
+            if kind == FeedForwardKind::LowRankExperts {
+                let rank = b.low_rank();
+                matrix("up_in", up, &[e.num_experts, rank, b.d_model])?;
+                matrix("up_out", (rank as f64).powf(-0.5), &[e.num_experts, b.d_ff, rank])?;
+                matrix("down_in", down, &[e.num_experts, rank, b.d_ff])?;
+                matrix("down_out", (rank as f64).powf(-0.5), &[e.num_experts, b.d_model, rank])?;
+            } else {
+                matrix("up", up, &[own, &[b.d_ff, b.d_model]].concat())?;
+                if kind != FeedForwardKind::ButterflyTied {
+                    matrix("down", down, &[own, &[b.d_model, b.d_ff]].concat())?;
+                }
             }
             if kind == FeedForwardKind::Dense {
                 continue;
             }
             matrix("router", (b.d_model as f64).powf(-0.5), &[e.num_experts, b.d_model])?;
-            if kind == FeedForwardKind::DenseExperts {
+            if owns {
                 continue;
             }
             let sites =
