@@ -1,5 +1,5 @@
-//! Shapes of a model, validated once. Everything downstream may rely on a [`ViTConfig`] that passed
-//! [`ViTConfig::validate`].
+//! Shapes of a model, validated once. Everything downstream may rely on a
+//! [`ViTConfig`] that passed [`ViTConfig::validate`].
 //!
 //! The shape falls into two halves that live in different files: what all expert sets share
 //! ([`BackboneConfig`]) and what each set chooses for itself ([`ExpertConfig`]).

@@ -5,8 +5,8 @@ use std::f64::consts::TAU;
 
 use serde::{Deserialize, Serialize};
 
-/// SplitMix64 (Steele, Lea and Flood, 2014): number `n` is a function of `seed` and `n` alone, so that a stream can begin
-/// anywhere.
+/// SplitMix64 (Steele, Lea and Flood, 2014): number `n` is a function of `seed` and `n` alone, so that a
+/// stream can begin anywhere.
 #[derive(Debug, Clone)]
 pub struct SplitMix64 {
     seed: u64,

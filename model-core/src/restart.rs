@@ -1,7 +1,7 @@
 //! Starting the program over with settings that its libraries read before `main`.
 
-/// Starts this program over with each `(name, value)` of `settings` that its environment lacks. Returns where there is
-/// nothing to set.
+/// Starts this program over with each `(name, value)` of `settings` that its environment lacks. Returns where there
+/// is nothing to set.
 ///
 /// # Errors
 /// The program cannot be started over, and goes on as it is. That is so of a program under an emulator that the kernel

@@ -201,8 +201,8 @@ impl MoeLayer {
         (ids, weights)
     }
 
-    /// What the engine's layer adds to a residual of zeros, with angles and gate rounded to 16-bit codes; and what its
-    /// router chose.
+    /// What the engine's layer adds to a residual of zeros, with angles and gate rounded to 16-bit codes; and
+    /// what its router chose.
     fn engine(&self, isa: Isa, threads: usize) -> (Vec<f32>, Vec<u16>, Vec<f32>) {
         let config = ExpertConfig {
             num_experts: self.experts,

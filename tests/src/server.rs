@@ -244,8 +244,8 @@ impl<S: Read + Write> Connection<S> {
         status_and_text(&bytes)
     }
 
-    /// One answer with a `Content-Length`, leaving the connection open: status (0 when the server closed it) and the
-    /// whole text.
+    /// One answer with a `Content-Length`, leaving the connection open: status (0 when the server closed it)
+    /// and the whole text.
     pub fn read_one(&mut self) -> (u16, String) {
         let (mut bytes, mut byte) = (Vec::new(), [0]);
         while !bytes.ends_with(b"\r\n\r\n") && self.0.read(&mut byte).is_ok_and(|count| count == 1) {

@@ -1,5 +1,5 @@
-//! The API is what `/openapi.json` says it is: every route, every method, every example, and whatever schemathesis
-//! makes up.
+//! The API is what `/openapi.json` says it is: every route, every method, every example, and
+//! whatever schemathesis makes up.
 
 use std::ffi::OsStr;
 

@@ -174,8 +174,8 @@ fn names_cannot_leave_the_store() {
     assert_eq!(gateway.files(), before);
 }
 
-/// Guarantees 7 and 8: a request that starts after the answer to a replacement gets the new generation, and none
-/// fails meanwhile.
+/// Guarantees 7 and 8: a request that starts after the answer to a replacement gets the new generation,
+/// and none fails meanwhile.
 #[test]
 fn a_set_is_replaced_under_load_without_a_failed_request() {
     let gateway = Gateway::start(&["alpha"], &[]);

@@ -55,8 +55,8 @@ fn the_embedded_model_knows_the_committed_images() {
     assert!(right >= 3, "{right} of 12");
 }
 
-/// `models/store`, whose other two sets `specialise` made. One image says that a set is the one it should be, not how good
-/// it is.
+/// `models/store`, whose other two sets `specialise` made. One image says that a set is the one it should be, not
+/// how good it is.
 #[test]
 fn the_example_sets_serve_beside_the_default_one() {
     let store = root().join("models/store");

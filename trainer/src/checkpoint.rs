@@ -1,5 +1,5 @@
-//! The state of a training run in one file: everything that a resumed run needs to end with the same bits as one that
-//! was never interrupted.
+//! The state of a training run in one file: everything that a resumed run needs to end with the same bits as one
+//! that was never interrupted.
 //!
 //! A safetensors file with tensors `parameter/NAME`, `average/NAME` (moving average of the weights), `mean/NAME` and
 //! `square/NAME` (the optimiser's moments), all flat f32, and a JSON [`State`] in its metadata. There is no generator

@@ -357,8 +357,8 @@ pub struct SpecialiseArgs {
     /// An expert set on that backbone, whose angles and routers to start from.
     #[arg(long, value_name = "FILE", required_unless_present = "start_run")]
     pub start: Option<PathBuf>,
-    /// Start from the latent angles and routers in this run folder's checkpoint. The run made the backbone or specialised
-    /// it.
+    /// Start from the latent angles and routers in this run folder's checkpoint. The run made the
+    /// backbone or specialised it.
     #[arg(long, value_name = "DIR", conflicts_with = "start")]
     pub start_run: Option<PathBuf>,
     #[command(flatten)]

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// Writes `bytes` to `path`: to a neighbouring file first, flushed to the disk, then renamed. Whatever was at `path`
-/// stays until then.
+/// Writes `bytes` to `path`: to a neighbouring file first, flushed to the disk, then renamed. Whatever was at
+/// `path` stays until then.
 ///
 /// # Errors
 /// When a step fails, for want of space for example; nothing new is left behind then.

@@ -103,8 +103,8 @@ impl Predictor for Integer {
 /// Images a thread looks at in one go.
 const SHARD: usize = 32;
 
-/// Shows the images `indices` of `dataset` to `model` and hands every shard's answer, with the shard's indices, to
-/// `take`, in order.
+/// Shows the images `indices` of `dataset` to `model` and hands every shard's answer, with the shard's indices,
+/// to `take`, in order.
 ///
 /// # Errors
 /// When the model does not fit the images.

@@ -165,8 +165,8 @@ impl Recipe {
         Ok(ViT::init_kind(&self.model, self.feed_forward, self.angle_spread, self.seed)?)
     }
 
-    /// Whether training leaves the parameter of that name where it is: the backbone of a specialised set, and what has a
-    /// rate of 0.
+    /// Whether training leaves the parameter of that name where it is: the backbone of a specialised set, and what has
+    /// a rate of 0.
     pub fn is_frozen(&self, name: &str) -> bool {
         let specialises = matches!(self.origin, Origin::Specialise { .. });
         specialises && !is_expert_set_parameter(name) || self.optimizer.rate_factor(name) == 0.0

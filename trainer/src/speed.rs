@@ -1,8 +1,8 @@
 //! How fast training is, beside how fast its matrix products could be.
 //!
 //! A step's multiply-adds are known from the configuration, and the machine's rate is measured by one large product of
-//! the kind that dominates a step, between the steps and on as many threads: a machine that is busy with something else
-//! slows both alike.
+//! the kind that dominates a step, between the steps and on as many threads: a machine that is busy with something
+//! else slows both alike.
 
 use std::time::{Duration, Instant};
 

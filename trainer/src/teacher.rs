@@ -66,9 +66,9 @@ impl Teacher {
         Ok(())
     }
 
-    /// `targets <- (1 - share) targets + share softmax(teacher)`, for `pixels [batch, side, side, 3]`, normalised as
-    /// `normalized` says, and `targets [batch, classes]`. Each image's answer is its own, so that threads do not change
-    /// the result.
+    /// `targets <- (1 - share) targets + share softmax(teacher)`, for `pixels [batch, side, side, 3]`, normalised
+    /// as `normalized` says, and `targets [batch, classes]`. Each image's answer is its own, so that threads do
+    /// not change the result.
     pub fn teach(
         &self,
         pixels: &[f32],

@@ -74,8 +74,8 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run at its beginning. `vit` holds the initial parameters, of which the recipe freezes some; `teacher` is the
-    /// recipe's.
+    /// A run at its beginning. `vit` holds the initial parameters, of which the recipe freezes some;
+    /// `teacher` is the recipe's.
     ///
     /// # Errors
     /// When the recipe does not hold together or does not fit the images or the teacher.
@@ -247,8 +247,8 @@ impl Run {
         Ok((stats, norm))
     }
 
-    /// `average <- d average + (1 - d) parameter`. The decay d starts low, so that the average forgets the random
-    /// initial weights quickly.
+    /// `average <- d average + (1 - d) parameter`. The decay d starts low, so that the average forgets the
+    /// random initial weights quickly.
     fn update_average(&mut self) -> Result<()> {
         if self.recipe.ema_decay == 0.0 {
             return Ok(());

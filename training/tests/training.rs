@@ -205,8 +205,8 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     assert_eq!(run(1), run(3));
 }
 
-/// What the loss says of a batch does not depend on how it is cut, so that small shards do not force every few images to
-/// use all experts.
+/// What the loss says of a batch does not depend on how it is cut, so that small shards do not force every few images
+/// to use all experts.
 #[test]
 fn experts_are_balanced_over_the_whole_batch() {
     let config = tiny();

@@ -12,12 +12,7 @@ pub enum ArtifactError {
     Io(#[from] std::io::Error),
     /// The file ends before its header does.
     #[error("the file has {got} bytes, but the header alone needs {expected}")]
-    Truncated {
-        /// Bytes needed.
-        expected: u64,
-        /// Bytes there are.
-        got: u64,
-    },
+    Truncated { expected: u64, got: u64 },
     /// The declared header is longer than any header may be.
     #[error("the header claims {got} bytes; at most {limit} are allowed")]
     HeaderTooLong {
@@ -34,7 +29,6 @@ pub enum ArtifactError {
     FileSize {
         /// Bytes that header and tensors take.
         expected: u64,
-        /// Bytes there are.
         got: u64,
     },
     /// A key of `__metadata__` is missing: the file is a safetensors file, but not one of ours.

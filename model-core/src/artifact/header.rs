@@ -30,8 +30,8 @@ pub(super) const DOCUMENT_KEY: &str = "butterflyvit";
 pub(super) const DIGEST_KEY: &str = "sha256";
 /// Bytes before the header: its length.
 pub(super) const LENGTH_BYTES: usize = 8;
-/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240 while
-/// it is parsed.
+/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240
+/// while it is parsed.
 const MAX_DOCUMENT_VALUES: usize = MAX_SIZE + 4096;
 
 /// The JSON document that describes an artifact. Field order is the order in the file.
@@ -289,8 +289,8 @@ impl Contents {
         tensors
     }
 
-    /// The size of every tensor, in the order of the forward pass. The configuration must be valid, as it is in a
-    /// [`Header`].
+    /// The size of every tensor, in the order of the forward pass. The configuration must be valid, as it
+    /// is in a [`Header`].
     pub fn tensor_sizes(&self) -> Vec<TensorSize> {
         let mut sizes = Vec::new();
         self.visit(|slot| sizes.push(slot.size()));

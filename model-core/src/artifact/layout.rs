@@ -228,8 +228,8 @@ impl<F: FnMut(Slot<'_>) -> Result<(), ArtifactError>> Walk<'_, F> {
     }
 }
 
-/// Hands every tensor of a backbone to `visit`. The numbers of stem layers and blocks must agree with the
-/// configuration: see [`empty_backbone`].
+/// Hands every tensor of a backbone to `visit`. The numbers of stem layers and blocks must agree with
+/// the configuration: see [`empty_backbone`].
 pub(super) fn visit_backbone(
     weights: &mut BackboneWeights,
     mut visit: impl FnMut(Slot<'_>) -> Result<(), ArtifactError>,

@@ -88,8 +88,8 @@ pub fn read_backbone(bytes: &[u8]) -> Result<BackboneArtifact, ArtifactError> {
     Ok(BackboneArtifact { name, weights, preprocess, training, digest })
 }
 
-/// Reads and checks an expert set. Whether it belongs to a given backbone is for
-/// [`ExpertSetArtifact::check_backbone`] to say.
+/// Reads and checks an expert set. Whether it belongs to a given backbone is
+/// for [`ExpertSetArtifact::check_backbone`] to say.
 ///
 /// Memory: as for [`read_backbone`].
 ///

@@ -9,8 +9,8 @@ use crate::error::ModelError;
 use crate::kernels::PackedF32;
 use crate::weights::ExpertSetWeights;
 
-/// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay integer
-/// codes in memory.
+/// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay
+/// integer codes in memory.
 #[derive(Debug)]
 pub struct ExpertSet {
     name: String,

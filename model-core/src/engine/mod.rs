@@ -6,9 +6,9 @@
 //! for each block:  x += proj(attention(qkv(norm1(x))));  x += experts(norm2(x))
 //! logits = head(mean over tokens of norm(x))
 //! ```
-//! A [`Backbone`] is loaded once and shared; an [`ExpertSet`] is bound to one backbone and small; a [`Session`] is
-//! the scratch of one compute thread (or one small team of threads). Pixels are f32, channel-last `[H, W, 3]`,
-//! normalised by [`Backbone::preprocess`].
+//! A [`Backbone`] is loaded once and shared; an [`ExpertSet`] is bound to one backbone and small; a [`Session`]
+//! is the scratch of one compute thread (or one small team of threads). Pixels are f32, channel-last
+//! `[H, W, 3]`, normalised by [`Backbone::preprocess`].
 //!
 //! All images of a batch go through every step together; rows of one expert set are made neighbours first. Rows may
 //! belong to different expert sets of the session's backbone. Every row's answer is bit for bit what the row gets alone:

@@ -145,8 +145,8 @@ impl ExpertLayer {
         router + size_of_val(&*self.router_scale) + angles.map(PackedAngles::resident_bytes).iter().sum::<usize>()
     }
 
-    /// Logits of `tokens` `[rows, d_model]` in lane order, `[rows, num_experts]`. `panel` has room for one decoded
-    /// panel.
+    /// Logits of `tokens` `[rows, d_model]` in lane order, `[rows, num_experts]`. `panel` has room
+    /// for one decoded panel.
     fn logits(&self, isa: Isa, tokens: &[f32], d_model: usize, panel: &mut [f32], logits: &mut [f32]) {
         for first in (0..self.num_experts).step_by(PANEL) {
             // Scaled before the product, as the definition has it: gate weight = code * scale.
@@ -204,8 +204,8 @@ struct Segment {
     rows: usize,
 }
 
-/// Segments worked on by one thread with one product: at most [`TILE`] rows of sets that agree on having an `out`
-/// rotation.
+/// Segments worked on by one thread with one product: at most [`TILE`] rows of sets that agree on
+/// having an `out` rotation.
 #[derive(Debug, Clone, Copy)]
 struct RowTile {
     first_segment: usize,
@@ -214,8 +214,8 @@ struct RowTile {
     rows: usize,
 }
 
-/// Most (token, choice) rows whose hidden activations are held at a time, unless one token alone has more: 4 MB at
-/// `d_ff` 1024.
+/// Most (token, choice) rows whose hidden activations are held at a time, unless one token alone has more: 4
+/// MB at `d_ff` 1024.
 const CHUNK_ROWS: usize = 1024;
 
 /// Experts that the counting sort has room for from the start.
@@ -246,8 +246,8 @@ pub struct MoeScratch {
     threads: Arc<PerThread<MoeThread>>,
 }
 
-/// Logits that a thread holds at once: those of a tile of tokens for up to 64 experts, of fewer tokens for more, and of one
-/// token for [`MAX_EXPERTS`].
+/// Logits that a thread holds at once: those of a tile of tokens for up to 64 experts, of fewer tokens for more, and of
+/// one token for [`MAX_EXPERTS`].
 const LOGITS: usize = TILE * 64;
 const _: () = assert!(LOGITS >= MAX_EXPERTS);
 

@@ -108,8 +108,8 @@ impl Convolution {
     }
 }
 
-/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and of
-/// a tile's output.
+/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and
+/// of a tile's output.
 pub(super) fn scratch_sizes(config: &BackboneConfig) -> (usize, usize, usize) {
     let layers = || config.stem_inputs();
     let last = config.stem.len() - 1;

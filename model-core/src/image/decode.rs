@@ -34,8 +34,8 @@ impl DecodeLimits {
 }
 
 impl Default for DecodeLimits {
-    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes, at its
-    /// own scale.
+    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes,
+    /// at its own scale.
     fn default() -> Self {
         Self { max_pixels: 16 << 20, max_bytes: u64::MAX, detail: u32::MAX }
     }

@@ -224,8 +224,8 @@ impl Matmul<'_> {
 /// `M` rows times two vectors of columns.
 ///
 /// # Safety
-/// `lhs` is valid for `M` rows of `k` values, `stride` apart; `panel` for two vectors at each of `k` multiples of
-/// `width`.
+/// `lhs` is valid for `M` rows of `k` values, `stride` apart; `panel` for two vectors at each of
+/// `k` multiples of `width`.
 #[inline(always)]
 unsafe fn micro_kernel<S: Simd, const M: usize>(
     simd: S,

@@ -155,8 +155,8 @@ impl FromStr for Isa {
 mod tests {
     use super::*;
 
-    /// A skipped instruction set passes every test silently, so CI names those that must run:
-    /// `REQUIRE_ISA=scalar,avx2`.
+    /// A skipped instruction set passes every test silently, so CI names those
+    /// that must run: `REQUIRE_ISA=scalar,avx2`.
     #[test]
     fn required_isas_are_available() {
         let names: Vec<_> = Isa::available().map(Isa::name).collect();

@@ -92,8 +92,8 @@ impl Requantize {
         codes
     }
 
-    /// Writes the codes of block `index` into `out`, which is a whole block or the last one's features; `added` is as
-    /// long.
+    /// Writes the codes of block `index` into `out`, which is a whole block or the last one's features;
+    /// `added` is as long.
     #[inline(always)]
     pub(super) fn write(&self, index: usize, dots: &[i32; LANES], added: Option<&[i8]>, out: &mut [i8]) {
         let whole = added.and_then(|added| added.first_chunk());

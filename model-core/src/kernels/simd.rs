@@ -2,8 +2,8 @@
 //! per instruction set by [`dispatch`].
 //!
 //! A [`Simd`] value is a token like [`Isa`]: it exists only inside the `#[target_feature]` functions of [`dispatch`],
-//! so its methods may use the instructions. Everything below them must be `#[inline(always)]`, or it would be compiled
-//! without those instructions.
+//! so its methods may use the instructions. Everything below them must be `#[inline(always)]`, or it would be
+//! compiled without those instructions.
 //!
 //! On Arm the portable vector is the NEON one: NEON is part of the baseline there, and the compiler turns arrays of
 //! four floats into its registers.

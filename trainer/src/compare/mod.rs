@@ -153,22 +153,18 @@ pub struct Sample {
 /// Images in a [`Sample`].
 pub const SAMPLE_IMAGES: usize = 6;
 
-/// All runs of one variant.
+/// All runs of one variant. Accuracies, agreements and rates are means over the seeds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
     pub variant: Variant,
     pub seeds: usize,
-    /// Mean over seeds.
     pub top1: f64,
-    /// Of the worst seed.
+    /// Accuracy of the worst seed.
     pub top1_lowest: f64,
-    /// Of the best seed.
+    /// Accuracy of the best seed.
     pub top1_highest: f64,
-    /// Mean over seeds.
     pub top5: f64,
-    /// Mean over seeds.
     pub routing_agreement: Option<f64>,
-    /// Mean over seeds.
     pub far_agreement: Option<f64>,
     /// `routing_agreement` minus `far_agreement`: what is due to patches' being neighbours.
     pub smoothness: Option<f64>,
@@ -185,7 +181,6 @@ pub struct Row {
     pub runtime_bytes: f64,
     /// Dense fp32 experts with router over `runtime_bytes`.
     pub runtime_ratio: f64,
-    /// Mean over seeds.
     pub images_per_second: f64,
 }
 

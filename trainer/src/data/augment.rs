@@ -111,8 +111,8 @@ const OPERATIONS: [Operation; 14] = [
 ];
 
 impl Operation {
-    /// Applies the operation in place; `strength` is in -1..=1, and 0 changes nothing (except for the last two, which
-    /// have no strength).
+    /// Applies the operation in place; `strength` is in -1..=1, and 0 changes nothing (except for the last two,
+    /// which have no strength).
     fn apply(self, image: &mut [u8], side: usize, strength: f32) {
         let factor = 1.0 + 0.9 * strength;
         match self {

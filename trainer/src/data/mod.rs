@@ -1,8 +1,8 @@
 //! Image sets held in memory as bytes, and the way from them to training batches.
 //!
 //! [`open`] recognises a folder by its files: CIFAR binaries ([`cifar`]), IDX ([`idx`]) or one subfolder of images per
-//! class ([`folder`]). Everything is read at the start, so a folder that changes under a run cannot change the run; a resumed run
-//! compares [`Dataset::fingerprint`].
+//! class ([`folder`]). Everything is read at the start, so a folder that changes under a run cannot change the run; a
+//! resumed run compares [`Dataset::fingerprint`].
 //!
 //! From there: [`split`] holds out a validation part, [`augment`] varies images, [`loader`] makes batches of them on a
 //! thread of its own. Every random choice is a pure function of (seed, epoch, image or batch number), so there is no

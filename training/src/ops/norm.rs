@@ -20,8 +20,8 @@ struct LayerNorm {
     gelu: bool,
 }
 
-/// Sums of `f` over pairs, in sixteen lanes, so that the compiler may vectorise what strict left-to-right order
-/// forbids.
+/// Sums of `f` over pairs, in sixteen lanes, so that the compiler may vectorise what
+/// strict left-to-right order forbids.
 #[inline(always)]
 pub(super) fn lane_sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0f32; 16];

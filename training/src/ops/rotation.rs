@@ -232,8 +232,8 @@ fn return_blocks<const STAGES: usize>(y: &mut [f32], grad: &mut [f32], sums: &mu
     }
 }
 
-/// One stage of any stride: `x[i] <- c[i] x[i] + sign s[i] x[i ^ stride]`, `sign` 1 for the rotation and -1 for its
-/// transpose.
+/// One stage of any stride: `x[i] <- c[i] x[i] + sign s[i] x[i ^ stride]`, `sign` 1 for the rotation and
+/// -1 for its transpose.
 #[inline(always)]
 fn stage(x: &mut [f32], cos: &[f32], sin: &[f32], stride: usize, sign: f32) {
     let blocks = x.chunks_exact_mut(2 * stride).zip(cos.chunks_exact(2 * stride)).zip(sin.chunks_exact(2 * stride));

@@ -143,8 +143,8 @@ impl CustomOp2 for Combine {
 }
 
 /// Spatial smoothness (`golden/reference.py: smoothness_loss`): the mean over 4-neighbour patch pairs of the squared
-/// distance between their router probabilities. `probabilities [batch, height * width, experts]` to a scalar, 0 for a grid
-/// without neighbours.
+/// distance between their router probabilities. `probabilities [batch, height * width, experts]` to a scalar, 0 for
+/// a grid without neighbours.
 pub fn smoothness(probabilities: &Tensor, height: usize, width: usize) -> Result<Tensor> {
     let (_, tokens, _) = probabilities.dims3()?;
     if tokens != height * width {

@@ -20,8 +20,8 @@ impl ViT {
         Self::from_weights_with(backbone, set, dense)
     }
 
-    /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on from it
-    /// with [`Quantizers::ALL`].
+    /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on
+    /// from it with [`Quantizers::ALL`].
     pub fn latent_from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
         Self::from_weights_with(backbone, set, latent)
     }
@@ -156,8 +156,8 @@ fn dense(matrix: &Ternary) -> Vec<f32> {
     rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect()
 }
 
-/// Rounding takes the mean magnitude of a row for its scale. That of `code * scale` is smaller by the share of codes that
-/// are not zero.
+/// Rounding takes the mean magnitude of a row for its scale. That of `code * scale` is smaller by the share of codes
+/// that are not zero.
 fn latent(matrix: &Ternary) -> Vec<f32> {
     let cols = (matrix.codes.len() / matrix.scale.len().max(1)).max(1);
     let rows = matrix.codes.chunks_exact(cols).zip(&matrix.scale);

@@ -97,8 +97,8 @@ impl ViT {
         self.forward_scaled(pixels, quantizers, None)
     }
 
-    /// [`ViT::forward`] with the residual branches of every image multiplied by `branch_scales [batch, 2 * layers]`,
-    /// attention before feed-forward.
+    /// [`ViT::forward`] with the residual branches of every image multiplied by
+    /// `branch_scales [batch, 2 * layers]`, attention before feed-forward.
     pub fn forward_scaled(
         &self,
         pixels: &Tensor,

@@ -1,5 +1,5 @@
-//! `x86_64-depthwise-i8i32-vnni`: `vpdpbusd` sums the four products of unsigned codes and signed weights of each of 16
-//! channels.
+//! `x86_64-depthwise-i8i32-vnni`: `vpdpbusd` sums the four products of unsigned codes and signed weights of
+//! each of 16 channels.
 
 use std::arch::x86_64::{__m512i, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_storeu_si512};
 

@@ -50,7 +50,6 @@ impl Kernel for Avx2 {
 /// Turns `rows` into a constant, so that the accumulators are registers.
 ///
 /// # Safety
-/// As [`Kernel::dots`].
 #[target_feature(enable = "avx2")]
 unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     match rows {

@@ -41,7 +41,6 @@ impl Kernel for Avx512 {
 /// Turns `rows` into a constant, so that the accumulators are registers.
 ///
 /// # Safety
-/// As [`Kernel::dots`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     match rows {

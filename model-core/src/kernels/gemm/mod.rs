@@ -27,8 +27,8 @@
 //! - int8, 256 bytes: byte `64 i + 4 c + j` is `w[panel * 16 + c, block * 16 + 4 i + j]`;
 //! - ternary, 64 bytes: bits `2 i..2 i + 2` of byte `4 c + j` are that element, as w + 1.
 //!
-//! The same bytes serve every instruction set, except that int8 weights are stored as w + 128 where the kernel wants
-//! them unsigned.
+//! The same bytes serve every instruction set, except that int8 weights are stored as w + 128 where the
+//! kernel wants them unsigned.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -218,8 +218,8 @@ pub(super) fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>
     Ok(())
 }
 
-/// The tile loop. Inlined into an entry function per instruction set, so that row sums and scaling are compiled for it
-/// as well.
+/// The tile loop. Inlined into an entry function per instruction set, so that row sums and scaling are compiled
+/// for it as well.
 #[inline(always)]
 fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) {
     let cols = weights.cols;

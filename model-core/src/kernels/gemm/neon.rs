@@ -235,7 +235,6 @@ unsafe fn accumulate_int8<const ROWS: usize>(
 /// Turns `rows` into a constant, so that the accumulators are registers.
 ///
 /// # Safety
-/// As [`Kernel::dots`].
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn for_rows_dot<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
     match rows {

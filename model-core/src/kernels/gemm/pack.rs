@@ -16,8 +16,8 @@ pub(super) const fn block_bytes(format: Format) -> usize {
     }
 }
 
-/// Where element (column c of the panel, k of the block) goes: which of the block's four 64-byte groups, and which
-/// byte of it.
+/// Where element (column c of the panel, k of the block) goes: which of the block's four 64-byte groups, and
+/// which byte of it.
 fn place(c: usize, k: usize) -> (usize, usize) {
     (k / 4, 4 * c + k % 4)
 }

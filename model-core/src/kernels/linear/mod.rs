@@ -1,7 +1,7 @@
 //! Dense int8 layers: stem, qkv, projection and head, whose weights are not ternary.
 //!
-//! The definition is [`scalar`]; the packed layout and the micro-kernels are those of all integer products, in
-//! `kernels/gemm`.
+//! The definition is [`scalar`]; the packed layout and the micro-kernels are those of all
+//! integer products, in `kernels/gemm`.
 
 pub mod scalar;
 #[cfg(test)]

@@ -24,8 +24,8 @@ impl PackedAngles {
     /// `bits` is 4, 6, 8 or 16.
     ///
     /// # Errors
-    /// [`KernelError::Length`] when `codes` does not have that many elements or there are more stages than `order`
-    /// allows.
+    /// [`KernelError::Length`] when `codes` does not have that many elements or there are more
+    /// stages than `order` allows.
     ///
     /// # Panics
     /// When `bits` is another number; configurations are validated before.

@@ -6,9 +6,9 @@ use crate::kernels::simd::{Simd, Work, dispatch};
 
 /// `x <- B x` for every row of `x` `[rows, features]`, in lane order.
 ///
-/// Every feature passes `stages` rotations of four roundings each; the relative error of a row in the L2 norm is at
-/// most `stages * (2 * SINCOS_ERROR + 4 * 2^-24)`, since a rotation with inexact coefficients grows the error by no
-/// more.
+/// Every feature passes `stages` rotations of four roundings each; the relative error of a row in the L2 norm
+/// is at most `stages * (2 * SINCOS_ERROR + 4 * 2^-24)`, since a rotation with inexact coefficients grows the
+/// error by no more.
 ///
 /// # Panics
 /// When `x` is not a whole number of rows.

@@ -69,8 +69,8 @@ fn every_code_decodes_within_its_bound() {
 }
 
 proptest! {
-    /// Every instruction set, bit width and shape against the definition, within the bound of [`rotate`] (twice: the
-    /// definition rounds too).
+    /// Every instruction set, bit width and shape against the definition, within the bound of [`rotate`] (twice:
+    /// the definition rounds too).
     #[test]
     fn rotation_equals_the_definition(
         odd in 1usize..6, power in 1usize..9, bits in prop::sample::select(vec![4u32, 6, 8, 16]),

@@ -27,8 +27,8 @@ impl PackedTernary {
     /// Packs `codes` `[rows, cols]`, each -1, 0 or 1, with one `scale` per row.
     ///
     /// # Errors
-    /// [`KernelError`] when lengths do not match, a code is not ternary, a scale is not finite, or `cols` exceeds
-    /// [`MAX_COLS`].
+    /// [`KernelError`] when lengths do not match, a code is not ternary, a scale is not finite,
+    /// or `cols` exceeds [`MAX_COLS`].
     pub fn pack(isa: Isa, codes: &[i8], scale: &[f32], rows: usize, cols: usize) -> Result<Self, KernelError> {
         if cols > MAX_COLS {
             return Err(KernelError::InnerDimension { max: MAX_COLS, got: cols });
