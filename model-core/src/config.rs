@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct ConfigError {
     /// Path of the field, e.g. `experts.stages_hidden`.
     pub field: &'static str,
-    /// What is wrong, with the offending value.
+    /// The fault, with the offending value.
     pub reason: String,
 }
 
@@ -111,7 +111,7 @@ pub struct ExpertConfig {
     pub router_bits: u32,
 }
 
-/// What stands in the feed-forward place of every block. Artifacts hold [`FeedForwardKind::Butterfly`]; the others exist
+/// The kind of feed-forward layer in every block. Artifacts hold [`FeedForwardKind::Butterfly`]; the others exist
 /// in training only, to be compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

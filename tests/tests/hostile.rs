@@ -80,7 +80,7 @@ fn no_request_is_smuggled_behind_an_ambiguous_one() {
         assert!(!text.contains(r#""live""#), "{case:?} was taken for two requests: {text}");
         assert!(text.matches("HTTP/1.1 ").count() <= 1, "{case:?}: {text}");
     }
-    // What is not ambiguous goes on: two requests on one connection.
+    // Two requests on one connection are not ambiguous, and both are answered.
     let two = format!("{post}Transfer-Encoding: chunked\r\n\r\n{chunked}");
     let (status, text) = server.connect().send(two.as_bytes()).read();
     assert!(status == 405 && text.contains(r#""live""#), "{text}");
@@ -143,7 +143,7 @@ fn connections_that_idle_or_do_not_read_are_closed() {
 
     let mut deaf = server.connect();
     let ask = b"GET /console/uplot/uPlot.iife.min.js HTTP/1.1\r\nHost: test\r\n\r\n".repeat(1000);
-    // Neither does this write end in time, once the server takes no more.
+    // This write does not end in time either: the server stops reading.
     deaf.0.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
     deaf.send(&ask);
     // Only the connection that asks is left.

@@ -1,7 +1,7 @@
 //! Everything that decides what a training run computes, in one value that a checkpoint can hold.
 //!
 //! Two runs with equal recipes on equal data give equal weights, bit for bit, whatever the number of threads and
-//! however often they were interrupted. What does not change the result (threads, time limit, output folder) is
+//! however often they were interrupted. Settings that do not change the result (threads, time limit, output folder) are
 //! not part of it.
 
 use std::f64::consts::PI;
@@ -65,7 +65,7 @@ pub struct Distillation {
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     pub model: ViTConfig,
-    /// What stands in the feed-forward place; all but butterfly experts are there to be compared with.
+    /// The kind of feed-forward layer; all but butterfly experts exist for comparison.
     #[serde(default)]
     pub feed_forward: FeedForwardKind,
     /// How activations meet the substrates; float is there to be compared with.
@@ -92,7 +92,7 @@ pub struct Recipe {
     pub final_rate: f64,
     /// The optimiser's own settings.
     pub optimizer: AdamWConfig,
-    /// What is added to cross-entropy.
+    /// Weights of the losses beside cross-entropy.
     pub losses: LossWeights,
     /// Share of the target spread evenly over the classes.
     pub label_smoothing: f32,

@@ -29,7 +29,7 @@ use crate::predict::{Candle, for_each_shard};
 use crate::recipe::Recipe;
 use crate::teacher::Teacher;
 
-/// What does not change the result.
+/// Settings that do not change the result.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub out: PathBuf,

@@ -67,7 +67,7 @@ pub enum ArtifactError {
     Field {
         /// Path of the field in the document.
         field: &'static str,
-        /// What is wrong, with the offending value.
+        /// The fault, with the offending value.
         reason: String,
     },
     /// A tensor that the configuration requires is not there.

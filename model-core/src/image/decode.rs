@@ -9,7 +9,7 @@ use super::error::ImageError;
 use super::jpeg::{self, JpegMarkers};
 use super::{reduced, turned};
 
-/// What is decoded at most.
+/// The largest image that is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeLimits {
     /// Most pixels of an image, whatever its shape.

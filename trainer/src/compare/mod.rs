@@ -172,7 +172,7 @@ pub struct Row {
     pub paired: Option<Paired>,
     /// Learning rate after the warm-up.
     pub learning_rate: f64,
-    /// What was measured: the integer engine, or the candle model.
+    /// The measured path: the integer engine, or the candle model.
     pub path: &'static str,
     pub parameters: usize,
     /// Bytes of all feed-forward layers as the paper counts them.

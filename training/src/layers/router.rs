@@ -22,7 +22,7 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// What was routed, `[tokens, d_model]`.
+    /// The routed tokens, `[tokens, d_model]`.
     pub fn rows(&self) -> &Tensor {
         &self.rows
     }

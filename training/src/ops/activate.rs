@@ -1,4 +1,4 @@
-//! What stands between the two substrate products of an expert layer, in one pass over the rows: the hidden rotation,
+//! The steps between the two substrate products of an expert layer, in one pass over the rows: the hidden rotation,
 //! GELU, and the weighted sum over a token's experts. As three ops, the layer's largest tensors would go through memory
 //! a dozen times; here a row stays in the nearest cache, and the backward pass rotates it again.
 

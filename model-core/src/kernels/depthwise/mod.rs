@@ -59,7 +59,7 @@ pub struct Input<'a> {
     pub codes: &'a [i8],
     /// Pixels of a row.
     pub width: usize,
-    /// What stands beyond the edges: the code of zero.
+    /// The code of zero, which stands for pixels beyond the edges.
     pub zero: i8,
 }
 
