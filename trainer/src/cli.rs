@@ -213,6 +213,10 @@ pub struct RecipeArgs {
     /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks [default: 0].
     #[arg(long)]
     pub drop_path: Option<f64>,
+    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the router's
+    /// probabilities [default: 0].
+    #[arg(long, value_name = "SCALE")]
+    pub router_noise: Option<f64>,
     /// Passes at the beginning without any rounding [default: 0].
     #[arg(long)]
     pub float_epochs: Option<u64>,
@@ -278,6 +282,7 @@ impl RecipeArgs {
         set(&mut recipe.mixing.probability, self.mix);
         set(&mut recipe.mixing.cutmix_share, self.cutmix_share);
         set(&mut recipe.drop_path, self.drop_path);
+        set(&mut recipe.router_noise, self.router_noise);
         set(&mut recipe.float_epochs, self.float_epochs);
         set(&mut recipe.ema_decay, self.ema_decay);
         set(&mut recipe.hold_out, self.hold_out);

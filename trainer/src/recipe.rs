@@ -102,6 +102,9 @@ pub struct Recipe {
     /// Stochastic depth: the probability that the last block's branches are left out, less for earlier ones.
     #[serde(default)]
     pub drop_path: f64,
+    /// Scale of Gumbel noise on the routers' logits in training.
+    #[serde(default)]
+    pub router_noise: f64,
     /// The teacher, where there is one.
     #[serde(default)]
     pub distillation: Option<Distillation>,
@@ -138,6 +141,7 @@ impl Recipe {
             augment: Augment { crop_padding: 4, reflect: true, flip: true, operations: 1, magnitude: 0.6, erase: 0.1 },
             mixing: Mixing { probability: 0.5, ..Mixing::NONE },
             drop_path: 0.0,
+            router_noise: 0.0,
             distillation: None,
             float_epochs: 0,
             ema_decay: 0.999,
@@ -217,6 +221,8 @@ impl Recipe {
         share(self.hold_out, "hold_out")?;
         share(self.ema_decay, "ema_decay")?;
         share(self.drop_path, "drop_path")?;
+        let noise = self.router_noise;
+        ensure!(noise >= 0.0 && noise.is_finite(), "router_noise is {noise}; it must be a number from 0");
         let (float, all) = (self.float_epochs, self.epochs);
         ensure!(
             float < all,
@@ -360,13 +366,14 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_named() {
         type Edit = fn(&mut Recipe);
-        let cases: [(&str, Edit); 13] = [
+        let cases: [(&str, Edit); 14] = [
             ("epochs", |r| r.epochs = 0),
             ("learning_rate", |r| r.learning_rate = f64::NAN),
             ("optimizer.angle_rate", |r| r.optimizer.angle_rate = -1.0),
             ("optimizer.router_rate", |r| r.optimizer.router_rate = f64::INFINITY),
             ("hold_out", |r| r.hold_out = 1.0),
             ("ema_decay", |r| r.ema_decay = -0.1),
+            ("router_noise", |r| r.router_noise = f64::NAN),
             ("losses.contiguity", |r| r.losses.contiguity = -1.0),
             ("float_epochs", |r| r.float_epochs = 10),
             ("float_epochs", |r| {

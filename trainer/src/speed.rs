@@ -134,7 +134,7 @@ fn synthetic(config: &ViTConfig, len: usize) -> Batch {
     let pixels = len * config.backbone.image_size.pow(2) * 3;
     let mut targets = vec![0.0; len * config.num_classes];
     targets.chunks_exact_mut(config.num_classes).enumerate().for_each(|(i, row)| row[i % row.len()] = 1.0);
-    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, branch_scales: Vec::new() }
+    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, ..Batch::default() }
 }
 
 impl std::fmt::Display for Speed {

@@ -217,7 +217,14 @@ impl Run {
             teacher.teach(&batch.pixels, &self.preprocess, &mut batch.targets, share, threads)?;
         }
         let len = batch.labels.len();
-        let batch = Batch { pixels: batch.pixels, targets: batch.targets, len, branch_scales: batch.branch_scales };
+        let batch = Batch {
+            pixels: batch.pixels,
+            targets: batch.targets,
+            len,
+            branch_scales: batch.branch_scales,
+            router_noise: self.recipe.router_noise,
+            noise_seeds: batch.noise_seeds,
+        };
         let float = self.position.epoch < self.recipe.float_epochs;
         let (gradients, stats) = gradients(
             &self.vit,
@@ -275,6 +282,7 @@ impl Run {
                 probability: self.recipe.drop_path,
                 layers: self.recipe.model.backbone.num_layers,
             },
+            router_noise: self.recipe.router_noise > 0.0,
         };
         Loader::start(self.dataset.clone(), self.parts.train.clone().into(), plan, self.position)
     }

@@ -85,8 +85,13 @@ fn bits(checkpoint: &Checkpoint) -> Vec<(String, Vec<u32>)> {
 #[test]
 fn interrupted_at_every_step_equals_uninterrupted() {
     let specialise = Origin::Specialise { backbone: "digest".into(), start: "digest".into() };
-    let taught =
-        Recipe { drop_path: 0.5, float_epochs: 1, distillation: Some(teacher().distillation(0.5)), ..recipe() };
+    let taught = Recipe {
+        drop_path: 0.5,
+        router_noise: 0.5,
+        float_epochs: 1,
+        distillation: Some(teacher().distillation(0.5)),
+        ..recipe()
+    };
     for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }, taught] {
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut uninterrupted = run(&recipe, whole.path(), 2, None);
@@ -134,6 +139,7 @@ fn every_part_of_the_recipe_changes_the_result() {
         ("float_epochs", Recipe { float_epochs: 1, ..recipe() }),
         ("distillation", Recipe { distillation: Some(teacher().distillation(0.5)), ..recipe() }),
         ("contiguity", contiguous),
+        ("router_noise", Recipe { router_noise: 1.0, ..recipe() }),
         ("angle_spread", Recipe { angle_spread: AngleSpread::Uniform, ..recipe() }),
         ("angle_rate", rates(30.0, 1.0)),
         ("router_rate", rates(1.0, 0.5)),

@@ -5,13 +5,14 @@ use std::sync::Mutex;
 
 use candle_core::{Device, Result, Tensor};
 
+use crate::layers::RouterNoise;
 use crate::losses::{LossWeights, expert_loads, losses};
 use crate::optimizer::Gradients;
 use crate::parameters::Quantizers;
-use crate::vit::{Output, ViT};
+use crate::vit::{Output, Variation, ViT};
 
 /// Images ready for the model.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// Normalised pixels, `[batch, side, side, 3]`.
     pub pixels: Vec<f32>,
@@ -21,6 +22,10 @@ pub struct Batch {
     /// Stochastic depth (arXiv 1603.09382): what every image's residual branches are multiplied by,
     /// `[batch, 2 * layers]`, attention before feed-forward; empty for one everywhere.
     pub branch_scales: Vec<f32>,
+    /// Scale of the noise on routers ([`crate::layers::RouterNoise`]); 0 for none.
+    pub router_noise: f64,
+    /// Of every image's noise, `[batch]`; empty without noise.
+    pub noise_seeds: Vec<u64>,
 }
 
 /// Means over a batch.
@@ -102,11 +107,20 @@ fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usiz
     let pixels = batch.pixels[images.start * pixels..images.end * pixels].to_vec();
     let pixels = Tensor::from_vec(pixels, (images.len(), side, side, 3), &Device::Cpu)?;
     let branches = 2 * vit.config().backbone.num_layers;
-    if batch.branch_scales.is_empty() {
-        return vit.forward(&pixels, quantizers);
-    }
-    let scales = batch.branch_scales[images.start * branches..images.end * branches].to_vec();
-    vit.forward_scaled(&pixels, quantizers, Some(&Tensor::from_vec(scales, (images.len(), branches), &Device::Cpu)?))
+    let scales = match &batch.branch_scales[..] {
+        [] => None,
+        all => {
+            let scales = &all[images.start * branches..images.end * branches];
+            Some(Tensor::from_slice(scales, (images.len(), branches), &Device::Cpu)?)
+        }
+    };
+    let noise = (batch.router_noise > 0.0).then(|| RouterNoise {
+        scale: batch.router_noise,
+        seeds: &batch.noise_seeds[images.clone()],
+        layer: 0,
+    });
+    let variation = Variation { branch_scales: scales.as_ref(), router_noise: noise };
+    vit.forward_varied(&pixels, quantizers, variation)
 }
 
 /// The share of the batch's gradient and statistics that comes from `images`.

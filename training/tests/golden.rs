@@ -37,7 +37,7 @@ fn check_balance(golden: &Golden<'_>) {
     let router = Router::new(&parameters, "moe", &config).unwrap();
     let x = golden.f32("x");
     let rows = Tensor::from_slice(&x, (x.len() / d_model, d_model), &Device::Cpu).unwrap();
-    let (mut routing, _) = router.forward(&rows, false).unwrap();
+    let (mut routing, _) = router.forward(&rows, false, None).unwrap();
     // The reference's choices: where two logits are nearly equal, f32 may prefer the other.
     routing.experts = Arc::new(golden.i32("expert_ids").into_iter().map(|id| id as u16).collect());
     let output = Output { logits: rows, routing: vec![routing] };

@@ -9,7 +9,7 @@ use training::optimizer::{AdamW, AdamWConfig};
 use training::parameters::{Quantizers, is_expert_set_parameter};
 use training::quantize::router_snapped;
 use training::step::{Batch, gradients};
-use training::vit::ViT;
+use training::vit::{Variation, ViT};
 
 fn tiny() -> ViTConfig {
     ViTConfig::preset("tiny").unwrap()
@@ -21,7 +21,7 @@ fn batch(config: &ViTConfig, len: usize) -> Batch {
     for i in 0..len {
         targets[i * config.num_classes + i % config.num_classes] = 1.0;
     }
-    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, branch_scales: Vec::new() }
+    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, ..Batch::default() }
 }
 
 fn logits(vit: &ViT, batch: &Batch, quantizers: Quantizers) -> Vec<f32> {
@@ -342,7 +342,8 @@ fn a_scale_of_zero_leaves_a_branch_out() {
     let pixels = Tensor::from_vec(pixels, (2, 8, 8, 3), &Device::Cpu).unwrap();
     let logits = |vit: &ViT, scales: [[f32; 4]; 2]| {
         let scales = Tensor::new(&scales, &Device::Cpu).unwrap();
-        let output = vit.forward_scaled(&pixels, Quantizers::NONE, Some(&scales)).unwrap();
+        let variation = Variation { branch_scales: Some(&scales), ..Variation::default() };
+        let output = vit.forward_varied(&pixels, Quantizers::NONE, variation).unwrap();
         output.logits.to_vec2::<f32>().unwrap()
     };
     let ones = [1.0; 4];

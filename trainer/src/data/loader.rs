@@ -51,6 +51,8 @@ pub struct Plan {
     pub preprocess: Preprocess,
     /// Which residual branches are left out.
     pub depth: StochasticDepth,
+    /// Whether routers are noisy.
+    pub router_noise: bool,
 }
 
 /// Stochastic depth (arXiv 1603.09382): residual branches of single images are left out at random, the more often the
@@ -94,6 +96,8 @@ pub struct Batch {
     pub labels: Vec<u16>,
     /// `[batch, 2 * layers]`, what residual branches are multiplied by; empty without stochastic depth.
     pub branch_scales: Vec<f32>,
+    /// `[batch]`, of the noise on routers; empty without.
+    pub noise_seeds: Vec<u64>,
 }
 
 /// An endless sequence of batches, made on another thread; dropping it ends the thread.
@@ -184,7 +188,12 @@ fn make_batch(dataset: &Dataset, order: &[u32], plan: &Plan, position: Position)
             branch_scales.extend(plan.depth.scales(&mut rng));
         }
     }
-    Batch { position, pixels, targets, labels, branch_scales }
+    let mut noise_seeds = Vec::new();
+    if plan.router_noise {
+        let seed = |&index: &u32| rng(plan.seed, Purpose::Route, position.epoch, u64::from(index)).random::<u64>();
+        noise_seeds.extend(members.iter().map(seed));
+    }
+    Batch { position, pixels, targets, labels, branch_scales, noise_seeds }
 }
 
 /// Mixes `partner` into `own` (or does not), and returns the share of `own` that is left.
@@ -232,6 +241,7 @@ mod tests {
             label_smoothing: 0.1,
             preprocess: Preprocess { mean: [0.0; 3], std: [1.0; 3], ..Preprocess::default() },
             depth: StochasticDepth { probability: 0.0, layers: 3 },
+            router_noise: false,
         }
     }
 
@@ -319,6 +329,15 @@ mod tests {
         }
         let plan = Plan { depth, ..plan(Mixing::NONE) };
         assert_eq!(loader(plan, Position::default()).next_batch().branch_scales.len(), 4 * 6);
+    }
+
+    #[test]
+    fn every_image_has_noise_of_its_own_in_every_epoch() {
+        let plan = Plan { router_noise: true, ..plan(Mixing::NONE) };
+        let seeds = |epoch| loader(plan.clone(), Position { epoch, batch: 0 }).next_batch().noise_seeds;
+        assert_eq!(seeds(0), seeds(0));
+        let all: std::collections::BTreeSet<u64> = [seeds(0), seeds(1)].concat().into_iter().collect();
+        assert_eq!(all.len(), 8, "two batches of four");
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub enum Purpose {
     Mix = 4,
     /// Which of one image's residual branches are left out.
     Depth = 5,
+    /// Noise on the routers of one image.
+    Route = 6,
 }
 
 /// The generator for `purpose` number `index` of `epoch`, under `seed`.

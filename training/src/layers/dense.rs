@@ -3,7 +3,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Router, Routing};
+use super::{Router, RouterNoise, Routing};
 use crate::ops::{self, Activations};
 use crate::parameters::{Parameters, Quantizers};
 use crate::quantize;
@@ -43,9 +43,14 @@ impl DenseExperts {
     }
 
     /// `rows [tokens, d_model] -> [tokens, d_model]`, and what the router chose.
-    pub fn forward(&self, rows: &Tensor, quantizers: Quantizers) -> Result<(Tensor, Routing)> {
+    pub fn forward(
+        &self,
+        rows: &Tensor,
+        quantizers: Quantizers,
+        noise: Option<RouterNoise<'_>>,
+    ) -> Result<(Tensor, Routing)> {
         let rounds = !matches!(self.grid, Grid::Float);
-        let (routing, weights) = self.router.forward(rows, rounds && quantizers.experts)?;
+        let (routing, weights) = self.router.forward(rows, rounds && quantizers.experts, noise)?;
         let product = |x: &Tensor, weight: &Tensor| {
             let (_, _, k) = weight.dims3()?;
             let x = match quantizers.activations {
@@ -85,8 +90,8 @@ impl LowRankExperts {
     }
 
     /// `rows [tokens, d_model] -> [tokens, d_model]`, and what the router chose.
-    pub fn forward(&self, rows: &Tensor) -> Result<(Tensor, Routing)> {
-        let (routing, weights) = self.router.forward(rows, false)?;
+    pub fn forward(&self, rows: &Tensor, noise: Option<RouterNoise<'_>>) -> Result<(Tensor, Routing)> {
+        let (routing, weights) = self.router.forward(rows, false, noise)?;
         let product = |x: &Tensor, factor: &Tensor| ops::expert_linear(x, factor, routing.experts.clone());
         let [up_in, up_out, down_in, down_out] = &self.factors;
         let a = ops::gelu(&product(&product(rows, up_in)?, up_out)?)?;

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Router, Routing};
+use super::{Router, RouterNoise, Routing};
 use crate::ops::{self, Activations, AngleGrid};
 use crate::parameters::{Parameters, Quantizers};
 use crate::quantize;
@@ -50,8 +50,13 @@ impl ButterflyMoe {
     }
 
     /// `rows [tokens, d_model] -> [tokens, d_model]`, and what the router chose.
-    pub fn forward(&self, rows: &Tensor, quantizers: Quantizers) -> Result<(Tensor, Routing)> {
-        let (routing, weights) = self.router.forward(rows, quantizers.experts)?;
+    pub fn forward(
+        &self,
+        rows: &Tensor,
+        quantizers: Quantizers,
+        noise: Option<RouterNoise<'_>>,
+    ) -> Result<(Tensor, Routing)> {
+        let (routing, weights) = self.router.forward(rows, quantizers.experts, noise)?;
         let grid = if quantizers.experts { AngleGrid::Bits(self.angle_bits) } else { AngleGrid::Continuous };
         let rotate = |x: &Tensor, angles: &Tensor| ops::rotate_rows(x, angles, routing.experts.clone(), grid);
         let mut h = self.substrate(&rotate(rows, &self.rotation_in)?, &self.up, quantizers)?;

@@ -11,7 +11,7 @@ pub use attention::Attention;
 pub use dense::{Dense, DenseExperts, LowRankExperts};
 pub use expert::ButterflyMoe;
 pub use norm::LayerNorm;
-pub use router::{Router, Routing};
+pub use router::{Router, RouterNoise, Routing};
 pub use stem::Stem;
 
 use candle_core::{Result, Tensor};
@@ -49,13 +49,22 @@ impl FeedForward {
 
     /// `[batch, tokens, d_model] -> [batch, tokens, d_model]`, and what the router chose where there is one. Kinds in
     /// fp32 stay so whatever `quantizers` says.
-    pub fn forward(&self, x: &Tensor, quantizers: Quantizers) -> Result<(Tensor, Option<Routing>)> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        quantizers: Quantizers,
+        noise: Option<RouterNoise<'_>>,
+    ) -> Result<(Tensor, Option<Routing>)> {
         let (batch, tokens, d_model) = x.dims3()?;
         let rows = x.reshape((batch * tokens, d_model))?;
         let (y, routing) = match self {
-            Self::Butterfly(experts) => experts.forward(&rows, quantizers).map(|(y, routing)| (y, Some(routing)))?,
-            Self::DenseExperts(experts) => experts.forward(&rows, quantizers).map(|(y, routing)| (y, Some(routing)))?,
-            Self::LowRankExperts(experts) => experts.forward(&rows).map(|(y, routing)| (y, Some(routing)))?,
+            Self::Butterfly(experts) => {
+                experts.forward(&rows, quantizers, noise).map(|(y, routing)| (y, Some(routing)))?
+            }
+            Self::DenseExperts(experts) => {
+                experts.forward(&rows, quantizers, noise).map(|(y, routing)| (y, Some(routing)))?
+            }
+            Self::LowRankExperts(experts) => experts.forward(&rows, noise).map(|(y, routing)| (y, Some(routing)))?,
             Self::Dense(dense) => (dense.forward(&rows)?, None),
         };
         Ok((y.reshape((batch, tokens, d_model))?, routing))

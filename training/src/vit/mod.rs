@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 use model_core::config::{ConfigError, FeedForwardKind, ViTConfig};
 use model_core::random::AngleStart;
 
-use crate::layers::{Attention, FeedForward, LayerNorm, Linear, Routing, Stem};
+use crate::layers::{Attention, FeedForward, LayerNorm, Linear, RouterNoise, Routing, Stem};
 use crate::parameters::{Parameters, Quantizers};
 
 /// A block: `x += attention(norm1(x))`, `x += feed_forward(norm2(x))`.
@@ -18,6 +18,15 @@ struct Block {
     attention: Attention,
     norm2: LayerNorm,
     feed_forward: FeedForward,
+}
+
+/// What training varies in a forward pass.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Variation<'a> {
+    /// What the residual branches of every image are multiplied by, `[batch, 2 * layers]`, attention before feed-forward.
+    pub branch_scales: Option<&'a Tensor>,
+    /// On every layer's routers; the layer in it does not count.
+    pub router_noise: Option<RouterNoise<'a>>,
 }
 
 /// What a forward pass gives.
@@ -94,18 +103,12 @@ impl ViT {
 
     /// `pixels [batch, side, side, 3]`, normalised, to logits.
     pub fn forward(&self, pixels: &Tensor, quantizers: Quantizers) -> Result<Output> {
-        self.forward_scaled(pixels, quantizers, None)
+        self.forward_varied(pixels, quantizers, Variation::default())
     }
 
-    /// [`ViT::forward`] with the residual branches of every image multiplied by
-    /// `branch_scales [batch, 2 * layers]`, attention before feed-forward.
-    pub fn forward_scaled(
-        &self,
-        pixels: &Tensor,
-        quantizers: Quantizers,
-        branch_scales: Option<&Tensor>,
-    ) -> Result<Output> {
-        let scaled = |y: Tensor, branch: usize| match branch_scales {
+    /// [`ViT::forward`] with the variations of training.
+    pub fn forward_varied(&self, pixels: &Tensor, quantizers: Quantizers, variation: Variation<'_>) -> Result<Output> {
+        let scaled = |y: Tensor, branch: usize| match variation.branch_scales {
             Some(scales) => y.broadcast_mul(&scales.narrow(1, branch, 1)?.unsqueeze(2)?),
             None => Ok(y),
         };
@@ -114,7 +117,8 @@ impl ViT {
         for (layer, block) in self.blocks.iter().enumerate() {
             let y = block.attention.forward(&block.norm1.forward(&x)?)?;
             x = (x + scaled(y, 2 * layer)?)?;
-            let (y, chosen) = block.feed_forward.forward(&block.norm2.forward(&x)?, quantizers)?;
+            let noise = variation.router_noise.map(|noise| RouterNoise { layer, ..noise });
+            let (y, chosen) = block.feed_forward.forward(&block.norm2.forward(&x)?, quantizers, noise)?;
             x = (x + scaled(y, 2 * layer + 1)?)?;
             routing.extend(chosen);
         }
