@@ -15,7 +15,7 @@ use model_core::kernels::rotation::{Coefficients, rotate};
 use model_core::kernels::softmax::softmax;
 use model_core::kernels::{
     Isa, LaneOrder, PackedAngles, PackedDepthwise, PackedF32, PackedInt8, PackedPointwise, PackedTernary, Requantize,
-    depthwise, quantize_rows,
+    TernaryStorage, depthwise, quantize_rows,
 };
 
 /// The sizes that kernels see in one image of a preset.
@@ -77,12 +77,16 @@ fn every_isa<T>(
 
 fn ternary(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ternary");
+    let storages =
+        [("", TernaryStorage::default()), (" five trits", TernaryStorage { five_trits: true, half_scales: true })];
     for Shape { name, d_model, d_ff, tokens, rows, .. } in shapes() {
-        for (which, m, n, k) in [("up", rows, d_ff, d_model), ("down", tokens, d_model, d_ff)] {
+        let products = [("up", rows, d_ff, d_model), ("down", tokens, d_model, d_ff)];
+        for ((which, m, n, k), (how, storage)) in products.into_iter().flat_map(|p| storages.map(|s| (p, s))) {
             let weights: Vec<_> = (0..n * k).map(|i| (i * 7 % 3) as i8 - 1).collect();
             let (lhs, steps, mut out) = (codes(m * k), vec![0.01; m], vec![0.0; m * n]);
-            let pack = |isa| PackedTernary::pack(isa, &weights, &vec![0.1; n], n, k).expect("valid weights");
-            every_isa(&mut group, format!("{name} {which}"), m * n * k, pack, |_, packed| {
+            let pack =
+                |isa| PackedTernary::pack(isa, storage, &weights, &vec![0.125; n], [n, k]).expect("valid weights");
+            every_isa(&mut group, format!("{name} {which}{how}"), m * n * k, pack, |_, packed| {
                 packed.matmul(&lhs, &steps, &mut out).expect("the shapes fit");
             });
         }

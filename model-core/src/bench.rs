@@ -171,7 +171,7 @@ fn layer_macs(config: &ViTConfig) -> usize {
 fn model_macs(config: &ViTConfig) -> usize {
     let (d_model, tokens) = (config.backbone.d_model, config.backbone.num_tokens());
     let stem = config.backbone.stem_inputs().map(|(layer, side, channels)| {
-        layer.output_side(side).unwrap_or(0).pow(2) * layer.channels * layer.kernel.pow(2) * channels
+        layer.output_side(side).unwrap_or(0).pow(2) * layer.channels * layer.window_len(channels)
     });
     let attention = 4 * tokens * d_model.pow(2) + 2 * tokens.pow(2) * d_model;
     stem.sum::<usize>() + config.backbone.num_layers * (attention + layer_macs(config)) + config.num_classes * d_model
@@ -179,7 +179,7 @@ fn model_macs(config: &ViTConfig) -> usize {
 
 /// Bytes of the angle codes of one expert in one layer.
 fn angle_bytes(config: &ViTConfig) -> usize {
-    config.experts.angles_per_expert(&config.backbone) * config.experts.angle_bits as usize / 8
+    config.experts.angles_per_expert(&config.backbone.shape()) * config.experts.angle_bits as usize / 8
 }
 
 /// Times our layer and, where asked for, the dense one, on the tokens of one image.
@@ -192,8 +192,8 @@ fn layers(
 ) -> Result<(LayerReport, Option<LayerReport>), ModelError> {
     let BackboneConfig { d_model, d_ff, .. } = config.backbone;
     let (tokens, top_k) = (config.backbone.num_tokens(), config.experts.top_k);
-    let substrates = Substrates::pack(options.isa, &block.up, &block.down, d_model, d_ff)?;
-    let layer = ExpertLayer::pack(experts, &config.experts, d_model, d_ff)?;
+    let substrates = Substrates::pack(options.isa, &config.backbone.shape(), &block.up, &block.down)?;
+    let layer = ExpertLayer::pack(experts, &config.experts, 0, [d_model, d_ff])?;
     let x = random.uniforms(tokens * d_model, 1.0);
     let ordered = substrates.input_order().permute_columns(&x);
     let mut residual = vec![0.0; x.len()];
@@ -238,7 +238,7 @@ fn dense_layer(
     let BackboneConfig { d_model, d_ff, .. } = config.backbone;
     let mut pack = |rows: usize, cols: usize| {
         let Linear { weight, bias } = linear(random, rows, cols);
-        PackedF32::pack(options.isa, &weight, &bias, rows, cols)
+        PackedF32::pack(options.isa, &weight.to_f32(), &bias, rows, cols)
     };
     let experts: Vec<_> = by_expert
         .iter()

@@ -10,7 +10,9 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::artifact::{Contents, Encoding, TensorSize};
-use crate::config::{BackboneConfig, ExpertConfig, FeedForwardKind, ViTConfig};
+use crate::config::{BackboneShape, ExpertConfig, FeedForwardKind, TernaryPacking, ViTConfig};
+use crate::engine::storage;
+use crate::kernels::TernaryStorage;
 use crate::kernels::dense::panels_len;
 
 const F32_BYTES: u64 = 4;
@@ -18,23 +20,35 @@ const F32_BYTES: u64 = 4;
 /// Rows and columns that an integer matrix is padded to: see `kernels/gemm`.
 const INTEGER_PANEL: u64 = 16;
 
-/// Bytes of a tensor as the engine packs it: substrates at two bits a weight, weights of attention and of the stem behind
-/// its first layer as int8 with a scale per row, angle and router codes at their own width, everything else f32.
+/// Bytes of a tensor as the engine packs it: ternary codes and scales as they are stored, weights of attention, of the stem
+/// behind its first layer and of an int8 head as int8 with a scale per row, angle and router codes at their own width,
+/// everything else f32.
 fn resident_bytes(tensor: &TensorSize) -> u64 {
-    let (elements, rows) = (tensor.elements as u64, tensor.rows as u64);
+    let (elements, rows) = (tensor.elements, tensor.rows);
     let cols = elements / rows.max(1);
-    let integer_matrix = || rows.next_multiple_of(INTEGER_PANEL) * cols.next_multiple_of(INTEGER_PANEL);
+    let padded_rows = rows.next_multiple_of(INTEGER_PANEL);
     let name = &tensor.name;
     let is_weight = name.ends_with(".weight");
     let is_int8 = name.contains(".attention.") || (name.starts_with("stem.") && !name.starts_with("stem.0."));
     match tensor.encoding {
-        Encoding::Float if is_weight && is_int8 => integer_matrix() + rows.next_multiple_of(INTEGER_PANEL) * F32_BYTES,
-        Encoding::Float if is_weight => {
-            panels_len(tensor.rows, tensor.elements / tensor.rows.max(1)) as u64 * F32_BYTES
+        Encoding::Float(_) | Encoding::Int8 if is_weight && (is_int8 || tensor.encoding == Encoding::Int8) => {
+            padded_rows * cols.next_multiple_of(INTEGER_PANEL) + padded_rows * F32_BYTES
         }
-        Encoding::Float => elements * F32_BYTES,
-        Encoding::Ternary => integer_matrix() / 4,
-        Encoding::Codes(bits) | Encoding::Signed(bits) => elements * u64::from(bits) / 8,
+        Encoding::Float(_) if is_weight => panels_len(rows as usize, cols as usize) as u64 * F32_BYTES,
+        // The scale of an int8 weight is counted with the weight.
+        Encoding::Float(_) if name.ends_with(".weight_scale") => 0,
+        Encoding::Float(format) if name.contains(".moe.") => {
+            let padding = if name.ends_with(".scale") { INTEGER_PANEL } else { 1 };
+            rows.next_multiple_of(padding) * format.bytes() as u64
+        }
+        Encoding::Float(_) | Encoding::Int8 => elements * F32_BYTES,
+        Encoding::Ternary(packing) => {
+            let five_trits = packing == TernaryPacking::FiveTrits;
+            TernaryStorage { five_trits, half_scales: false }.codes_bytes(rows as usize, cols as usize) as u64
+        }
+        Encoding::Codes(bits) => elements * u64::from(bits) / 8,
+        Encoding::Signed(4) => rows * cols.div_ceil(2),
+        Encoding::Signed(bits) => elements * u64::from(bits) / 8,
     }
 }
 
@@ -53,19 +67,17 @@ pub struct Component {
 /// tensors leave of it is the header.
 pub fn components(contents: &Contents, file_bytes: u64) -> Vec<Component> {
     let tensors = contents.tensor_sizes();
-    let data_bytes: u64 = tensors.iter().map(|tensor| tensor.disk_bytes as u64).sum();
+    let data_bytes: u64 = tensors.iter().map(|tensor| tensor.disk_bytes).sum();
     let text_bytes = match contents {
-        Contents::Backbone { .. } => 0,
-        Contents::ExpertSet { labels, .. } => {
-            labels.iter().map(|label| (size_of::<String>() + label.len()) as u64).sum()
-        }
+        Contents::Backbone(_) => 0,
+        Contents::ExpertSet(set) => set.labels.iter().map(|label| (size_of::<String>() + label.len()) as u64).sum(),
     };
     let header_bytes = file_bytes.saturating_sub(data_bytes);
     let mut components =
         vec![Component { name: "header and labels", disk_bytes: header_bytes, resident_bytes: text_bytes }];
     for tensor in &tensors {
         let name = component_of(&tensor.name);
-        let (disk_bytes, resident_bytes) = (tensor.disk_bytes as u64, resident_bytes(tensor));
+        let (disk_bytes, resident_bytes) = (tensor.disk_bytes, resident_bytes(tensor));
         match components.iter_mut().find(|component| component.name == name) {
             Some(component) => {
                 component.disk_bytes += disk_bytes;
@@ -116,7 +128,7 @@ const PAPER_TERNARY_BITS: f64 = 1.58;
 
 /// The paper's accounting for one layer: one substrate at 1.58 bits a weight and 16 bits an angle, whatever the
 /// configuration's own code widths, against dense fp32 experts.
-pub fn paper_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> Compression {
+pub fn paper_compression(backbone: &BackboneShape, experts: &ExpertConfig) -> Compression {
     const ANGLE_BYTES: usize = 2;
     let matrix = backbone.d_model * backbone.d_ff;
     let angles = experts.num_experts * experts.angles_per_expert(backbone);
@@ -126,50 +138,56 @@ pub fn paper_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> C
     }
 }
 
-/// Bytes that one feed-forward layer takes at run time, by what they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// Bytes that one feed-forward layer takes at run time, by what they are. What layers share is split evenly.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LayerBytes {
-    pub substrates: u64,
-    /// One f32 per row of each substrate.
-    pub scales: u64,
-    /// Angle codes of all experts.
-    pub angles: u64,
+    /// Both substrates.
+    pub substrates: f64,
+    /// One number per row of each substrate.
+    pub scales: f64,
+    /// Angle codes of all experts; none where they are drawn from a seed.
+    pub angles: f64,
     /// Router codes and their scales.
-    pub router: u64,
+    pub router: f64,
 }
 
 impl LayerBytes {
     /// One layer as the engine holds it.
-    pub fn resident(backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
-        let (d_model, d_ff) = (backbone.d_model as u64, backbone.d_ff as u64);
-        let num_experts = experts.num_experts as u64;
-        let (padded_model, padded_ff) = (d_model.next_multiple_of(INTEGER_PANEL), d_ff.next_multiple_of(INTEGER_PANEL));
-        let angles = num_experts * experts.angles_per_expert(backbone) as u64;
-        let router_row = d_model * u64::from(experts.router_bits) / 8 + F32_BYTES;
+    pub fn resident(backbone: &BackboneShape, experts: &ExpertConfig) -> Self {
+        let BackboneShape { d_model, d_ff, num_layers, substrates } = *backbone;
+        let storage = storage(substrates);
+        let codes = storage.codes_bytes(d_ff, d_model) + storage.codes_bytes(d_model, d_ff);
+        let angles = if experts.angle_seed.is_some() { 0 } else { experts.angles_per_expert(backbone) };
+        let angle_bits = experts.num_experts as f64 * angles as f64 * f64::from(experts.angle_bits);
+        let router_row = match experts.router_bits {
+            4 => d_model.div_ceil(2),
+            bits => d_model * bits as usize / 8,
+        };
         Self {
-            substrates: 2 * padded_model * padded_ff / 4,
-            scales: (padded_model + padded_ff) * F32_BYTES,
-            angles: angles * u64::from(experts.angle_bits) / 8,
-            router: num_experts * router_row,
+            substrates: codes as f64 / if substrates.shared { num_layers as f64 } else { 1.0 },
+            scales: (storage.scales_bytes(d_model) + storage.scales_bytes(d_ff)) as f64,
+            angles: angle_bits / 8.0,
+            router: (experts.num_experts * (router_row + experts.router_scales.bytes())) as f64,
         }
     }
 
-    pub fn total(&self) -> u64 {
+    /// All of them.
+    pub fn total(&self) -> f64 {
         self.substrates + self.scales + self.angles + self.router
     }
 }
 
 /// Our accounting for one layer: everything it needs at run time, against dense fp32 experts with a fp32 router.
-pub fn runtime_compression(backbone: &BackboneConfig, experts: &ExpertConfig) -> Compression {
+pub fn runtime_compression(backbone: &BackboneShape, experts: &ExpertConfig) -> Compression {
     let (d_model, d_ff, num_experts) = (backbone.d_model, backbone.d_ff, experts.num_experts);
     let dense = num_experts * (2 * d_model * d_ff + d_model) * F32_BYTES as usize;
-    Compression { dense_bytes: dense as f64, butterfly_bytes: LayerBytes::resident(backbone, experts).total() as f64 }
+    Compression { dense_bytes: dense as f64, butterfly_bytes: LayerBytes::resident(backbone, experts).total() }
 }
 
 /// Bytes of one feed-forward layer of any kind, by the paper's accounting and by ours. The router of fp32 experts is
 /// fp32; scales and routers count in ours only; gains count as the fp32 that training leaves; a tied `down` saves its
 /// codes; ternary matrices of an expert's own take the bits that a substrate takes.
-pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &ExpertConfig) -> (f64, f64) {
+pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneShape, experts: &ExpertConfig) -> (f64, f64) {
     let (paper, runtime) = (paper_compression(backbone, experts), runtime_compression(backbone, experts));
     match kind {
         FeedForwardKind::Butterfly => (paper.butterfly_bytes, runtime.butterfly_bytes),
@@ -179,7 +197,7 @@ pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &E
         }
         FeedForwardKind::ButterflyTied => {
             // The paper's accounting has a single substrate to begin with.
-            let down = LayerBytes::resident(backbone, experts).substrates as f64 / 2.0;
+            let down = LayerBytes::resident(backbone, experts).substrates / 2.0;
             (paper.butterfly_bytes, runtime.butterfly_bytes - down)
         }
         FeedForwardKind::DenseExperts => (paper.dense_bytes, runtime.dense_bytes),
@@ -188,13 +206,13 @@ pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &E
             let weights = (experts.num_experts * 2 * backbone.d_model * backbone.d_ff) as f64;
             let (paper, runtime) = match kind {
                 FeedForwardKind::TernaryExperts => {
-                    (weights * PAPER_TERNARY_BITS / 8.0, experts.num_experts as f64 * layer.substrates as f64)
+                    (weights * PAPER_TERNARY_BITS / 8.0, experts.num_experts as f64 * layer.substrates)
                 }
                 FeedForwardKind::Int4Experts => (weights / 2.0, weights / 2.0),
                 _ => (weights, weights),
             };
             let scales = (experts.num_experts * (backbone.d_model + backbone.d_ff)) as f64 * F32_BYTES as f64;
-            (paper, runtime + scales + layer.router as f64)
+            (paper, runtime + scales + layer.router)
         }
         FeedForwardKind::LowRankExperts => {
             let factors = experts.num_experts * 2 * backbone.low_rank() * (backbone.d_model + backbone.d_ff);
@@ -213,7 +231,7 @@ pub fn layer_bytes(kind: FeedForwardKind, backbone: &BackboneConfig, experts: &E
 pub struct Footprint {
     /// Bytes by component.
     pub components: Vec<Component>,
-    /// The feed-forward layers; for an expert set only, since a backbone has no experts.
+    /// The feed-forward layers; for an expert set that has experts only.
     pub feed_forward: Option<FeedForward>,
 }
 
@@ -228,7 +246,7 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    fn of(backbone: &BackboneConfig, experts: &ExpertConfig) -> Self {
+    fn of(backbone: &BackboneShape, experts: &ExpertConfig) -> Self {
         Self {
             num_experts: experts.num_experts,
             layer: LayerBytes::resident(backbone, experts),
@@ -242,15 +260,17 @@ impl Footprint {
     /// The footprint of an artifact whose file has `file_bytes` bytes.
     pub fn of_artifact(contents: &Contents, file_bytes: u64) -> Self {
         let feed_forward = match contents {
-            Contents::Backbone { .. } => None,
-            Contents::ExpertSet { config, backbone_config, .. } => Some(FeedForward::of(backbone_config, config)),
+            Contents::Backbone(_) => None,
+            // A borrower's are those of the set that lends them.
+            Contents::ExpertSet(set) if set.borrowed_experts.is_some() => None,
+            Contents::ExpertSet(set) => Some(FeedForward::of(&set.backbone, &set.config)),
         };
         Self { components: components(contents, file_bytes), feed_forward }
     }
 
     /// The savings of a configuration that need not exist as a file.
     pub fn of_config(config: &ViTConfig) -> Self {
-        Self { components: Vec::new(), feed_forward: Some(FeedForward::of(&config.backbone, &config.experts)) }
+        Self { components: Vec::new(), feed_forward: Some(FeedForward::of(&config.backbone.shape(), &config.experts)) }
     }
 
     /// Bytes on disk and resident, all components together.
@@ -283,7 +303,7 @@ impl fmt::Display for Footprint {
             ("router", layer.router),
             ("total", layer.total()),
         ] {
-            writeln!(f, "{name:<24} {bytes:>14}")?;
+            writeln!(f, "{name:<24} {bytes:>14.0}")?;
         }
         writeln!(f)?;
         writeln!(f, "{:<24} {:>14} {:>14} {:>9}", "against dense experts", "dense fp32", "butterfly", "smaller")?;
@@ -297,26 +317,54 @@ impl fmt::Display for Footprint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::artifact::Digest;
+    use serde_json::Value;
+
+    use crate::artifact::{
+        BackboneEncoding, BackboneHeader, Digest, ExpertSetEncoding, ExpertSetHeader, StemEncoding, View,
+    };
+    use crate::config::{AngleSeed, FloatFormat, Generator};
     use crate::image::Preprocess;
+    use crate::weights::Precision;
 
     fn paper() -> ViTConfig {
         ViTConfig::preset("paper").unwrap()
     }
 
     fn expert_set(config: &ViTConfig) -> Contents {
-        Contents::ExpertSet {
+        let header = ExpertSetHeader {
             config: config.experts.clone(),
-            backbone_config: config.backbone.clone(),
+            encoding: ExpertSetEncoding::default(),
+            backbone: config.backbone.shape(),
+            backbone_config: None,
             backbone_digest: Digest::of("", &[]),
+            borrowed_experts: None,
             labels: (0..config.num_classes).map(|i| format!("{i:03}")).collect(),
-        }
+            temperature: 1.0,
+            familiarity: None,
+            view: View::default(),
+            report: Value::Null,
+            card: None,
+        };
+        Contents::ExpertSet(header.into())
+    }
+
+    fn backbone(config: &ViTConfig) -> Contents {
+        let config = config.backbone.clone();
+        let stem = vec![StemEncoding::default(); config.stem.len()];
+        let header = BackboneHeader {
+            config,
+            encoding: BackboneEncoding { stem, attention: Precision::F32 },
+            preprocess: Preprocess::default(),
+            background: None,
+            card: None,
+        };
+        Contents::Backbone(header.into())
     }
 
     #[test]
     fn the_papers_configuration_is_354_times_smaller() {
         let config = paper();
-        let compression = paper_compression(&config.backbone, &config.experts);
+        let compression = paper_compression(&config.backbone.shape(), &config.experts);
         // 64 experts x 2 matrices x 256 x 1024 weights x 4 bytes.
         assert_eq!(compression.dense_bytes, 134_217_728.0);
         // 256 x 1024 x 1.58 / 8 = 51,773.44, and 64 x 4 x (128 + 512) angles x 2 bytes = 327,680.
@@ -327,25 +375,53 @@ mod tests {
     #[test]
     fn run_time_bytes_of_the_papers_configuration_count_everything() {
         let config = paper();
-        let layer = LayerBytes::resident(&config.backbone, &config.experts);
+        let layer = LayerBytes::resident(&config.backbone.shape(), &config.experts);
         let expected = LayerBytes {
-            substrates: 131_072, // 2 x 262,144 weights x 2 bits
-            scales: 5_120,       // (256 + 1024) x 4
-            angles: 163_840,     // 64 x 4 x (128 + 512)
-            router: 16_640,      // 64 x (256 + 4)
+            substrates: 131_072.0, // 2 x 262,144 weights x 2 bits
+            scales: 5_120.0,       // (256 + 1024) x 4
+            angles: 163_840.0,     // 64 x 4 x (128 + 512)
+            router: 16_640.0,      // 64 x (256 + 4)
         };
         assert_eq!(layer, expected);
-        assert_eq!(layer.total(), 316_672);
+        assert_eq!(layer.total(), 316_672.0);
         // Dense: 64 x (524,288 + 256) x 4 bytes.
-        let runtime = runtime_compression(&config.backbone, &config.experts);
+        let runtime = runtime_compression(&config.backbone.shape(), &config.experts);
         assert_eq!(runtime.dense_bytes, 134_283_264.0);
         assert!((runtime.ratio() - 424.0).abs() < 0.05, "{}", runtime.ratio());
     }
 
     #[test]
+    fn encodings_of_version_2_make_the_default_shape_a_thousand_times_smaller() {
+        let config = ViTConfig::preset("cifar").unwrap();
+        let ratio = |edit: fn(&mut ViTConfig)| {
+            let mut config = config.clone();
+            edit(&mut config);
+            runtime_compression(&config.backbone.shape(), &config.experts).ratio()
+        };
+        let packed = |c: &mut ViTConfig| {
+            c.backbone.substrates.packing = TernaryPacking::FiveTrits;
+            c.backbone.substrates.scales = FloatFormat::F16;
+            c.experts.router_scales = FloatFormat::F16;
+        };
+        let seed = AngleSeed { generator: Generator::SplitMix64, seed: 1, spread_bits: 4 };
+        // Dense: 64 x (2 x 65,536 + 128) x 4 bytes = 33,587,200. Substrates 2 x 16,384, scales 640 x 4, angles
+        // 64 x (3 x 64 + 2 x 256) / 2, router 64 x (128 + 4): 66,304.
+        assert!((ratio(|_| {}) - 33_587_200.0 / 66_304.0).abs() < 1e-9);
+        // Five trits: 2 x 205 groups of 64 bytes; scales 640 x 2; router 64 x (128 + 2).
+        assert!((ratio(packed) - 33_587_200.0 / (26_240.0 + 1_280.0 + 22_528.0 + 8_320.0)).abs() < 1e-9);
+        let mut seeded = config.clone();
+        packed(&mut seeded);
+        seeded.experts.angle_seed = Some(seed);
+        seeded.experts.router_bits = 4;
+        let seeded = runtime_compression(&seeded.backbone.shape(), &seeded.experts).ratio();
+        // Router 64 x (64 + 2).
+        assert!((seeded - 33_587_200.0 / (26_240.0 + 1_280.0 + 4_224.0)).abs() < 1e-9 && seeded > 1000.0, "{seeded}");
+    }
+
+    #[test]
     fn dense_kinds_count_fp32_matrices() {
         let config = paper();
-        let bytes = |kind| layer_bytes(kind, &config.backbone, &config.experts);
+        let bytes = |kind| layer_bytes(kind, &config.backbone.shape(), &config.experts);
         // 2 x 256 x 1024 weights x 4 bytes, times 64, plus a router of 64 x 256 x 4 bytes.
         assert_eq!(bytes(FeedForwardKind::Dense), (2_097_152.0, 2_097_152.0));
         assert_eq!(bytes(FeedForwardKind::DenseExperts), (134_217_728.0, 134_283_264.0));
@@ -357,7 +433,7 @@ mod tests {
     #[test]
     fn rivals_count_their_own_matrices_scales_and_routers() {
         let config = paper();
-        let bytes = |kind| layer_bytes(kind, &config.backbone, &config.experts);
+        let bytes = |kind| layer_bytes(kind, &config.backbone.shape(), &config.experts);
         // 64 x 2 x 256 x 1024 weights; scales of 64 x (256 + 1024) rows; a router of 64 rows of 256 bytes and a scale.
         let (weights, rest) = (33_554_432.0, 327_680.0 + 64.0 * 260.0);
         assert_eq!(bytes(FeedForwardKind::TernaryExperts), (weights * 1.58 / 8.0, weights / 4.0 + rest));
@@ -371,9 +447,9 @@ mod tests {
     fn codes_count_at_their_own_width() {
         let mut config = paper();
         // 64 experts x 4 stages x (128 + 512) pairs = 163,840 codes.
-        for (bits, bytes) in [(16, 327_680), (8, 163_840), (6, 122_880), (4, 81_920)] {
+        for (bits, bytes) in [(16, 327_680.0), (8, 163_840.0), (6, 122_880.0), (4, 81_920.0)] {
             config.experts.angle_bits = bits;
-            assert_eq!(LayerBytes::resident(&config.backbone, &config.experts).angles, bytes);
+            assert_eq!(LayerBytes::resident(&config.backbone.shape(), &config.experts).angles, bytes);
         }
     }
 
@@ -381,8 +457,7 @@ mod tests {
     fn components_add_up_to_the_file() {
         let config = paper();
         let file_bytes = 10_000_000;
-        let backbone = Contents::Backbone { config: config.backbone.clone(), preprocess: Preprocess::default() };
-        for contents in [backbone, expert_set(&config)] {
+        for contents in [backbone(&config), expert_set(&config)] {
             let footprint = Footprint::of_artifact(&contents, file_bytes);
             assert_eq!(footprint.totals().0, file_bytes);
             assert!(footprint.components.iter().all(|component| component.name != "other"));

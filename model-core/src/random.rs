@@ -5,8 +5,10 @@ use std::f64::consts::TAU;
 
 use serde::{Deserialize, Serialize};
 
-/// SplitMix64 (Steele, Lea and Flood, 2014): number `n` is a function of `seed` and `n` alone, so that a
-/// stream can begin anywhere.
+use crate::kernels::rotation::splitmix64;
+
+/// SplitMix64 (Steele, Lea and Flood, 2014): number `n` is a function of `seed` and `n` alone, so that a stream can begin
+/// anywhere.
 #[derive(Debug, Clone)]
 pub struct SplitMix64 {
     seed: u64,
@@ -26,11 +28,9 @@ impl SplitMix64 {
 
     /// The next number's 64 bits.
     pub fn bits(&mut self) -> u64 {
+        let number = splitmix64(self.seed, self.drawn);
         self.drawn = self.drawn.wrapping_add(1);
-        let mut z = self.seed.wrapping_add(self.drawn.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        number
     }
 
     /// The next number, in `[0, 1)`: 53 random bits.

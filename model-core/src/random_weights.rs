@@ -1,7 +1,9 @@
 //! Models of random weights, for measurements and tests. Layers keep the size of what goes through them, so that no
 //! activation vanishes or overflows.
 
-use crate::config::{BackboneConfig, ViTConfig};
+use std::sync::Arc;
+
+use crate::config::{BackboneConfig, FloatFormat, ViTConfig};
 use crate::random::SplitMix64;
 use crate::weights::{
     AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
@@ -11,8 +13,9 @@ use crate::weights::{
 pub fn backbone_weights(config: &BackboneConfig, random: &mut SplitMix64) -> BackboneWeights {
     let BackboneConfig { d_model, d_ff, .. } = *config;
     let stem = config.stem_inputs().map(|(layer, _, channels)| StemWeights {
-        conv: linear(random, layer.channels, layer.kernel.pow(2) * channels),
-        norm: layer.norm_gelu.then(|| norm(random, layer.channels)),
+        conv: linear(random, layer.channels, layer.window_len(channels)),
+        norm: layer.norm.then(|| norm(random, layer.channels)),
+        step: None,
     });
     let stem = stem.collect();
     let block = |random: &mut SplitMix64| BlockWeights {
@@ -20,15 +23,23 @@ pub fn backbone_weights(config: &BackboneConfig, random: &mut SplitMix64) -> Bac
         qkv: linear(random, 3 * d_model, d_model),
         proj: linear(random, d_model, d_model),
         norm2: norm(random, d_model),
-        up: ternary(random, d_ff, d_model),
-        down: ternary(random, d_model, d_ff),
+        up: ternary(random, d_ff, d_model, config.substrates.scales),
+        down: ternary(random, d_model, d_ff, config.substrates.scales),
     };
+    let mut blocks: Vec<_> = (0..config.num_layers).map(|_| block(random)).collect();
+    if let (true, [first, rest @ ..]) = (config.substrates.shared, &mut blocks[..]) {
+        for block in rest {
+            block.up.codes = Arc::clone(&first.up.codes);
+            block.down.codes = Arc::clone(&first.down.codes);
+        }
+    }
     BackboneWeights {
         config: config.clone(),
         stem,
         pos_embed: random.uniforms(config.num_tokens() * d_model, 0.3),
-        blocks: (0..config.num_layers).map(|_| block(random)).collect(),
+        blocks,
         norm: norm(random, d_model),
+        background: None,
     }
 }
 
@@ -37,10 +48,10 @@ pub fn expert_set_weights(config: &ViTConfig, random: &mut SplitMix64) -> Expert
     let (backbone, e) = (&config.backbone, &config.experts);
     // Codes that use the whole range of their width; logits of about one for tokens of about one.
     let limit = (1i32 << (e.router_bits - 1)) - 1;
-    let scale = (3.0 / backbone.d_model as f32).sqrt() / limit as f32;
+    let scale = e.router_scales.round((3.0 / backbone.d_model as f32).sqrt() / limit as f32);
     let layer = |random: &mut SplitMix64| {
         let angles = |random: &mut SplitMix64, stages: usize, features: usize| {
-            let count = e.num_experts * stages * features / 2;
+            let count = if e.angle_seed.is_some() { 0 } else { e.num_experts * stages * (features / 2) };
             AngleCodes { codes: (0..count).map(|_| (random.bits() >> (64 - e.angle_bits)) as u16).collect() }
         };
         let codes = (0..e.num_experts * backbone.d_model)
@@ -59,12 +70,14 @@ pub fn expert_set_weights(config: &ViTConfig, random: &mut SplitMix64) -> Expert
         layers: (0..backbone.num_layers).map(|_| layer(random)).collect(),
         head: linear(random, config.num_classes, backbone.d_model),
         labels: (0..config.num_classes).map(|i| format!("class {i}")).collect(),
+        temperature: 1.0,
+        familiarity: None,
     }
 }
 
 /// A layer `[rows, cols]`.
 pub fn linear(random: &mut SplitMix64, rows: usize, cols: usize) -> Linear {
-    Linear { weight: random.uniforms(rows * cols, (cols as f64).powf(-0.5)), bias: random.uniforms(rows, 0.05) }
+    Linear { weight: random.uniforms(rows * cols, (cols as f64).powf(-0.5)).into(), bias: random.uniforms(rows, 0.05) }
 }
 
 fn norm(random: &mut SplitMix64, features: usize) -> Norm {
@@ -73,7 +86,7 @@ fn norm(random: &mut SplitMix64, features: usize) -> Norm {
     Norm { gamma, beta: random.uniforms(features, 0.05) }
 }
 
-fn ternary(random: &mut SplitMix64, rows: usize, cols: usize) -> Ternary {
+fn ternary(random: &mut SplitMix64, rows: usize, cols: usize, scales: FloatFormat) -> Ternary {
     let codes = (0..rows * cols).map(|_| (random.bits() % 3) as i8 - 1).collect();
-    Ternary { codes, scale: vec![(1.5 / cols as f32).sqrt(); rows] }
+    Ternary { codes, scale: vec![scales.round((1.5 / cols as f32).sqrt()); rows] }
 }

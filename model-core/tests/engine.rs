@@ -5,8 +5,8 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use common::{expert_configs, minute_config, relative_error};
-use model_core::artifact::Digest;
+use common::{expert_configs, minute_config, packed_config, relative_error};
+use model_core::artifact::{Digest, ExpertSetArtifact, View};
 use model_core::config::{ExpertConfig, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::error::ModelError;
@@ -15,6 +15,7 @@ use model_core::kernels::Isa;
 use model_core::random::SplitMix64;
 use model_core::random_weights::{backbone_weights, expert_set_weights};
 use model_core::weights::{BackboneWeights, ExpertSetWeights};
+use serde_json::Value;
 
 fn weights(config: &ViTConfig, seed: u64) -> (BackboneWeights, ExpertSetWeights) {
     let mut random = SplitMix64::at(seed, 0);
@@ -56,7 +57,7 @@ fn logits_agree_between_instruction_sets() {
     let configs =
         expert_configs().into_iter().map(|experts| ViTConfig { experts, ..ViTConfig::preset("tiny").unwrap() });
     // And one whose features fill no vector of any instruction set.
-    for (seed, config) in configs.chain([minute_config()]).enumerate() {
+    for (seed, config) in configs.chain([minute_config(), packed_config(true)]).enumerate() {
         let (backbone_weights, set_weights) = weights(&config, seed as u64);
         let images: Vec<_> = (0..3).map(|i| pixels(&config, i)).collect();
         let answers = |isa: Isa| {
@@ -187,4 +188,45 @@ fn what_does_not_fit_is_refused_before_anything_is_computed() {
     let mut logits = [0.0; 5];
     let mut rows = [Row { set: &set, pixels: &image, logits: &mut logits, routing: None }];
     assert!(matches!(session.forward(&mut rows), Err(ModelError::ForeignSet { .. })));
+}
+
+/// Rows of sets on the same experts share their segments, and each has the answer of its own head.
+#[test]
+fn borrowers_answer_as_if_they_had_the_experts_themselves() {
+    let config = ViTConfig::preset("tiny").unwrap();
+    let (backbone_weights, lender_weights) = weights(&config, 3);
+    let backbone = backbone(&backbone_weights, Isa::best());
+    let artifact = |name: &str, weights: ExpertSetWeights, borrowed_experts| ExpertSetArtifact {
+        name: name.to_owned(),
+        backbone: config.backbone.shape(),
+        backbone_config: None,
+        backbone_digest: backbone.digest(),
+        borrowed_experts,
+        view: View::default(),
+        report: Value::Null,
+        card: None,
+        training: Value::Null,
+        digest: Digest::of(name, &[]),
+        weights,
+    };
+    let lender = ExpertSet::from_artifact(artifact("lender", lender_weights.clone(), None), &backbone, None).unwrap();
+    let mut own = weights(&config, 4).1;
+    own.layers.clone_from(&lender_weights.layers);
+    own.temperature = 0.5;
+    let owner = ExpertSet::from_artifact(artifact("owner", own.clone(), None), &backbone, None).unwrap();
+    own.layers.clear();
+    let borrower = artifact("borrower", own, Some(lender.digest()));
+    let borrower = ExpertSet::from_artifact(borrower, &backbone, Some(&lender)).unwrap();
+
+    let images: Vec<_> = (0..5).map(|i| pixels(&config, i)).collect();
+    let mut session = Session::new(&backbone, 5, 2);
+    let mixed: Vec<(&ExpertSet, &[f32])> = images
+        .iter()
+        .enumerate()
+        .map(|(i, image)| (if i % 2 == 0 { &borrower } else { &lender }, &image[..]))
+        .collect();
+    for ((i, image), got) in images.iter().enumerate().zip(run(&mut session, &mixed)) {
+        let alone = if i % 2 == 0 { &owner } else { &lender };
+        assert_eq!(got, run(&mut session, &[(alone, image)])[0], "image {i}");
+    }
 }

@@ -4,13 +4,13 @@
 mod golden;
 
 use golden::{Golden, for_each_file};
-use model_core::config::ExpertConfig;
+use model_core::config::{BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig};
 use model_core::engine::{ExpertLayer, Moe, MoeScratch, Pool, Span, Substrates};
 use model_core::kernels::activation::{gelu, gelu_scalar};
 use model_core::kernels::rotation::{Coefficients, rotate, scalar as rotation};
 use model_core::kernels::router::top_k;
 use model_core::kernels::ternary::scalar as ternary;
-use model_core::kernels::{Isa, LaneOrder, PackedAngles, PackedTernary, quantize_rows};
+use model_core::kernels::{Isa, LaneOrder, PackedAngles, PackedTernary, TernaryStorage, quantize_rows};
 use model_core::weights::{AngleCodes, ExpertLayerWeights, Ternary};
 
 /// Relative L2 error of every row.
@@ -82,7 +82,7 @@ fn check_ternary(golden: &Golden<'_>) {
     ternary::gemm_f32(&x, &codes, &scale, cols, &mut y);
     golden.assert_close("y_f32", &y, &golden.f32("y_f32"));
     for isa in Isa::available() {
-        let packed = PackedTernary::pack(isa, &codes, &scale, rows, cols).unwrap();
+        let packed = PackedTernary::pack(isa, TernaryStorage::default(), &codes, &scale, [rows, cols]).unwrap();
         let (mut quantized, mut steps) = (vec![0; x.len()], vec![0.0; m]);
         quantize_rows(isa, &x, cols, &mut quantized, &mut steps).unwrap();
         packed.matmul(&quantized, &steps, &mut y).unwrap();
@@ -108,7 +108,8 @@ struct MoeLayer {
 impl MoeLayer {
     fn new(golden: &Golden<'_>) -> Self {
         let stages = ["stages_in", "stages_hidden", "stages_out"].map(|key| golden.size(key));
-        let ternary = |name: &str| Ternary { codes: golden.i8(name), scale: golden.f32(&format!("{name}_scale")) };
+        let ternary =
+            |name: &str| Ternary { codes: golden.i8(name).into(), scale: golden.f32(&format!("{name}_scale")) };
         let out = if stages[2] > 0 { golden.f32("rotation_out") } else { Vec::new() };
         Self {
             d_model: golden.size("d_model"),
@@ -211,7 +212,9 @@ impl MoeLayer {
             stages_hidden: self.stages[1],
             stages_out: self.stages[2],
             angle_bits: 16,
+            angle_seed: None,
             router_bits: 16,
+            router_scales: FloatFormat::F32,
         };
         let gates = self.gate.chunks_exact(self.d_model);
         let scales: Vec<_> =
@@ -225,8 +228,14 @@ impl MoeLayer {
             rotation_hidden: angles(1),
             rotation_out: angles(2),
         };
-        let layer = ExpertLayer::pack(&layer, &config, self.d_model, self.d_ff).unwrap();
-        let substrates = Substrates::pack(isa, &self.up, &self.down, self.d_model, self.d_ff).unwrap();
+        let layer = ExpertLayer::pack(&layer, &config, 0, [self.d_model, self.d_ff]).unwrap();
+        let shape = BackboneShape {
+            d_model: self.d_model,
+            d_ff: self.d_ff,
+            num_layers: 1,
+            substrates: SubstrateConfig::default(),
+        };
+        let substrates = Substrates::pack(isa, &shape, &self.up, &self.down).unwrap();
         let tokens = self.x.len() / self.d_model;
         let moe = Moe {
             substrates: &substrates,

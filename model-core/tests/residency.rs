@@ -9,7 +9,7 @@ use std::io::Write;
 use common::files;
 use counting::{Counting, measure};
 use model_core::artifact::Header;
-use model_core::config::ViTConfig;
+use model_core::config::{AngleSeed, FloatFormat, Generator, SubstrateConfig, TernaryPacking, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet};
 use model_core::footprint::Footprint;
 
@@ -36,7 +36,18 @@ fn a_model_holds_what_it_says_and_the_footprint_announces() {
     let mut few_experts = ViTConfig::preset("paper").unwrap();
     few_experts.backbone.num_layers = 2;
     few_experts.experts.num_experts = 16;
-    for (name, config) in [("cifar", ViTConfig::preset("cifar").unwrap()), ("paper's layers", few_experts)] {
+    let mut packed = few_experts.clone();
+    packed.backbone.substrates =
+        SubstrateConfig { shared: true, packing: TernaryPacking::FiveTrits, scales: FloatFormat::F16 };
+    (packed.experts.router_bits, packed.experts.router_scales) = (4, FloatFormat::F16);
+    let mut seeded = packed.clone();
+    seeded.experts.angle_seed = Some(AngleSeed { generator: Generator::SplitMix64, seed: 1, spread_bits: 4 });
+    for (name, config) in [
+        ("cifar", ViTConfig::preset("cifar").unwrap()),
+        ("paper's layers", few_experts),
+        ("packed", packed),
+        ("seeded", seeded),
+    ] {
         let files = files(&config, 5);
         let backbone = measure(|| Backbone::from_bytes(&files.backbone).unwrap());
         let set = measure(|| ExpertSet::from_bytes(&files.expert_set, &backbone.result).unwrap());

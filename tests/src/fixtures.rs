@@ -41,7 +41,7 @@ impl Random {
 
     fn linear(&mut self, rows: usize, cols: usize) -> Linear {
         let scale = (3.0 / cols as f32).sqrt();
-        Linear { weight: self.floats(rows * cols, scale), bias: self.floats(rows, 0.1) }
+        Linear { weight: self.floats(rows * cols, scale).into(), bias: self.floats(rows, 0.1) }
     }
 
     fn norm(&mut self, features: usize) -> Norm {
@@ -64,8 +64,9 @@ pub fn backbone_weights(config: &BackboneConfig, seed: u64) -> BackboneWeights {
     let stem = config
         .stem_inputs()
         .map(|(layer, _, channels)| StemWeights {
-            conv: random.linear(layer.channels, layer.kernel * layer.kernel * channels),
-            norm: layer.norm_gelu.then(|| random.norm(layer.channels)),
+            conv: random.linear(layer.channels, layer.window_len(channels)),
+            norm: layer.norm.then(|| random.norm(layer.channels)),
+            step: None,
         })
         .collect();
     let blocks = (0..config.num_layers)
@@ -84,6 +85,7 @@ pub fn backbone_weights(config: &BackboneConfig, seed: u64) -> BackboneWeights {
         pos_embed: random.floats(config.num_tokens() * d_model, 0.5),
         blocks,
         norm: random.norm(d_model),
+        background: None,
     }
 }
 
@@ -106,6 +108,8 @@ pub fn expert_set_weights(config: &ViTConfig, seed: u64) -> ExpertSetWeights {
         layers,
         head: random.linear(config.num_classes, backbone.d_model),
         labels: (0..config.num_classes).map(|class| format!("class-{class}")).collect(),
+        temperature: 1.0,
+        familiarity: None,
     }
 }
 

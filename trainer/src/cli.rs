@@ -9,6 +9,7 @@ use model_core::random::AngleSpread;
 
 use crate::compare::Variant;
 use crate::data::LabelColumn;
+use crate::encode::{EncodeArgs, EncodingArgs};
 use crate::recipe::Recipe;
 
 /// Trains, specialises and evaluates ButterflyViT models on a CPU.
@@ -41,6 +42,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Measure artifacts on the test part of a data folder.
     Evaluate(EvaluateArgs),
+    /// Write a backbone and its expert sets in other encodings, without training.
+    Encode(EncodeArgs),
     /// Print the logits of image files, one line of JSON each.
     Logits(LogitsArgs),
     /// Measure how fast training is, beside one large matrix product.
@@ -420,6 +423,8 @@ pub struct ExportArgs {
     /// What the artifacts are called.
     #[command(flatten)]
     pub names: NameArgs,
+    #[command(flatten)]
+    pub encodings: EncodingArgs,
 }
 
 #[derive(Debug, Args)]
@@ -472,6 +477,9 @@ pub struct LogitsArgs {
     /// The expert set's file.
     #[arg(long, value_name = "FILE")]
     pub set: PathBuf,
+    /// The file of the expert set whose experts that set borrows.
+    #[arg(long, value_name = "FILE")]
+    pub lender: Option<PathBuf>,
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,

@@ -14,6 +14,7 @@ use model_core::artifact::{
 };
 use model_core::config::ViTConfig;
 use model_core::image::{DecodeLimits, Preprocess, decode};
+use model_core::weights::Encodings;
 use serde::Serialize;
 use serde_json::{Value, json};
 use training::parameters::{Quantizers, is_angle, is_router};
@@ -102,7 +103,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     };
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
-        export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names)
+        export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names, &Encodings::default())
     })
 }
 
@@ -217,7 +218,8 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
     let vit = start.model(&recipe, &backbone, &dataset)?;
     let run = Run::new(recipe, settings, vit, Arc::new(dataset), backbone.preprocess.clone(), teacher)?;
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
-        export_set(checkpoint, &Store::new(args.run.out.join("store")), &args.backbone, &args.set_name)
+        let store = Store::new(args.run.out.join("store"));
+        export_set(checkpoint, &store, (&args.backbone, &args.set_name), &Encodings::default())
     })
 }
 
@@ -446,12 +448,14 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     let store = Store::new(args.store.clone().unwrap_or_else(|| args.run.join("store")));
     match (&checkpoint.state.recipe.origin, &args.backbone) {
         (Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }, None) => {
-            export_backbone(&checkpoint, &store, &args.names)
+            export_backbone(&checkpoint, &store, &args.names, &args.encodings.encodings())
         }
         (Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }, Some(_)) => {
             bail!("--backbone is for specialised runs; this one trained its own")
         }
-        (Origin::Specialise { .. }, Some(path)) => export_set(&checkpoint, &store, path, &args.names.set_name),
+        (Origin::Specialise { .. }, Some(path)) => {
+            export_set(&checkpoint, &store, (path, &args.names.set_name), &args.encodings.encodings())
+        }
         (Origin::Specialise { .. }, None) => bail!("--backbone is missing: the run specialised one"),
     }
 }
@@ -521,7 +525,13 @@ struct Logits<'a> {
 /// When an artifact is unusable or the two do not belong together; at the end, when a file held no image.
 pub fn logits(args: &LogitsArgs) -> Result<()> {
     let backbone = load_backbone(&args.backbone)?;
-    let set = load_set(&args.set, &backbone)?;
+    let mut set = load_set(&args.set, &backbone)?;
+    let lender = args.lender.as_ref().map(|path| load_set(path, &backbone)).transpose()?;
+    set.check_lender(lender.as_ref().map(ExpertSetArtifact::as_lender))
+        .with_context(|| args.set.display().to_string())?;
+    if let Some(lender) = lender.filter(|_| set.borrowed_experts.is_some()) {
+        set.weights.layers = lender.weights.layers;
+    }
     let model = predictor(&backbone, &set, args.float)?;
     let side = backbone.weights.config.image_size;
     let mut unusable = 0;
@@ -648,10 +658,12 @@ fn summary(checkpoint: &Checkpoint) -> Result<Value> {
     }))
 }
 
-fn export_backbone(checkpoint: &Checkpoint, store: &Store, names: &NameArgs) -> Result<()> {
+fn export_backbone(checkpoint: &Checkpoint, store: &Store, names: &NameArgs, encodings: &Encodings) -> Result<()> {
     let state = &checkpoint.state;
     let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
-    let (backbone, set) = vit.to_weights(&state.labels)?;
+    let (mut backbone, mut set) = vit.to_weights(&state.labels)?;
+    encodings.encode_backbone(&mut backbone);
+    encodings.encode_expert_set(&mut set);
     let summary = summary(checkpoint)?;
     let (path, digest) = store.write_backbone(&names.backbone_name, &backbone, &state.preprocess, &summary)?;
     say(&format!("backbone   {}", path.display()));
@@ -661,14 +673,20 @@ fn export_backbone(checkpoint: &Checkpoint, store: &Store, names: &NameArgs) -> 
     Ok(())
 }
 
-fn export_set(checkpoint: &Checkpoint, store: &Store, backbone: &Path, name: &str) -> Result<()> {
+fn export_set(
+    checkpoint: &Checkpoint,
+    store: &Store,
+    (backbone, name): (&Path, &str),
+    encodings: &Encodings,
+) -> Result<()> {
     let state = &checkpoint.state;
     let backbone = load_backbone(backbone)?;
     if let Origin::Specialise { backbone: digest, .. } = &state.recipe.origin {
         ensure!(*digest == backbone.digest.to_string(), "the run specialised another backbone, {digest}");
     }
     let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
-    let (_, set) = vit.to_weights(&state.labels)?;
+    let (_, mut set) = vit.to_weights(&state.labels)?;
+    encodings.encode_expert_set(&mut set);
     let version = store.next_version(name);
     let path =
         store.write_set(name, version, &set, (&backbone.weights.config, backbone.digest), &summary(checkpoint)?)?;
@@ -677,7 +695,7 @@ fn export_set(checkpoint: &Checkpoint, store: &Store, backbone: &Path, name: &st
 }
 
 /// To the person at the terminal; results go to standard output, everything else here.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     eprintln!("{line}");
 }
 

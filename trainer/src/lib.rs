@@ -12,6 +12,7 @@
 //! | [`compare`] | variants of one recipe over several seeds, as table and picture |
 //! | [`speed`] | images/s, and the share of the machine's matrix products in it |
 //! | [`plot`] | the learning curve, and what pictures share |
+//! | [`encode`] | the same model in other encodings |
 //! | [`store`] | artifacts in the layout that the server reads |
 //! | [`cli`], [`commands`] | from arguments to files |
 
@@ -23,6 +24,7 @@ pub mod commands;
 pub mod compare;
 pub mod data;
 pub mod diary;
+pub mod encode;
 pub mod evaluate;
 pub mod files;
 pub mod plot;

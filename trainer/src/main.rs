@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use butterflyvit_trainer::cli::{Cli, Command};
-use butterflyvit_trainer::commands;
 use butterflyvit_trainer::train::Ended;
+use butterflyvit_trainer::{commands, encode};
 use clap::Parser;
 
 /// Training allocates and frees tensors of megabytes all the time; the system's allocator returns each to the kernel
@@ -49,6 +49,7 @@ fn run(cli: &Cli) -> Result<Ended> {
         Command::Compare(args) => return commands::compare(args, &*stop_on_signal()?),
         Command::Export(args) => commands::export(args)?,
         Command::Evaluate(args) => commands::evaluate(args)?,
+        Command::Encode(args) => encode::run(args)?,
         Command::Logits(args) => commands::logits(args)?,
         Command::Speed(args) => commands::speed(args)?,
     }

@@ -45,7 +45,7 @@ pub fn forward_multiply_adds(config: &ViTConfig, kind: FeedForwardKind) -> u64 {
                 | FeedForwardKind::TernaryExperts
                 | FeedForwardKind::Int4Experts
                 | FeedForwardKind::Int8Experts => e.num_experts * d + 2 * e.top_k * d * f,
-                FeedForwardKind::LowRankExperts => e.num_experts * d + 2 * e.top_k * b.low_rank() * (d + f),
+                FeedForwardKind::LowRankExperts => e.num_experts * d + 2 * e.top_k * b.shape().low_rank() * (d + f),
                 // Without an out rotation the sum over experts comes before `down`.
                 _ => e.num_experts * d + (e.top_k + if e.stages_out > 0 { e.top_k } else { 1 }) * d * f,
             }

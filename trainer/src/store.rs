@@ -48,11 +48,31 @@ impl Store {
         preprocess: &Preprocess,
         training: &Value,
     ) -> Result<(PathBuf, Digest)> {
-        check_name(name)?;
         let bytes = write_backbone(name, weights, preprocess, training).context("packing the backbone")?;
-        let path = self.backbone_path(name);
-        put(&path, &bytes)?;
+        let path = self.put_backbone(name, &bytes)?;
         Ok((path, read_backbone(&bytes).context("reading back the backbone")?.digest))
+    }
+
+    /// Writes the bytes of a backbone, and returns their path.
+    ///
+    /// # Errors
+    /// When the name is no file name, or the file cannot be written.
+    pub fn put_backbone(&self, name: &str, bytes: &[u8]) -> Result<PathBuf> {
+        check_name(name)?;
+        let path = self.backbone_path(name);
+        put(&path, bytes)?;
+        Ok(path)
+    }
+
+    /// Writes the bytes of a version of an expert set, and returns their path.
+    ///
+    /// # Errors
+    /// When the name is no file name, or the file cannot be written.
+    pub fn put_set(&self, name: &str, version: u64, bytes: &[u8]) -> Result<PathBuf> {
+        check_name(name)?;
+        let path = self.set_path(name, version);
+        put(&path, bytes)?;
+        Ok(path)
     }
 
     /// Writes an expert set bound to the given backbone, and returns its path.
@@ -64,11 +84,8 @@ impl Store {
         backbone: (&BackboneConfig, Digest),
         training: &Value,
     ) -> Result<PathBuf> {
-        check_name(name)?;
         let bytes = write_expert_set(name, weights, backbone, training).context("packing the expert set")?;
-        let path = self.set_path(name, version);
-        put(&path, &bytes)?;
-        Ok(path)
+        self.put_set(name, version, &bytes)
     }
 
     /// The version after the highest one there is of an expert set; 1 for a new one.

@@ -3,13 +3,14 @@
 #[path = "../../model-core/tests/common/mod.rs"]
 mod common;
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{files, minute_config};
 use model_core::artifact::read_backbone;
-use model_core::config::{StemLayer, ViTConfig};
+use model_core::config::{AngleSeed, FloatFormat, Generator, StemLayer, SubstrateConfig, TernaryPacking, ViTConfig};
 use model_core::image::RgbImage;
 use serde::Deserialize;
 
@@ -39,6 +40,12 @@ fn photo(width: u32, height: u32) -> RgbImage {
     })
 }
 
+/// Distance of two vectors in their largest component.
+fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
 fn independent_answer(python: &str, folder: &Path, image: &RgbImage) -> Answer {
     let mut reader = Command::new(python)
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/independent_reader.py"))
@@ -62,10 +69,17 @@ struct Printed {
 }
 
 fn float_path(folder: &Path, image: &RgbImage) -> Printed {
-    let (file, backbone, set) = (folder.join("image.png"), folder.join("backbone"), folder.join("set"));
+    let file = folder.join("image.png");
     image.save(&file).unwrap();
+    printed(&file, [&folder.join("backbone"), &folder.join("set")], None)
+}
+
+fn printed(image: &Path, [backbone, set]: [&Path; 2], lender: Option<&Path>) -> Printed {
     let mut trainer = Command::new(env!("CARGO_BIN_EXE_butterflyvit-trainer"));
-    trainer.arg("logits").arg(file).arg("--backbone").arg(backbone).arg("--set").arg(set).arg("--float");
+    trainer.arg("logits").arg(image).arg("--backbone").arg(backbone).arg("--set").arg(set).arg("--float");
+    if let Some(lender) = lender {
+        trainer.arg("--lender").arg(lender);
+    }
     let output = trainer.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
@@ -86,11 +100,25 @@ fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
     let mut strided = tiny.clone();
     strided.backbone.image_size = 15;
     strided.backbone.stem =
-        vec![StemLayer::conv3(6, 2), StemLayer { padding: 2, kernel: 4, ..StemLayer::conv3(24, 3) }];
+        vec![StemLayer::conv3(6, 2), StemLayer { padding: [2; 4], kernel: 4, ..StemLayer::conv3(24, 3) }];
     (strided.backbone.d_model, strided.backbone.num_heads) = (24, 3);
     (strided.experts.stages_in, strided.experts.angle_bits, strided.experts.router_bits) = (3, 16, 16);
 
+    // Every encoding of version 2 that a random model can have.
+    let mut packed = tiny.clone();
+    packed.backbone.substrates =
+        SubstrateConfig { shared: true, packing: TernaryPacking::FiveTrits, scales: FloatFormat::F16 };
+    packed.experts.angle_seed = Some(AngleSeed { generator: Generator::SplitMix64, seed: 5, spread_bits: 3 });
+    (packed.experts.router_bits, packed.experts.router_scales) = (4, FloatFormat::F16);
+    // Nothing turns features that come in odd numbers.
+    let mut odd = tiny.clone();
+    odd.backbone.stem[2].channels = 15;
+    (odd.backbone.d_model, odd.backbone.d_ff, odd.backbone.num_heads) = (15, 27, 3);
+    (odd.experts.stages_in, odd.experts.stages_hidden, odd.experts.stages_out) = (0, 0, 0);
+
     for (name, config) in [
+        ("packed", packed),
+        ("odd", odd),
         ("minute", minute_config()),
         ("tiny", tiny),
         ("without an out rotation", without_out_rotation),
@@ -108,10 +136,40 @@ fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
             assert_eq!(answer.pixels, preprocess.pixels(&image, side), "{name}, {width}x{height}");
             let Printed { labels, logits } = float_path(folder.path(), &image);
             assert_eq!(answer.labels, labels);
-            assert_eq!(logits.len(), answer.logits.len());
-            let error = logits.iter().zip(&answer.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            let error = largest_difference(&logits, &answer.logits);
             println!("{name}, {width}x{height}: off by {error:.1e}");
             assert!(error < TOLERANCE, "{name}, {width}x{height}: off by {error}");
         }
+    }
+}
+
+/// What the recipe `make.py` says that its files give.
+#[derive(Deserialize)]
+struct Golden {
+    image: Vec<u8>,
+    #[serde(flatten)]
+    answers: HashMap<String, serde_json::Value>,
+}
+
+#[test]
+fn files_of_both_versions_give_what_the_recipe_says() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model-core/tests/fixtures/artifacts");
+    let golden: Golden = serde_json::from_slice(&std::fs::read(fixtures.join("golden.json")).unwrap()).unwrap();
+    let path = |name: &str| fixtures.join(format!("{name}.safetensors"));
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image.png");
+    RgbImage::from_raw(8, 8, golden.image).unwrap().save(&image).unwrap();
+    for (set, backbone, lender) in [
+        ("v1_set", "v1_backbone", None),
+        ("v2_set", "v2_backbone", None),
+        ("v2_borrower", "v2_backbone", Some("v2_set")),
+        ("v2_seeded", "v2_backbone", None),
+    ] {
+        let Printed { logits, .. } = printed(&image, [&path(backbone), &path(set)], lender.map(path).as_deref());
+        let expected = &golden.answers[&format!("answer of {set}")]["logits"];
+        let expected: Vec<f64> = serde_json::from_value(expected.clone()).unwrap();
+        let error = largest_difference(&logits, &expected);
+        println!("{set}: off by {error:.1e}");
+        assert!(error < TOLERANCE, "{set}: off by {error}");
     }
 }

@@ -1,8 +1,9 @@
 """An independent reader of ButterflyViT artifacts, written from FORMAT.md and from nothing else. Needs NumPy.
 
-    independent_reader.py BACKBONE EXPERT_SET WIDTH HEIGHT < RGB8
+    independent_reader.py BACKBONE EXPERT_SET WIDTH HEIGHT [LENDER] < RGB8
 
-reads one RGB8 image of WIDTH x HEIGHT from standard input and prints {"pixels": [..], "logits": [..]} as JSON.
+reads one RGB8 image of WIDTH x HEIGHT from standard input and prints {"pixels": [..], "logits": [..], "labels": [..],
+"distance": ..} as JSON, the last null for a set without statistics. LENDER is the set whose experts EXPERT_SET borrows.
 """
 import hashlib
 import json
@@ -11,7 +12,7 @@ import sys
 
 import numpy as np
 
-DTYPES = {"F32": "<f4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
 def read(path):
@@ -24,12 +25,76 @@ def read(path):
     text, digest = metadata["butterflyvit"], metadata["sha256"]
     assert hashlib.sha256(text.encode() + data).hexdigest() == digest, "damaged"
     document = json.loads(text)
-    assert document["format_version"] == 1
+    assert document["format_version"] in (1, 2)
+    if document["format_version"] == 1:
+        document = from_version_1(document)
     tensors = {}
     for name, info in header.items():
         begin, end = info["data_offsets"]
         tensors[name] = np.frombuffer(data[begin:end], DTYPES[info["dtype"]]).reshape(info["shape"])
     return document, tensors, digest
+
+
+def from_version_1(document):
+    """The document of version 2 that says the same (section 2.3)."""
+    def backbone(config):
+        layers = [{**{key: layer[key] for key in ("channels", "kernel", "stride")}, "padding": [layer["padding"]] * 4,
+                   "groups": 1, "norm": layer["norm_gelu"], "activation": "gelu" if layer["norm_gelu"] else "none",
+                   "residual": i if layer["residual"] else None} for i, layer in enumerate(config["stem"])]
+        return {**config, "stem": layers}
+
+    if document["kind"] == "backbone":
+        return {**document, "config": backbone(document["config"])}
+    config = document.pop("backbone_config")
+    document["backbone"] = {key: config[key] for key in ("d_model", "d_ff", "num_layers")}
+    return {**document, "temperature": 1.0}
+
+
+def unpack_ternary(packed, count, packing):
+    """Weights -1, 0, 1 (section 3, packing)."""
+    if packing == "two_bits":
+        codes = unpack(packed, count, 2)
+    else:
+        assert packed.max() <= 242, "five trits"
+        codes = (packed[..., None] // 3 ** np.arange(5) % 3).reshape(*packed.shape[:-1], -1).astype(np.int64)
+        assert not codes[..., count:].any(), "padding"
+        codes = codes[..., :count]
+    assert codes.max() <= 2
+    return codes - 1
+
+
+def splitmix64(seed, n):
+    mask = 2**64 - 1
+    z = (seed + (n + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def seeded_codes(source, block, site, experts, stages, pairs, angle_bits):
+    """Angle codes [experts, stages, pairs] (section 3, angles from a seed)."""
+    assert source["generator"] == "splitmix64"
+    seed, m = splitmix64(source["seed"], 3 * block + site), source["spread_bits"]
+    numbers = -(-pairs * m // 64)
+    codes = np.zeros((experts * stages, pairs), np.int64)
+    for row in range(experts * stages):
+        stream = sum(splitmix64(seed, row * numbers + k) << (64 * k) for k in range(numbers))
+        for j in range(pairs):
+            code = (stream >> (j * m)) % 2**m
+            codes[row, j] = (code - 2**m if code >= 2 ** (m - 1) else code) % 2**angle_bits
+    return codes.reshape(experts, stages, pairs)
+
+
+def symmetric(triangle):
+    """The matrix whose lower triangle is given row by row."""
+    side = int((math.isqrt(8 * len(triangle) + 1) - 1) // 2)
+    matrix = np.zeros((side, side))
+    matrix[np.tril_indices(side)] = triangle
+    return matrix + np.tril(matrix, -1).T
+
+
+def distance(x, mean, covariance):
+    return (x - mean) @ np.linalg.solve(covariance, x - mean)
 
 
 def unpack(packed, count, bits):
@@ -98,48 +163,89 @@ def rotate(v, angles):
 class Model:
     """The forward pass of section 5, in float64."""
 
-    def __init__(self, backbone_path, expert_set_path):
+    def __init__(self, backbone_path, expert_set_path, lender_path=None):
         backbone, self.shared, digest = read(backbone_path)
-        experts, self.own, _ = read(expert_set_path)
+        experts, self.own, set_digest = read(expert_set_path)
         assert backbone["kind"] == "backbone" and experts["kind"] == "expert_set"
-        assert experts["backbone_digest"] == digest and experts["backbone_config"] == backbone["config"]
         self.config, self.experts, self.preprocessing = backbone["config"], experts["config"], backbone["preprocess"]
-        self.labels = experts["labels"]
+        self.labels, self.temperature = experts["labels"], experts["temperature"]
+        self.familiarity = experts.get("familiarity")
+        self.check(experts, digest)
+        self.lent = self.own
+        if experts.get("borrowed_experts"):
+            lender, self.lent, lender_digest = read(lender_path)
+            assert experts["borrowed_experts"] == lender_digest != set_digest
+            assert not lender.get("borrowed_experts") and lender["config"] == experts["config"]
+            self.check(lender, digest)
+
+    def check(self, experts, digest):
+        assert experts["backbone_digest"] == digest
+        assert all(self.config.get(key) == value for key, value in experts["backbone"].items())
+
+    def weights(self, name, tensors=None):
+        """Weight and bias of a linear layer."""
+        tensors = tensors or self.shared
+        weight, bias = (tensors[f"{name}.{part}"].astype(np.float64) for part in ("weight", "bias"))
+        if f"{name}.weight_scale" in tensors:
+            assert weight.min() >= -127
+            scale = tensors[f"{name}.weight_scale"].astype(np.float64)
+            weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return weight, bias
 
     def linear(self, x, name, tensors=None):
-        tensors = tensors or self.shared
-        return x @ tensors[f"{name}.weight"].astype(np.float64).T + tensors[f"{name}.bias"]
+        weight, bias = self.weights(name, tensors)
+        return x @ weight.T + bias
 
     def norm(self, x, name):
         mean = x.mean(-1, keepdims=True)
         variance = ((x - mean) ** 2).mean(-1, keepdims=True)
         return (x - mean) / np.sqrt(variance + 1e-5) * self.shared[f"{name}.gamma"] + self.shared[f"{name}.beta"]
 
-    def substrate(self, name, cols):
-        codes = unpack(self.shared[f"{name}.codes"], cols, 2)
-        assert codes.max() <= 2
-        return (codes - 1) * self.shared[f"{name}.scale"].astype(np.float64)[:, None]
+    def substrate(self, block, site, cols):
+        substrates = self.config.get("substrates", {"shared": False, "packing": "two_bits"})
+        name = f"moe.{site}.codes" if substrates["shared"] else f"blocks.{block}.moe.{site}.codes"
+        weights = unpack_ternary(self.shared[name], cols, substrates["packing"])
+        return weights * self.shared[f"blocks.{block}.moe.{site}.scale"].astype(np.float64)[:, None]
 
-    def angles(self, block, site, features, stages):
+    def angles(self, block, site, name, features, stages):
+        experts, bits = self.experts["num_experts"], self.experts["angle_bits"]
         if stages == 0:
-            return np.zeros((self.experts["num_experts"], 0, features // 2))
-        bits = self.experts["angle_bits"]
-        return 2 * math.pi * unpack(self.own[f"blocks.{block}.moe.{site}"], features // 2, bits) / 2**bits
+            return np.zeros((experts, 0, features // 2))
+        if self.experts.get("angle_seed"):
+            codes = seeded_codes(self.experts["angle_seed"], block, site, experts, stages, features // 2, bits)
+        else:
+            codes = unpack(self.lent[f"blocks.{block}.moe.{name}"], features // 2, bits)
+        return 2 * math.pi * codes / 2**bits
+
+    def router(self, block, d_model):
+        codes = self.lent[f"blocks.{block}.moe.router"]
+        if self.experts["router_bits"] == 4:
+            codes = unpack(codes, d_model, 4)
+            codes = np.where(codes >= 8, codes - 16, codes)
+            assert codes.min() >= -7
+        return codes * self.lent[f"blocks.{block}.moe.router_scale"].astype(np.float64)[:, None]
 
     def stem(self, x):
+        inputs = []
         for i, layer in enumerate(self.config["stem"]):
-            kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
-            weight, bias = (self.shared[f"stem.{i}.conv.{part}"].astype(np.float64) for part in ("weight", "bias"))
-            padded = np.pad(x, ((padding, padding), (padding, padding), (0, 0)))
-            side = (x.shape[0] + 2 * padding - kernel) // stride + 1
+            inputs.append(x)
+            kernel, stride, groups = layer["kernel"], layer["stride"], layer["groups"]
+            top, left, bottom, right = layer["padding"]
+            weight, bias = self.weights(f"stem.{i}.conv")
+            padded = np.pad(x, ((top, bottom), (left, right), (0, 0)))
+            side = (x.shape[0] + top + bottom - kernel) // stride + 1
+            outputs, own = layer["channels"] // groups, x.shape[2] // groups
             y = np.empty((side, side, layer["channels"]))
             for r in range(side):
                 for c in range(side):
                     window = padded[r * stride:r * stride + kernel, c * stride:c * stride + kernel]
-                    y[r, c] = bias + np.tensordot(weight, window, 3)
-            if layer["norm_gelu"]:
-                y = gelu(self.norm(y, f"stem.{i}.norm"))
-            x = x + y if layer["residual"] else y
+                    for g in range(groups):
+                        o = slice(g * outputs, (g + 1) * outputs)
+                        y[r, c, o] = bias[o] + np.tensordot(weight[o], window[:, :, g * own:(g + 1) * own], 3)
+            if layer["norm"]:
+                y = self.norm(y, f"stem.{i}.norm")
+            y = {"none": lambda y: y, "relu6": lambda y: np.clip(y, 0, 6), "gelu": gelu}[layer["activation"]](y)
+            x = y if layer["residual"] is None else y + inputs[layer["residual"]]
         return x.reshape(-1, self.config["d_model"]) + self.shared["pos_embed"]
 
     def attention(self, z, block):
@@ -154,36 +260,58 @@ class Model:
 
     def moe(self, z, block):
         d_model, d_ff, config = self.config["d_model"], self.config["d_ff"], self.experts
-        up = self.substrate(f"blocks.{block}.moe.up", d_model)
-        down = self.substrate(f"blocks.{block}.moe.down", d_ff)
-        rotation_in = self.angles(block, "rotation_in", d_model, config["stages_in"])
-        rotation_hidden = self.angles(block, "rotation_hidden", d_ff, config["stages_hidden"])
-        rotation_out = self.angles(block, "rotation_out", d_model, config["stages_out"])
-        router = self.own[f"blocks.{block}.moe.router"] * self.own[f"blocks.{block}.moe.router_scale"][:, None]
+        up, down = self.substrate(block, "up", d_model), self.substrate(block, "down", d_ff)
+        rotation_in = self.angles(block, 0, "rotation_in", d_model, config["stages_in"])
+        rotation_hidden = self.angles(block, 1, "rotation_hidden", d_ff, config["stages_hidden"])
+        rotation_out = self.angles(block, 2, "rotation_out", d_model, config["stages_out"])
+        router = self.router(block, d_model)
         y = np.zeros_like(z)
         for t, token in enumerate(z):
-            logits = router.astype(np.float64) @ token
+            logits = router @ token
             chosen = np.argsort(-logits, kind="stable")[:config["top_k"]]
             for e, weight in zip(chosen, softmax(logits[chosen])):
                 a = gelu(rotate(up @ rotate(token, rotation_in[e]), rotation_hidden[e]))
                 y[t] += weight * rotate(down @ a, rotation_out[e])
         return y
 
-    def logits(self, pixels):
+    def features(self, pixels):
         x = self.stem(pixels.astype(np.float64))
         for block in range(self.config["num_layers"]):
             x = x + self.attention(self.norm(x, f"blocks.{block}.norm1"), block)
             x = x + self.moe(self.norm(x, f"blocks.{block}.norm2"), block)
-        return self.linear(self.norm(x, "norm").mean(0), "head", self.own)
+        return self.norm(x, "norm").mean(0)
+
+    def logits(self, features):
+        return self.linear(features, "head", self.own) / self.temperature
+
+    def distance(self, features):
+        """What an unknown image exceeds the threshold by (section 5, unknown)."""
+        if self.familiarity is None:
+            return None
+        form, tensor = self.familiarity["covariance"], lambda name: self.own[f"familiarity.{name}"].astype(np.float64)
+        background = None
+        if "background.covariance" in self.shared:
+            background = symmetric(self.shared["background.covariance"].astype(np.float64))
+        if form["form"] == "packed":
+            covariance = symmetric(tensor("covariance"))
+        else:
+            covariance = form["scale"] * background if form["form"] == "background" else np.diag(tensor("diagonal"))
+            if form["rank"]:
+                covariance = covariance + tensor("factor").T @ tensor("factor")
+        nearest = min(distance(features, mean, covariance) for mean in tensor("means"))
+        if self.familiarity["relative"]:
+            nearest -= distance(features, self.shared["background.mean"].astype(np.float64), background)
+        return nearest
 
 
 def main():
-    backbone, expert_set, width, height = sys.argv[1:]
-    model = Model(backbone, expert_set)
+    backbone, expert_set, width, height, *lender = sys.argv[1:]
+    model = Model(backbone, expert_set, *lender)
     image = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(int(height), int(width), 3)
     pixels = preprocess(image, model.config["image_size"], model.preprocessing)
-    logits = model.logits(pixels)
-    json.dump({"pixels": pixels.ravel().tolist(), "logits": logits.tolist(), "labels": model.labels}, sys.stdout)
+    features = model.features(pixels)
+    json.dump({"pixels": pixels.ravel().tolist(), "logits": model.logits(features).tolist(), "labels": model.labels,
+               "distance": model.distance(features)}, sys.stdout)
 
 
 if __name__ == "__main__":

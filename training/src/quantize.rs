@@ -1,25 +1,21 @@
 //! From latent parameters to the integer codes of an artifact, and the same rounding inside a graph.
 
 use candle_core::{Result, Tensor};
+use model_core::config::FloatFormat;
+use model_core::weights::router_row;
 
 /// Router codes of `bits` bits and one scale per row (expert): `scale = max |row| / (2^(bits - 1) - 1)`,
 /// `code = round_half_even(w / scale)`; scale 1 for a row of zeros.
-pub fn router_codes(w: &[f32], cols: usize, bits: u32) -> (Vec<i16>, Vec<f32>) {
-    let limit = ((1i32 << (bits - 1)) - 1) as f32;
-    let mut codes = Vec::with_capacity(w.len());
-    let mut scales = Vec::with_capacity(w.len() / cols);
-    for row in w.chunks_exact(cols) {
-        let max = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-        let scale = if max > 0.0 { (max / limit).max(f32::MIN_POSITIVE) } else { 1.0 };
-        codes.extend(row.iter().map(|v| (v / scale).round_ties_even().clamp(-limit, limit) as i16));
-        scales.push(scale);
-    }
+pub fn router_codes(w: &[f32], cols: usize, bits: u32, scales: FloatFormat) -> (Vec<i16>, Vec<f32>) {
+    let mut codes = vec![0; w.len()];
+    let rows = w.chunks_exact(cols).zip(codes.chunks_exact_mut(cols));
+    let scales = rows.map(|(row, codes)| router_row(row, bits, scales, codes)).collect();
     (codes, scales)
 }
 
 /// The gate weights that [`router_codes`] stand for.
 pub fn router_snapped(w: &[f32], cols: usize, bits: u32) -> Vec<f32> {
-    let (codes, scales) = router_codes(w, cols, bits);
+    let (codes, scales) = router_codes(w, cols, bits, FloatFormat::F32);
     let rows = codes.chunks_exact(cols).zip(&scales);
     rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect()
 }

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use common::{expert_configs, minute_config, relative_error};
+use common::{expert_configs, minute_config, packed_config, relative_error};
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
@@ -24,7 +24,7 @@ fn logits_agree_with_the_candle_model() {
     let configs =
         expert_configs().into_iter().map(|experts| ViTConfig { experts, ..ViTConfig::preset("tiny").unwrap() });
     // And one whose features fill no vector of any instruction set.
-    for (seed, config) in configs.chain([minute_config()]).enumerate() {
+    for (seed, config) in configs.chain([minute_config(), packed_config(false)]).enumerate() {
         let labels: Vec<_> = (0..config.num_classes).map(|i| format!("class {i}")).collect();
         let (backbone_weights, set_weights) = ViT::init(&config, seed as u64).unwrap().to_weights(&labels).unwrap();
         let side = config.backbone.image_size;

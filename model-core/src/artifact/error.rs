@@ -44,9 +44,9 @@ pub enum ArtifactError {
     #[error("the document in the metadata: {0}")]
     Document(serde_json::Error),
     /// Written by another version of the format.
-    #[error("format version {got}; this program reads version {expected}")]
+    #[error("format version {got}; this program reads versions 1 to {expected}")]
     FormatVersion {
-        /// The version this crate reads and writes.
+        /// The version that this crate writes; the ones before are read as well.
         expected: u32,
         /// The version of the file.
         got: u32,
@@ -138,13 +138,34 @@ pub enum ArtifactError {
     /// Digests agree but shapes do not; only a forged document gets here.
     #[error("the expert set describes its backbone with another configuration than the backbone itself")]
     BackboneConfig,
+    /// A set cannot have the experts of the set that it names.
+    #[error("experts cannot be borrowed from set {lender}: {reason}")]
+    Lender {
+        /// The digest that the set names.
+        lender: Digest,
+        /// What is wrong.
+        reason: &'static str,
+    },
     /// Weights to be written do not have the size their configuration says.
     #[error("tensor `{tensor}`: the configuration asks for {expected} elements, the weights have {got}")]
     Length {
         /// Name of the tensor.
         tensor: String,
         /// Elements the configuration asks for.
-        expected: usize,
-        got: usize,
+        expected: u64,
+        /// Elements there are.
+        got: u64,
+    },
+    /// Matrices of attention to be written are not all stored alike.
+    #[error("tensor `{tensor}` has another precision than the first of its kind")]
+    MixedPrecision {
+        /// The first that differs.
+        tensor: String,
+    },
+    /// The configuration says that all blocks share their ternary codes, but they do not.
+    #[error("block {block} has other ternary codes than block 0, with which it shares them")]
+    NotShared {
+        /// The first block that differs.
+        block: usize,
     },
 }

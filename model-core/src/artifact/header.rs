@@ -6,19 +6,18 @@ use std::io::Read;
 use std::path::Path;
 
 use safetensors::tensor::Metadata;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::digest::Digest;
+use super::document::{self, BackboneEncoding, BackgroundSource, Card, ExpertSetEncoding, FamiliarityConfig, View};
+use super::entries;
 use super::error::ArtifactError;
 use super::layout::{
     Slot, TensorSize, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set,
 };
-use crate::config::{BackboneConfig, ExpertConfig, MAX_SIZE, ViTConfig};
+use crate::config::{BackboneConfig, BackboneShape, ExpertConfig};
 use crate::image::Preprocess;
 
-/// The version of `FORMAT.md` this crate reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
 /// Largest safetensors header accepted, in bytes. The largest honest ones carry some ten thousand labels.
 pub const MAX_HEADER_BYTES: u64 = 1 << 20;
 /// Most bytes of a name or label.
@@ -30,59 +29,65 @@ pub(super) const DOCUMENT_KEY: &str = "butterflyvit";
 pub(super) const DIGEST_KEY: &str = "sha256";
 /// Bytes before the header: its length.
 pub(super) const LENGTH_BYTES: usize = 8;
-/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240
-/// while it is parsed.
-const MAX_DOCUMENT_VALUES: usize = MAX_SIZE + 4096;
+/// What the header of a backbone says of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackboneHeader {
+    /// Shapes.
+    pub config: BackboneConfig,
+    /// How the tensors are stored of which the configuration says nothing.
+    pub encoding: BackboneEncoding,
+    /// How an image becomes the model's input.
+    pub preprocess: Preprocess,
+    /// What the background was measured on, if there is one.
+    pub background: Option<BackgroundSource>,
+    /// Terms and origin.
+    pub card: Option<Card>,
+}
 
-/// The JSON document that describes an artifact. Field order is the order in the file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub(super) enum Document {
-    Backbone {
-        format_version: u32,
-        name: String,
-        config: BackboneConfig,
-        preprocess: Preprocess,
-        training: Value,
-    },
-    ExpertSet {
-        format_version: u32,
-        name: String,
-        config: ExpertConfig,
-        backbone_config: BackboneConfig,
-        backbone_digest: Digest,
-        labels: Vec<String>,
-        training: Value,
-    },
+/// What the header of an expert set says of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertSetHeader {
+    /// Shapes.
+    pub config: ExpertConfig,
+    /// How the tensors are stored of which the configuration says nothing.
+    pub encoding: ExpertSetEncoding,
+    /// What it relies on of the backbone that it was fitted to.
+    pub backbone: BackboneShape,
+    /// The whole configuration of that backbone, which version 1 repeats.
+    pub backbone_config: Option<BackboneConfig>,
+    /// Digest of that backbone.
+    pub backbone_digest: Digest,
+    /// The set whose experts and routers this one uses, having none of its own.
+    pub borrowed_experts: Option<Digest>,
+    /// One label per row of the head.
+    pub labels: Vec<String>,
+    /// What logits are divided by.
+    pub temperature: f32,
+    /// What the statistics for unknown images look like, if there are any.
+    pub familiarity: Option<FamiliarityConfig>,
+    /// The part of a picture that it looks at.
+    pub view: View,
+    /// What its maker measured, free-form.
+    pub report: Value,
+    /// Terms and origin.
+    pub card: Option<Card>,
 }
 
 /// What an artifact is, as its header says.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Contents {
     /// Everything expert sets share.
-    Backbone {
-        config: BackboneConfig,
-        /// How an image becomes the model's input.
-        preprocess: Preprocess,
-    },
-    /// One task's experts, routers, head and labels.
-    ExpertSet {
-        config: ExpertConfig,
-        /// Shapes of the backbone the set was fitted to.
-        backbone_config: BackboneConfig,
-        /// Digest of that backbone.
-        backbone_digest: Digest,
-        /// One label per row of the head.
-        labels: Vec<String>,
-    },
+    Backbone(Box<BackboneHeader>),
+    /// One task's head and labels, with experts and routers or the digest of the set that lends them.
+    ExpertSet(Box<ExpertSetHeader>),
 }
 
 impl Contents {
     /// The kind in words.
     pub const fn kind(&self) -> &'static str {
         match self {
-            Self::Backbone { .. } => "a backbone",
-            Self::ExpertSet { .. } => "an expert set",
+            Self::Backbone(_) => "a backbone",
+            Self::ExpertSet(_) => "an expert set",
         }
     }
 }
@@ -160,14 +165,13 @@ pub(super) fn header_bytes(length: [u8; LENGTH_BYTES], file_bytes: u64) -> Resul
 impl RawHeader {
     /// Parses and checks the header of a file of `file_bytes` bytes.
     pub(super) fn parse(header: &[u8], file_bytes: u64) -> Result<Self, ArtifactError> {
-        // Deserialising `Metadata` also checks that the tensors cover the data section without gap or overlap.
-        let metadata: Metadata = serde_json::from_slice(header).map_err(ArtifactError::Header)?;
+        let metadata = entries::parse(header)?;
         let expected = (LENGTH_BYTES as u64 + header.len() as u64).checked_add(metadata.data_len() as u64);
         if expected != Some(file_bytes) {
             return Err(ArtifactError::FileSize { expected: expected.unwrap_or(u64::MAX), got: file_bytes });
         }
         let (document, digest) = metadata_values(&metadata)?;
-        let (name, contents, training) = parse_document(&document)?.check()?;
+        let (name, contents, training) = document::parse(&document)?;
         let tensors = contents.tensors();
         check_tensors(&metadata, &tensors)?;
         Ok(Self { header: Header { name, contents, training, digest, file_bytes }, document, tensors })
@@ -187,83 +191,6 @@ fn metadata_values(metadata: &Metadata) -> Result<(String, Digest), ArtifactErro
     Ok((document, digest))
 }
 
-fn parse_document(document: &str) -> Result<Document, ArtifactError> {
-    /// All that is certain to be in a document of any version.
-    #[derive(Deserialize)]
-    struct Version {
-        format_version: u32,
-    }
-
-    // Every value but the first follows one of these characters.
-    let values = document.bytes().filter(|byte| b",:[{".contains(byte)).count();
-    if values > MAX_DOCUMENT_VALUES {
-        return Err(ArtifactError::DocumentTooLarge { limit: MAX_DOCUMENT_VALUES, got: values });
-    }
-    let Version { format_version } = serde_json::from_str(document).map_err(ArtifactError::Document)?;
-    if format_version != FORMAT_VERSION {
-        return Err(ArtifactError::FormatVersion { expected: FORMAT_VERSION, got: format_version });
-    }
-    serde_json::from_str(document).map_err(ArtifactError::Document)
-}
-
-impl Document {
-    /// Checks every field, and takes the document apart into name, contents and training summary.
-    pub(super) fn check(self) -> Result<(String, Contents, Value), ArtifactError> {
-        match self {
-            Self::Backbone { name, config, preprocess, training, .. } => {
-                check_text("name", &name)?;
-                config.validate()?;
-                check_preprocess(&preprocess)?;
-                Ok((name, Contents::Backbone { config, preprocess }, training))
-            }
-            Self::ExpertSet { name, config, backbone_config, backbone_digest, labels, training, .. } => {
-                check_text("name", &name)?;
-                let whole = ViTConfig { backbone: backbone_config, experts: config, num_classes: labels.len() };
-                whole.validate()?;
-                check_labels(&labels)?;
-                let ViTConfig { backbone: backbone_config, experts: config, .. } = whole;
-                Ok((name, Contents::ExpertSet { config, backbone_config, backbone_digest, labels }, training))
-            }
-        }
-    }
-}
-
-fn check_text(field: &'static str, text: &str) -> Result<(), ArtifactError> {
-    let reason = if text.is_empty() {
-        "it is empty".to_owned()
-    } else if text.len() > MAX_TEXT_BYTES {
-        format!("it has {} bytes, more than {MAX_TEXT_BYTES}", text.len())
-    } else if text.chars().any(char::is_control) {
-        format!("{text:?} contains a control character")
-    } else {
-        return Ok(());
-    };
-    Err(ArtifactError::Field { field, reason })
-}
-
-/// Bounds that keep every pixel a reasonable finite number.
-fn check_preprocess(preprocess: &Preprocess) -> Result<(), ArtifactError> {
-    let check = |field, values: &[f32; 3], range: std::ops::RangeInclusive<f32>| match values
-        .iter()
-        .find(|value| !range.contains(value))
-    {
-        Some(value) => Err(ArtifactError::Field { field, reason: format!("{value} is not in {range:?}") }),
-        None => Ok(()),
-    };
-    check("preprocess.mean", &preprocess.mean, -10.0..=10.0)?;
-    check("preprocess.std", &preprocess.std, 1e-3..=10.0)
-}
-
-fn check_labels(labels: &[String]) -> Result<(), ArtifactError> {
-    labels.iter().try_for_each(|label| check_text("labels", label))?;
-    let mut sorted: Vec<&str> = labels.iter().map(String::as_str).collect();
-    sorted.sort_unstable();
-    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(ArtifactError::Field { field: "labels", reason: format!("{:?} occurs twice", pair[0]) }),
-        None => Ok(()),
-    }
-}
-
 impl Contents {
     /// Hands every tensor the artifact has to `visit`, in the order of the forward pass.
     fn visit(&self, mut visit: impl FnMut(&Slot<'_>)) {
@@ -272,11 +199,8 @@ impl Contents {
             Ok(())
         };
         let visited = match self {
-            Self::Backbone { config, .. } => visit_backbone(&mut empty_backbone(config.clone()), visit),
-            Self::ExpertSet { config, backbone_config, labels, .. } => {
-                let mut empty = empty_expert_set(config.clone(), backbone_config, labels.clone());
-                visit_expert_set(&mut empty, backbone_config, visit)
-            }
+            Self::Backbone(backbone) => visit_backbone(&mut empty_backbone(backbone), visit),
+            Self::ExpertSet(set) => visit_expert_set(&mut empty_expert_set(set), set, visit),
         };
         visited.expect("a visitor that returns no error causes none");
     }

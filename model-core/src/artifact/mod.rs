@@ -6,6 +6,8 @@
 //! [`Header::read`] looks at the header of a file only.
 
 mod digest;
+mod document;
+mod entries;
 mod error;
 mod header;
 mod layout;
@@ -14,15 +16,20 @@ mod pack;
 use serde_json::{Map, Value, json};
 
 pub use digest::{Digest, ParseDigestError};
+use document::Document;
+pub use document::{
+    BackboneEncoding, BackgroundSource, Card, CovarianceForm, ExpertSetEncoding, FORMAT_VERSION, FamiliarityConfig,
+    Fit, StemEncoding, View,
+};
 pub use error::ArtifactError;
-pub use header::{Contents, FORMAT_VERSION, Header, MAX_HEADER_BYTES, MAX_TEXT_BYTES};
-use header::{DIGEST_KEY, DOCUMENT_KEY, Document, LENGTH_BYTES, RawHeader, header_bytes};
+pub use header::{BackboneHeader, Contents, ExpertSetHeader, Header, MAX_HEADER_BYTES, MAX_TEXT_BYTES};
+use header::{DIGEST_KEY, DOCUMENT_KEY, LENGTH_BYTES, RawHeader, header_bytes};
 pub use layout::{Encoding, TensorSize};
 use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
 
-use crate::config::BackboneConfig;
+use crate::config::{BackboneConfig, BackboneShape, ExpertConfig};
 use crate::image::Preprocess;
-use crate::weights::{BackboneWeights, ExpertSetWeights};
+use crate::weights::{BackboneWeights, Covariance, ExpertSetWeights, Familiarity};
 
 /// A backbone as read from a file.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,6 +39,8 @@ pub struct BackboneArtifact {
     pub weights: BackboneWeights,
     /// How an image becomes the model's input.
     pub preprocess: Preprocess,
+    /// Terms and origin.
+    pub card: Option<Card>,
     /// Summary of the training run, free-form.
     pub training: Value,
     /// Identity of document and tensors.
@@ -45,10 +54,20 @@ pub struct ExpertSetArtifact {
     pub name: String,
     /// The parameters, with the labels.
     pub weights: ExpertSetWeights,
-    /// Shapes of the backbone the set was fitted to.
-    pub backbone_config: BackboneConfig,
+    /// What it relies on of the backbone that it was fitted to.
+    pub backbone: BackboneShape,
+    /// The whole configuration of that backbone, which version 1 repeats.
+    pub backbone_config: Option<BackboneConfig>,
     /// Digest of that backbone.
     pub backbone_digest: Digest,
+    /// The set whose experts and routers this one uses, having none of its own.
+    pub borrowed_experts: Option<Digest>,
+    /// The part of a picture that it looks at.
+    pub view: View,
+    /// What its maker measured, free-form.
+    pub report: Value,
+    /// Terms and origin.
+    pub card: Option<Card>,
     /// Summary of the training run, free-form.
     pub training: Value,
     /// Identity of document and tensors.
@@ -65,8 +84,53 @@ impl ExpertSetArtifact {
         if self.backbone_digest != digest {
             return Err(ArtifactError::BackboneDigest { expected: self.backbone_digest, got: digest });
         }
-        if self.backbone_config != *config { Err(ArtifactError::BackboneConfig) } else { Ok(()) }
+        let same = self.backbone == config.shape() && self.backbone_config.as_ref().is_none_or(|own| own == config);
+        if same { Ok(()) } else { Err(ArtifactError::BackboneConfig) }
     }
+
+    /// Checks that a set which borrows its experts may have those of `lender`; one that has its own needs none.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Lender`] when the lender is missing, is the set itself or another one than the set names, borrows
+    /// its experts in turn, or has another configuration or backbone.
+    pub fn check_lender(&self, lender: Option<Lender<'_>>) -> Result<(), ArtifactError> {
+        let Some(named) = self.borrowed_experts else { return Ok(()) };
+        let reason = match lender {
+            _ if named == self.digest => "it is the set itself",
+            None => "it is not there",
+            Some(Lender { digest, .. }) if digest != named => "another set was found in its place",
+            Some(Lender { borrows: true, .. }) => "it borrows its experts itself",
+            Some(Lender { config, .. }) if *config != self.weights.config => "its experts have another shape",
+            Some(Lender { backbone_digest, .. }) if backbone_digest != self.backbone_digest => {
+                "it is bound to another backbone"
+            }
+            Some(_) => return Ok(()),
+        };
+        Err(ArtifactError::Lender { lender: named, reason })
+    }
+
+    /// The set as one that lends its experts.
+    pub fn as_lender(&self) -> Lender<'_> {
+        Lender {
+            digest: self.digest,
+            borrows: self.borrowed_experts.is_some(),
+            config: &self.weights.config,
+            backbone_digest: self.backbone_digest,
+        }
+    }
+}
+
+/// What must be known of a set to lend its experts.
+#[derive(Debug, Clone, Copy)]
+pub struct Lender<'a> {
+    /// Its identity.
+    pub digest: Digest,
+    /// Whether it has no experts of its own.
+    pub borrows: bool,
+    /// Shapes.
+    pub config: &'a ExpertConfig,
+    /// Identity of its backbone.
+    pub backbone_digest: Digest,
 }
 
 /// Reads and checks a backbone.
@@ -79,13 +143,14 @@ impl ExpertSetArtifact {
 pub fn read_backbone(bytes: &[u8]) -> Result<BackboneArtifact, ArtifactError> {
     let (raw, data) = open(bytes)?;
     let Header { name, contents, training, digest, .. } = raw.header;
-    let Contents::Backbone { config, preprocess } = contents else {
+    let Contents::Backbone(header) = contents else {
         return Err(ArtifactError::Kind { expected: "a backbone", got: contents.kind() });
     };
     let tensors = Tensors { specs: &raw.tensors, data };
-    let mut weights = empty_backbone(config);
+    let mut weights = empty_backbone(&header);
     visit_backbone(&mut weights, |slot| tensors.decode(slot))?;
-    Ok(BackboneArtifact { name, weights, preprocess, training, digest })
+    let BackboneHeader { preprocess, card, .. } = *header;
+    Ok(BackboneArtifact { name, weights, preprocess, card, training, digest })
 }
 
 /// Reads and checks an expert set. Whether it belongs to a given backbone is
@@ -98,16 +163,30 @@ pub fn read_backbone(bytes: &[u8]) -> Result<BackboneArtifact, ArtifactError> {
 pub fn read_expert_set(bytes: &[u8]) -> Result<ExpertSetArtifact, ArtifactError> {
     let (raw, data) = open(bytes)?;
     let Header { name, contents, training, digest, .. } = raw.header;
-    let Contents::ExpertSet { config, backbone_config, backbone_digest, labels } = contents else {
+    let Contents::ExpertSet(header) = contents else {
         return Err(ArtifactError::Kind { expected: "an expert set", got: contents.kind() });
     };
     let tensors = Tensors { specs: &raw.tensors, data };
-    let mut weights = empty_expert_set(config, &backbone_config, labels);
-    visit_expert_set(&mut weights, &backbone_config, |slot| tensors.decode(slot))?;
-    Ok(ExpertSetArtifact { name, weights, backbone_config, backbone_digest, training, digest })
+    let mut weights = empty_expert_set(&header);
+    visit_expert_set(&mut weights, &header, |slot| tensors.decode(slot))?;
+    let ExpertSetHeader { backbone, backbone_config, backbone_digest, borrowed_experts, view, report, card, .. } =
+        *header;
+    Ok(ExpertSetArtifact {
+        name,
+        weights,
+        backbone,
+        backbone_config,
+        backbone_digest,
+        borrowed_experts,
+        view,
+        report,
+        card,
+        training,
+        digest,
+    })
 }
 
-/// The bytes of a backbone artifact. The same arguments give the same bytes.
+/// The bytes of a backbone artifact without a model card. The same arguments give the same bytes.
 ///
 /// # Errors
 /// [`ArtifactError`] when configuration, weights or name could not be read back.
@@ -117,20 +196,54 @@ pub fn write_backbone(
     preprocess: &Preprocess,
     training: &Value,
 ) -> Result<Vec<u8>, ArtifactError> {
-    let document = Document::Backbone {
-        format_version: FORMAT_VERSION,
-        name: name.to_owned(),
-        config: weights.config.clone(),
-        preprocess: preprocess.clone(),
-        training: training.clone(),
-    };
-    document.clone().check()?;
-    check_count("stem", weights.config.stem.len(), weights.stem.len())?;
-    for (i, (layer, stem)) in weights.config.stem.iter().zip(&weights.stem).enumerate() {
-        let (expected, got) = (usize::from(layer.norm_gelu), usize::from(stem.norm.is_some()));
-        check_count(&format!("stem.{i}.norm"), expected, got)?;
+    backbone_bytes(name, weights, (preprocess, None), training)
+}
+
+impl BackboneArtifact {
+    /// The artifact's bytes, of the version that is written. The digest is computed anew.
+    ///
+    /// # Errors
+    /// As for [`write_backbone`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, ArtifactError> {
+        backbone_bytes(&self.name, &self.weights, (&self.preprocess, self.card.as_ref()), &self.training)
     }
+}
+
+fn backbone_bytes(
+    name: &str,
+    weights: &BackboneWeights,
+    (preprocess, card): (&Preprocess, Option<&Card>),
+    training: &Value,
+) -> Result<Vec<u8>, ArtifactError> {
+    check_count("stem", weights.config.stem.len(), weights.stem.len())?;
     check_count("blocks", weights.config.num_layers, weights.blocks.len())?;
+    let attention = weights.blocks.first().map_or_else(Default::default, |block| block.qkv.weight.precision());
+    let stem = weights
+        .stem
+        .iter()
+        .map(|layer| StemEncoding { weights: layer.conv.weight.precision(), calibrated: layer.step.is_some() });
+    let background = weights.background.as_ref();
+    let header = BackboneHeader {
+        config: weights.config.clone(),
+        encoding: BackboneEncoding { stem: stem.collect(), attention },
+        preprocess: preprocess.clone(),
+        background: background.map(|b| BackgroundSource { source: b.source.clone(), images: b.images }),
+        card: card.cloned(),
+    };
+    let document = Document::new((name.to_owned(), Contents::Backbone(header.into()), training.clone()))?;
+    for (i, (layer, stem)) in weights.config.stem.iter().zip(&weights.stem).enumerate() {
+        check_count(&format!("stem.{i}.norm"), usize::from(layer.norm), usize::from(stem.norm.is_some()))?;
+    }
+    for (i, block) in weights.blocks.iter().enumerate() {
+        for (site, matrix) in [("qkv", &block.qkv), ("proj", &block.proj)] {
+            if matrix.weight.precision() != attention {
+                return Err(ArtifactError::MixedPrecision { tensor: format!("blocks.{i}.attention.{site}.weight") });
+            }
+        }
+    }
+    if let Some(block) = weights.unshared_block() {
+        return Err(ArtifactError::NotShared { block });
+    }
     let mut tensors = Vec::new();
     visit_backbone(&mut weights.clone(), |slot| {
         tensors.push((slot.spec(), slot.encode()?));
@@ -139,8 +252,8 @@ pub fn write_backbone(
     assemble(&document, tensors)
 }
 
-/// The bytes of an expert-set artifact bound to the backbone with that configuration and digest. The same arguments
-/// give the same bytes.
+/// The bytes of an expert-set artifact with experts of its own, bound to the backbone with that configuration and digest,
+/// with the usual view and neither report nor model card. The same arguments give the same bytes.
 ///
 /// # Errors
 /// [`ArtifactError`] when configuration, weights, labels or name could not be read back.
@@ -151,27 +264,91 @@ pub fn write_expert_set(
     training: &Value,
 ) -> Result<Vec<u8>, ArtifactError> {
     let (backbone_config, backbone_digest) = backbone;
-    let document = Document::ExpertSet {
-        format_version: FORMAT_VERSION,
-        name: name.to_owned(),
+    let header = ExpertSetHeader {
         config: weights.config.clone(),
-        backbone_config: backbone_config.clone(),
+        encoding: ExpertSetEncoding { head: weights.head.weight.precision() },
+        backbone: backbone_config.shape(),
+        backbone_config: None,
         backbone_digest,
+        borrowed_experts: None,
         labels: weights.labels.clone(),
-        training: training.clone(),
+        temperature: weights.temperature,
+        familiarity: weights.familiarity.as_ref().map(|f| familiarity_config(f, backbone_config.d_model)),
+        view: View::default(),
+        report: Value::Null,
+        card: None,
     };
-    document.clone().check()?;
-    check_count("blocks", backbone_config.num_layers, weights.layers.len())?;
+    expert_set_bytes(name, weights, header, training)
+}
+
+impl ExpertSetArtifact {
+    /// The artifact's bytes, of the version that is written. The digest is computed anew.
+    ///
+    /// # Errors
+    /// As for [`write_expert_set`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, ArtifactError> {
+        let weights = &self.weights;
+        let header = ExpertSetHeader {
+            config: weights.config.clone(),
+            encoding: ExpertSetEncoding { head: weights.head.weight.precision() },
+            backbone: self.backbone,
+            backbone_config: None,
+            backbone_digest: self.backbone_digest,
+            borrowed_experts: self.borrowed_experts,
+            labels: weights.labels.clone(),
+            temperature: weights.temperature,
+            familiarity: weights.familiarity.as_ref().map(|f| familiarity_config(f, self.backbone.d_model)),
+            view: self.view,
+            report: self.report.clone(),
+            card: self.card.clone(),
+        };
+        expert_set_bytes(&self.name, weights, header, &self.training)
+    }
+}
+
+fn expert_set_bytes(
+    name: &str,
+    weights: &ExpertSetWeights,
+    header: ExpertSetHeader,
+    training: &Value,
+) -> Result<Vec<u8>, ArtifactError> {
+    let document = Document::new((name.to_owned(), Contents::ExpertSet(header.clone().into()), training.clone()))?;
+    let num_layers = if header.borrowed_experts.is_some() { 0 } else { header.backbone.num_layers };
+    check_count("blocks", num_layers, weights.layers.len())?;
     let mut tensors = Vec::new();
-    visit_expert_set(&mut weights.clone(), backbone_config, |slot| {
+    visit_expert_set(&mut weights.clone(), &header, |slot| {
         tensors.push((slot.spec(), slot.encode()?));
         Ok(())
     })?;
     assemble(&document, tensors)
 }
 
+/// What the document says of these statistics.
+fn familiarity_config(statistics: &Familiarity, d_model: usize) -> FamiliarityConfig {
+    let Familiarity { format, relative, means, covariance, threshold, pass_share } = statistics;
+    let rows = |values: &[f32]| values.len() / d_model.max(1);
+    FamiliarityConfig {
+        format: *format,
+        means: rows(means),
+        covariance: match covariance {
+            Covariance::Packed(_) => CovarianceForm::Packed,
+            Covariance::Diagonal { factor, .. } => CovarianceForm::Diagonal { rank: rows(factor) },
+            Covariance::Background { scale, factor } => {
+                CovarianceForm::Background { scale: *scale, rank: rows(factor) }
+            }
+        },
+        relative: *relative,
+        threshold: *threshold,
+        pass_share: *pass_share,
+    }
+}
+
 fn check_count(tensor: &str, expected: usize, got: usize) -> Result<(), ArtifactError> {
-    if expected == got { Ok(()) } else { Err(ArtifactError::Length { tensor: tensor.to_owned(), expected, got }) }
+    if expected == got {
+        return Ok(());
+    }
+    let (expected, got) = (expected as u64, got as u64);
+    Err(ArtifactError::Length { tensor: tensor.to_owned(), expected, got })
 }
 
 /// Checks header and digest, and returns them with the data section.
@@ -196,7 +373,8 @@ impl Tensors<'_> {
     fn decode(&self, slot: Slot<'_>) -> Result<(), ArtifactError> {
         let mut offset = 0;
         for spec in self.specs {
-            let end = offset + spec.bytes();
+            // The header was checked against the file, so that offsets fit a `usize`.
+            let end = offset + spec.bytes() as usize;
             if spec.name == slot.name {
                 return slot.decode(&self.data[offset..end]);
             }

@@ -3,8 +3,8 @@
 use super::expect_len;
 use super::linear::Linear;
 use super::moe::Substrates;
-use super::stem::Convolution;
-use crate::artifact::{BackboneArtifact, Digest, read_backbone};
+use super::stem::{Convolution, check_supported};
+use crate::artifact::{ArtifactError, BackboneArtifact, Digest, read_backbone};
 use crate::config::BackboneConfig;
 use crate::error::ModelError;
 use crate::image::Preprocess;
@@ -59,7 +59,7 @@ impl Backbone {
     /// Packs weights for `isa`. The digest is what expert sets will be checked against.
     ///
     /// # Errors
-    /// [`ModelError::Config`] or [`ModelError::Length`] when the weights are not those of a valid configuration.
+    /// [`ModelError`] when the weights are not those of a valid configuration that the engine can run.
     pub fn from_weights(
         name: String,
         weights: &BackboneWeights,
@@ -69,19 +69,26 @@ impl Backbone {
     ) -> Result<Self, ModelError> {
         let config = weights.config.clone();
         config.validate()?;
+        check_supported(&config)?;
         expect_len("stem layers", weights.stem.len(), config.stem.len())?;
         expect_len("blocks", weights.blocks.len(), config.num_layers)?;
         expect_len("pos_embed", weights.pos_embed.len(), config.num_tokens() * config.d_model)?;
+        if let Some(block) = weights.unshared_block() {
+            return Err(ArtifactError::NotShared { block }.into());
+        }
         let mut stem = Vec::with_capacity(config.stem.len());
         for (i, (weights, shape)) in weights.stem.iter().zip(config.stem_inputs()).enumerate() {
             match &weights.norm {
-                Some(norm) if shape.0.norm_gelu => _ = expect_norm("stem norm", norm, shape.0.channels)?,
-                norm => expect_len("stem norm", usize::from(norm.is_some()), usize::from(shape.0.norm_gelu))?,
+                Some(norm) if shape.0.norm => _ = expect_norm("stem norm", norm, shape.0.channels)?,
+                norm => expect_len("stem norm", usize::from(norm.is_some()), usize::from(shape.0.norm))?,
             }
             stem.push(Convolution::pack(isa, weights, shape, i == 0)?);
         }
-        let blocks = weights.blocks.iter().map(|block| Block::pack(block, &config, isa));
-        let blocks = blocks.collect::<Result<_, ModelError>>()?;
+        let mut blocks: Vec<Block> = Vec::with_capacity(config.num_layers);
+        for block in &weights.blocks {
+            let lender = blocks.first().filter(|_| config.substrates.shared).map(|block| &block.substrates);
+            blocks.push(Block::pack(block, &config, isa, lender)?);
+        }
         let norm = expect_norm("norm", &weights.norm, config.d_model)?;
         let pos_embed = weights.pos_embed.clone().into();
         Ok(Self { name, digest, preprocess, isa, stem, pos_embed, blocks, norm, config })
@@ -114,7 +121,11 @@ impl Backbone {
     /// Bytes that it occupies in memory.
     pub fn resident_bytes(&self) -> usize {
         let stem: usize = self.stem.iter().map(|layer| size_of::<Convolution>() + layer.heap_bytes()).sum();
-        let blocks: usize = self.blocks.iter().map(|block| size_of::<Block>() + block.heap_bytes()).sum();
+        let blocks = self.blocks.iter().enumerate().map(|(i, block)| {
+            let shared = self.config.substrates.shared && i > 0;
+            size_of::<Block>() + block.heap_bytes(shared)
+        });
+        let blocks: usize = blocks.sum();
         let tensors = stem + blocks + size_of_val(&*self.pos_embed) + norm_bytes(&self.norm);
         size_of::<Self>() + self.name.len() + tensors
     }
@@ -126,22 +137,29 @@ impl Backbone {
 }
 
 impl Block {
-    fn pack(weights: &BlockWeights, config: &BackboneConfig, isa: Isa) -> Result<Self, ModelError> {
-        let BackboneConfig { d_model, d_ff, .. } = *config;
+    /// `lender` has the codes, where they are shared.
+    fn pack(
+        weights: &BlockWeights,
+        config: &BackboneConfig,
+        isa: Isa,
+        lender: Option<&Substrates>,
+    ) -> Result<Self, ModelError> {
+        let d_model = config.d_model;
         Ok(Self {
             norm1: expect_norm("norm1", &weights.norm1, d_model)?,
             qkv: Linear::int8(isa, &weights.qkv, 3 * d_model, d_model)?,
             proj: Linear::int8(isa, &weights.proj, d_model, d_model)?,
             norm2: expect_norm("norm2", &weights.norm2, d_model)?,
-            substrates: Substrates::pack(isa, &weights.up, &weights.down, d_model, d_ff)?,
+            substrates: match lender {
+                Some(lender) => lender.with_scales(&weights.up.scale, &weights.down.scale)?,
+                None => Substrates::pack(isa, &config.shape(), &weights.up, &weights.down)?,
+            },
         })
     }
 
-    fn heap_bytes(&self) -> usize {
-        self.qkv.heap_bytes()
-            + self.proj.heap_bytes()
-            + norm_bytes(&self.norm1)
-            + norm_bytes(&self.norm2)
-            + self.substrates.resident_bytes()
+    /// `shared`: another block has the codes of the substrates.
+    fn heap_bytes(&self, shared: bool) -> usize {
+        let substrates = if shared { self.substrates.scales_bytes() } else { self.substrates.resident_bytes() };
+        self.qkv.heap_bytes() + self.proj.heap_bytes() + norm_bytes(&self.norm1) + norm_bytes(&self.norm2) + substrates
     }
 }

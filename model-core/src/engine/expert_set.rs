@@ -1,13 +1,15 @@
 //! One task's half of a model, packed for one backbone.
 
+use std::sync::Arc;
+
 use super::Backbone;
 use super::expect_len;
+use super::linear::Linear;
 use super::moe::ExpertLayer;
-use crate::artifact::{Digest, ExpertSetArtifact, read_expert_set};
+use crate::artifact::{Digest, ExpertSetArtifact, Lender, read_expert_set};
 use crate::config::{BackboneConfig, ExpertConfig};
 use crate::error::ModelError;
-use crate::kernels::PackedF32;
-use crate::weights::ExpertSetWeights;
+use crate::weights::{ExpertSetWeights, Precision};
 
 /// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay
 /// integer codes in memory.
@@ -18,20 +20,52 @@ pub struct ExpertSet {
     backbone_digest: Digest,
     labels: Vec<String>,
     config: ExpertConfig,
-    pub(super) layers: Vec<ExpertLayer>,
-    pub(super) head: PackedF32,
+    /// Of the set itself, or of the one that lends them.
+    pub(super) layers: Arc<[ExpertLayer]>,
+    borrowed_experts: Option<Digest>,
+    pub(super) head: Linear,
+    pub(super) temperature: f32,
 }
 
 impl ExpertSet {
-    /// Reads and checks an expert-set artifact for `backbone`.
+    /// Reads and checks the artifact of an expert set with experts of its own for `backbone`.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] naming what is wrong with the file, or that it is bound to another backbone.
+    /// [`ModelError::Artifact`] naming what is wrong with the file, or that it is bound to another backbone or borrows its
+    /// experts.
     pub fn from_bytes(bytes: &[u8], backbone: &Backbone) -> Result<Self, ModelError> {
-        let artifact = read_expert_set(bytes)?;
+        Self::from_artifact(read_expert_set(bytes)?, backbone, None)
+    }
+
+    /// Packs an artifact that was read, for `backbone`. `lender` is the set whose digest it names, if it borrows experts;
+    /// they stay where they are.
+    ///
+    /// # Errors
+    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not borrow from `lender`:
+    /// [`ExpertSetArtifact::check_lender`].
+    pub fn from_artifact(
+        artifact: ExpertSetArtifact,
+        backbone: &Backbone,
+        lender: Option<&Self>,
+    ) -> Result<Self, ModelError> {
         artifact.check_backbone(backbone.config(), backbone.digest())?;
-        let ExpertSetArtifact { name, weights, digest, .. } = artifact;
-        Self::from_weights(name, weights, digest, backbone)
+        artifact.check_lender(lender.map(Self::as_lender))?;
+        let ExpertSetArtifact { name, weights, digest, borrowed_experts, .. } = artifact;
+        match lender.filter(|_| borrowed_experts.is_some()) {
+            None => Self::from_weights(name, weights, digest, backbone),
+            Some(lender) => {
+                Self::with_layers(name, weights, digest, backbone, (Arc::clone(&lender.layers), borrowed_experts))
+            }
+        }
+    }
+
+    fn as_lender(&self) -> Lender<'_> {
+        Lender {
+            digest: self.digest,
+            borrows: self.borrowed_experts.is_some(),
+            config: &self.config,
+            backbone_digest: self.backbone_digest,
+        }
     }
 
     /// Packs weights for `backbone`.
@@ -47,10 +81,24 @@ impl ExpertSet {
         let BackboneConfig { d_model, d_ff, num_layers, .. } = *backbone.config();
         weights.vit_config(backbone.config()).validate()?;
         expect_len("layers", weights.layers.len(), num_layers)?;
-        let layers = weights.layers.iter().map(|layer| ExpertLayer::pack(layer, &weights.config, d_model, d_ff));
+        let layers = weights.layers.iter().enumerate();
+        let layers = layers.map(|(i, layer)| ExpertLayer::pack(layer, &weights.config, i, [d_model, d_ff]));
         let layers = layers.collect::<Result<_, _>>()?;
-        let (head, classes) = (&weights.head, weights.labels.len());
-        let head = PackedF32::pack(backbone.isa(), &head.weight, &head.bias, classes, d_model)?;
+        Self::with_layers(name, weights, digest, backbone, (layers, None))
+    }
+
+    fn with_layers(
+        name: String,
+        weights: ExpertSetWeights,
+        digest: Digest,
+        backbone: &Backbone,
+        (layers, borrowed_experts): (Arc<[ExpertLayer]>, Option<Digest>),
+    ) -> Result<Self, ModelError> {
+        let (head, classes, d_model) = (&weights.head, weights.labels.len(), backbone.config().d_model);
+        let head = match head.weight.precision() {
+            Precision::Int8 => Linear::int8(backbone.isa(), head, classes, d_model)?,
+            Precision::F32 | Precision::F16 => Linear::f32(backbone.isa(), head, classes, d_model)?,
+        };
         Ok(Self {
             name,
             digest,
@@ -58,7 +106,9 @@ impl ExpertSet {
             labels: weights.labels,
             config: weights.config,
             layers,
+            borrowed_experts,
             head,
+            temperature: weights.temperature,
         })
     }
 
@@ -86,10 +136,16 @@ impl ExpertSet {
         &self.config
     }
 
-    /// Bytes that it occupies in memory.
+    /// The set whose experts it uses, if it has none of its own.
+    pub fn borrowed_experts(&self) -> Option<Digest> {
+        self.borrowed_experts
+    }
+
+    /// Bytes that it occupies in memory, without those of experts that it borrows.
     pub fn resident_bytes(&self) -> usize {
         let labels: usize = self.labels.iter().map(|label| size_of::<String>() + label.len()).sum();
-        let layers = self.layers.iter().map(|layer| size_of::<ExpertLayer>() + layer.resident_bytes());
-        size_of::<Self>() + self.name.len() + labels + layers.sum::<usize>() + self.head.resident_bytes()
+        let own = if self.borrowed_experts.is_none() { &self.layers[..] } else { &[] };
+        let layers = own.iter().map(|layer| size_of::<ExpertLayer>() + layer.resident_bytes());
+        size_of::<Self>() + self.name.len() + labels + layers.sum::<usize>() + self.head.heap_bytes()
     }
 }

@@ -1,7 +1,7 @@
 //! A dense layer of the backbone or head, and the per-thread buffers it needs.
 
 use crate::kernels::{Isa, KernelError, PackedF32, PackedInt8, quantize_rows};
-use crate::weights;
+use crate::weights::{self, Matrix};
 
 /// A dense layer as held in memory.
 #[derive(Debug, Clone)]
@@ -44,11 +44,16 @@ impl Quantized {
 
 impl Linear {
     pub(super) fn int8(isa: Isa, layer: &weights::Linear, rows: usize, cols: usize) -> Result<Self, KernelError> {
-        Ok(Self::Int8(PackedInt8::pack(isa, &layer.weight, &layer.bias, rows, cols)?))
+        Ok(Self::Int8(match &layer.weight {
+            Matrix::Int8 { codes, scale } if scale.len() == rows => {
+                PackedInt8::pack_codes(isa, codes, scale, &layer.bias, cols)?
+            }
+            weight => PackedInt8::pack(isa, &weight.to_f32(), &layer.bias, rows, cols)?,
+        }))
     }
 
     pub(super) fn f32(isa: Isa, layer: &weights::Linear, rows: usize, cols: usize) -> Result<Self, KernelError> {
-        Ok(Self::F32(PackedF32::pack(isa, &layer.weight, &layer.bias, rows, cols)?))
+        Ok(Self::F32(PackedF32::pack(isa, &layer.weight.to_f32(), &layer.bias, rows, cols)?))
     }
 
     pub(super) fn heap_bytes(&self) -> usize {

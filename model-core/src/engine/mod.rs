@@ -25,6 +25,7 @@ mod stem;
 
 pub use backbone::Backbone;
 pub use expert_set::ExpertSet;
+pub(crate) use moe::storage;
 pub use moe::{ExpertLayer, Moe, MoeScratch, Span, Substrates};
 pub use pool::{Pool, Team, Welcome};
 pub use session::{Row, Session};

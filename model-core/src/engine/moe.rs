@@ -16,17 +16,18 @@
 //! Every row and token is computed by operations that do not see the other rows, so a row's answer does not depend on
 //! what shares its batch.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::linear::{Quantized, TILE};
 use super::pool::{Parts, PerThread, Pool};
-use crate::config::{ExpertConfig, MAX_EXPERTS};
+use crate::config::{BackboneShape, ExpertConfig, FloatFormat, MAX_EXPERTS, SubstrateConfig, TernaryPacking};
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
 use crate::kernels::dense::{PANEL, Rows, RowsMut, matmul_panels};
 use crate::kernels::rotation::{Coefficients, rotate};
 use crate::kernels::router::top_k;
-use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary};
+use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary, Scales, TernaryStorage};
 use crate::weights::{ExpertLayerWeights, Ternary};
 
 /// The substrates of one layer, in lane order.
@@ -44,7 +45,9 @@ impl Substrates {
     ///
     /// # Errors
     /// [`KernelError`] when lengths do not fit, or codes or scales are not valid.
-    pub fn pack(isa: Isa, up: &Ternary, down: &Ternary, d_model: usize, d_ff: usize) -> Result<Self, KernelError> {
+    pub fn pack(isa: Isa, config: &BackboneShape, up: &Ternary, down: &Ternary) -> Result<Self, KernelError> {
+        let BackboneShape { d_model, d_ff, substrates, .. } = *config;
+        let storage = storage(substrates);
         let (model, ff) = (LaneOrder::new(d_model), LaneOrder::new(d_ff));
         for (what, matrix, rows) in [("up", up, d_ff), ("down", down, d_model)] {
             let expected = d_model * d_ff;
@@ -58,9 +61,22 @@ impl Substrates {
         Ok(Self {
             isa,
             model,
-            up: PackedTernary::pack(isa, &up_codes, &up_scale, d_ff, d_model)?,
-            down: PackedTernary::pack(isa, &down_codes, &down.scale, d_model, d_ff)?,
+            up: PackedTernary::pack(isa, storage, &up_codes, &up_scale, [d_ff, d_model])?,
+            down: PackedTernary::pack(isa, storage, &down_codes, &down.scale, [d_model, d_ff])?,
         })
+    }
+
+    /// Those of another layer that has the same codes.
+    ///
+    /// # Errors
+    /// [`KernelError`] when lengths do not fit, or scales are not valid.
+    pub fn with_scales(&self, up: &[f32], down: &[f32]) -> Result<Self, KernelError> {
+        let ff = LaneOrder::new(self.up.rows());
+        if up.len() != ff.features() {
+            return Err(KernelError::Length { what: "up", expected: ff.features(), got: up.len() });
+        }
+        let up = self.up.with_scale(&ff.permute_rows(up, 1))?;
+        Ok(Self { isa: self.isa, model: self.model, up, down: self.down.with_scale(down)? })
     }
 
     /// The order in which the layer wants its input.
@@ -68,15 +84,31 @@ impl Substrates {
         self.model
     }
 
-    /// Bytes on the heap.
+    /// Bytes on the heap. Layers that share their codes have those once.
     pub fn resident_bytes(&self) -> usize {
-        self.up.resident_bytes() + self.down.resident_bytes()
+        self.up.codes_bytes() + self.down.codes_bytes() + self.scales_bytes()
+    }
+
+    /// Bytes of the scales on the heap.
+    pub(super) fn scales_bytes(&self) -> usize {
+        self.up.scales_bytes() + self.down.scales_bytes()
+    }
+}
+
+/// How the kernels keep substrates that are stored so.
+pub(crate) fn storage(substrates: SubstrateConfig) -> TernaryStorage {
+    TernaryStorage {
+        five_trits: substrates.packing == TernaryPacking::FiveTrits,
+        half_scales: substrates.scales == FloatFormat::F16,
     }
 }
 
 /// Router codes in panels of experts as `dense` has them, with the bits of the artifact's.
 #[derive(Debug)]
 enum RouterCodes {
+    /// A panel is `[ceil(d_model / 2), experts]` bytes: features of the first half in the low four bits, those of the
+    /// second in the high ones.
+    Bits4(Box<[u8]>),
     Bits8(Box<[i8]>),
     Bits16(Box<[i16]>),
 }
@@ -87,22 +119,22 @@ pub struct ExpertLayer {
     num_experts: usize,
     top_k: usize,
     router: RouterCodes,
-    router_scale: Box<[f32]>,
+    router_scale: Scales,
     rotation_in: PackedAngles,
     rotation_hidden: PackedAngles,
     rotation_out: PackedAngles,
 }
 
 impl ExpertLayer {
-    /// Packs one layer's weights.
+    /// Packs the weights of layer `layer`.
     ///
     /// # Errors
-    /// [`KernelError::Length`] when a tensor does not fit the configuration.
+    /// [`KernelError`] when a tensor does not fit the configuration.
     pub fn pack(
         weights: &ExpertLayerWeights,
         config: &ExpertConfig,
-        d_model: usize,
-        d_ff: usize,
+        layer: usize,
+        [d_model, d_ff]: [usize; 2],
     ) -> Result<Self, KernelError> {
         let (model, ff) = (LaneOrder::new(d_model), LaneOrder::new(d_ff));
         let ExpertConfig { num_experts, top_k, angle_bits, .. } = *config;
@@ -114,35 +146,47 @@ impl ExpertLayer {
                 return Err(KernelError::Length { what, expected, got });
             }
         }
-        let angles = |codes: &[u16], order, stages| PackedAngles::pack(order, codes, num_experts, stages, angle_bits);
-        let panels = (0..num_experts).step_by(PANEL).flat_map(|first| {
-            let experts = first..num_experts.min(first + PANEL);
-            (0..d_model).flat_map(move |position| experts.clone().map(move |expert| (expert, position)))
-        });
-        let codes = panels.map(|(expert, position)| weights.router[expert * d_model + model.feature(position)]);
+        let angles = |site, codes: &[u16], order, stages| match config.seeded_angles(layer, site) {
+            Some(angles) => PackedAngles::seeded(order, angles, stages),
+            None => PackedAngles::pack(order, codes, num_experts, stages, angle_bits),
+        };
+        let panels = |positions: Range<usize>| {
+            (0..num_experts).step_by(PANEL).flat_map(move |first| {
+                let experts = first..num_experts.min(first + PANEL);
+                positions.clone().flat_map(move |position| experts.clone().map(move |expert| (expert, position)))
+            })
+        };
+        let code = |(expert, position)| weights.router[expert * d_model + model.feature(position)];
+        let half = d_model.div_ceil(2);
+        let nibbles = |(expert, position)| {
+            let high = if half + position < d_model { code((expert, half + position)) } else { 0 };
+            (code((expert, position)) & 15 | high << 4) as u8
+        };
         Ok(Self {
             num_experts,
             top_k,
             router: match config.router_bits {
-                // Eight-bit codes are in range: the reader checks, and training rounds to them.
-                8 => RouterCodes::Bits8(codes.map(|code| code.clamp(-128, 127) as i8).collect()),
-                _ => RouterCodes::Bits16(codes.collect()),
+                // Codes are in range: the reader checks, and training rounds to them.
+                4 => RouterCodes::Bits4(panels(0..half).map(nibbles).collect()),
+                8 => RouterCodes::Bits8(panels(0..d_model).map(|at| code(at).clamp(-128, 127) as i8).collect()),
+                _ => RouterCodes::Bits16(panels(0..d_model).map(code).collect()),
             },
-            router_scale: weights.router_scale.clone().into(),
-            rotation_in: angles(&weights.rotation_in.codes, model, config.stages_in)?,
-            rotation_hidden: angles(&weights.rotation_hidden.codes, ff, config.stages_hidden)?,
-            rotation_out: angles(&weights.rotation_out.codes, model, config.stages_out)?,
+            router_scale: Scales::new(&weights.router_scale, config.router_scales == FloatFormat::F16, 1)?,
+            rotation_in: angles(0, &weights.rotation_in.codes, model, config.stages_in)?,
+            rotation_hidden: angles(1, &weights.rotation_hidden.codes, ff, config.stages_hidden)?,
+            rotation_out: angles(2, &weights.rotation_out.codes, model, config.stages_out)?,
         })
     }
 
     /// Bytes on the heap.
     pub fn resident_bytes(&self) -> usize {
         let router = match &self.router {
+            RouterCodes::Bits4(codes) => size_of_val(&**codes),
             RouterCodes::Bits8(codes) => size_of_val(&**codes),
             RouterCodes::Bits16(codes) => size_of_val(&**codes),
         };
         let angles = [&self.rotation_in, &self.rotation_hidden, &self.rotation_out];
-        router + size_of_val(&*self.router_scale) + angles.map(PackedAngles::resident_bytes).iter().sum::<usize>()
+        router + self.router_scale.resident_bytes() + angles.map(PackedAngles::resident_bytes).iter().sum::<usize>()
     }
 
     /// Logits of `tokens` `[rows, d_model]` in lane order, `[rows, num_experts]`. `panel` has room
@@ -152,8 +196,14 @@ impl ExpertLayer {
             // Scaled before the product, as the definition has it: gate weight = code * scale.
             let n = PANEL.min(self.num_experts - first);
             let codes = first * d_model..(first + n) * d_model;
-            let scale = &self.router_scale[first..first + n];
+            let mut scales = [0.0; PANEL];
+            self.router_scale.read(first, &mut scales);
+            let scale = &scales[..n];
             match &self.router {
+                RouterCodes::Bits4(all) => {
+                    let half = d_model.div_ceil(2);
+                    decode_nibbles(&all[first * half..][..n * half], scale, &mut panel[..n * d_model]);
+                }
                 RouterCodes::Bits8(all) => decode_router(&all[codes], scale, panel),
                 RouterCodes::Bits16(all) => decode_router(&all[codes], scale, panel),
             }
@@ -171,6 +221,22 @@ fn decode_router<T: Copy + Into<f32>>(codes: &[T], scale: &[f32], panel: &mut [f
             *out = code.into() * scale;
         }
     }
+}
+
+/// One panel of [`RouterCodes::Bits4`].
+fn decode_nibbles(codes: &[u8], scale: &[f32], panel: &mut [f32]) {
+    let width = scale.len();
+    let (low, high) = panel.split_at_mut(codes.len());
+    let rows = |out: &mut [f32], value: fn(u8) -> i8| {
+        for (out, codes) in out.chunks_exact_mut(width).zip(codes.chunks_exact(width)) {
+            for ((out, &code), scale) in out.iter_mut().zip(codes).zip(scale) {
+                *out = f32::from(value(code)) * scale;
+            }
+        }
+    };
+    // Shifts of signed numbers keep the sign.
+    rows(low, |code| (code << 4).cast_signed() >> 4);
+    rows(high, |code| code.cast_signed() >> 4);
 }
 
 /// Consecutive tokens that go through the same expert set.

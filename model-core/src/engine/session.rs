@@ -36,9 +36,10 @@ pub struct Session {
     backbone: Arc<Backbone>,
     max_batch: usize,
     pool: Pool,
-    /// The caller's row of each image: rows of one set are made neighbours.
+    /// The caller's row of each image: rows that go through the same experts are made neighbours, whichever set they are
+    /// of.
     order: Vec<usize>,
-    /// The batch's sets, each by the caller's row that named it first.
+    /// The batch's experts, each by the caller's row that named them first.
     sets: Vec<usize>,
     spans: Vec<Span>,
     /// Activations between stem layers, two of `[max_batch, stem_len]`.
@@ -222,11 +223,12 @@ impl Session {
         spans.clear();
         let mut first_slot = 0;
         for (i, row) in rows.iter().enumerate() {
-            if sets.iter().any(|&set| std::ptr::eq(rows[set].set, row.set)) {
+            let same = |other: usize| Arc::ptr_eq(&rows[other].set.layers, &row.set.layers);
+            if sets.iter().any(|&set| same(set)) {
                 continue;
             }
             let first = order.len();
-            order.extend((i..rows.len()).filter(|&j| std::ptr::eq(rows[j].set, row.set)));
+            order.extend((i..rows.len()).filter(|&j| same(j)));
             let span_tokens = (order.len() - first) * tokens;
             spans.push(Span { set: sets.len(), first: first * tokens, tokens: span_tokens, first_slot });
             first_slot += span_tokens * row.set.config().top_k;
@@ -347,7 +349,7 @@ impl Session {
     fn run_head(&mut self, backbone: &Backbone, rows: &mut [Row<'_>]) {
         let (isa, d_model, tokens) = (backbone.isa(), backbone.config().d_model, backbone.config().num_tokens());
         // SAFETY: outside of loops the session's number is its caller's, who has the session exclusively.
-        let ThreadScratch { rows: normed, out: pooled, .. } = unsafe { self.threads.of(self.pool.own()) };
+        let ThreadScratch { rows: normed, out: pooled, quantized, .. } = unsafe { self.threads.of(self.pool.own()) };
         let pooled = &mut pooled[..d_model];
         for (image, &row) in self.order.iter().enumerate() {
             pooled.fill(0.0);
@@ -363,7 +365,8 @@ impl Session {
                 *v /= tokens as f32;
             }
             let row = &mut rows[row];
-            row.set.head.matmul(pooled, row.logits).expect(LENGTHS);
+            row.set.head.forward(pooled, quantized, row.logits).expect(LENGTHS);
+            row.logits.iter_mut().for_each(|logit| *logit /= row.set.temperature);
         }
     }
 }

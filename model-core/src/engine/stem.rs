@@ -1,7 +1,7 @@
 //! The stem: convolutions as products over windows, channel-last.
 
 use super::linear::{Linear, Quantized, TILE};
-use crate::config::{BackboneConfig, StemLayer};
+use crate::config::{Activation, BackboneConfig, ConfigError, StemLayer};
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::add_assign;
 use crate::kernels::norm::layer_norm;
@@ -26,7 +26,7 @@ impl Convolution {
         (layer, side, channels): (StemLayer, usize, usize),
         first: bool,
     ) -> Result<Self, KernelError> {
-        let window = layer.kernel.pow(2) * channels;
+        let window = layer.window_len(channels);
         // Pixels stay f32: their layer is small, and what it rounds away no later one brings back.
         let pack = if first { Linear::f32 } else { Linear::int8 };
         let conv = pack(isa, &weights.conv, layer.channels, window)?;
@@ -69,20 +69,29 @@ impl Convolution {
         }
         let Some(norm) = &self.norm else {
             self.conv.forward(gathered, quantized, out)?;
+            self.activate(isa, out);
             self.add_input(isa, input, first, out);
             return Ok(());
         };
         let raw = &mut raw[..out.len()];
         self.conv.forward(gathered, quantized, raw)?;
         layer_norm(isa, raw, &norm.gamma, &norm.beta, LAYER_NORM_EPS, out);
-        gelu(isa, out);
+        self.activate(isa, out);
         self.add_input(isa, input, first, out);
         Ok(())
     }
 
+    fn activate(&self, isa: Isa, out: &mut [f32]) {
+        match self.layer.activation {
+            Activation::None => {}
+            Activation::Relu6 => out.iter_mut().for_each(|v| *v = v.clamp(0.0, 6.0)),
+            Activation::Gelu => gelu(isa, out),
+        }
+    }
+
     /// The residual connection; input and output have the same shape where there is one.
     fn add_input(&self, isa: Isa, input: &[f32], first: usize, out: &mut [f32]) {
-        if self.layer.residual {
+        if self.layer.residual.is_some() {
             add_assign(isa, out, &input[first * self.channels()..][..out.len()]);
         }
     }
@@ -90,17 +99,17 @@ impl Convolution {
     /// The pixels under window `index`, in the order (row, column, channel); zero where it hangs over the edge.
     fn gather(&self, input: &[f32], index: usize, window: &mut [f32]) {
         let (side, channels) = self.input;
-        let StemLayer { kernel, stride, padding, .. } = self.layer;
+        let StemLayer { kernel, stride, padding: [above, before, ..], .. } = self.layer;
         let (top, left) = (index / self.output_side * stride, index % self.output_side * stride);
         // Columns of the kernel that lie inside the image.
-        let begin = padding.saturating_sub(left).min(kernel);
-        let end = (side + padding).saturating_sub(left).clamp(begin, kernel);
+        let begin = before.saturating_sub(left).min(kernel);
+        let end = (side + before).saturating_sub(left).clamp(begin, kernel);
         for (row, line) in window.chunks_exact_mut(kernel * channels).enumerate() {
-            if top + row < padding || top + row >= side + padding || begin == end {
+            if top + row < above || top + row >= side + above || begin == end {
                 line.fill(0.0);
                 continue;
             }
-            let start = ((top + row - padding) * side + left + begin - padding) * channels;
+            let start = ((top + row - above) * side + left + begin - before) * channels;
             line[..begin * channels].fill(0.0);
             line[begin * channels..end * channels].copy_from_slice(&input[start..][..(end - begin) * channels]);
             line[end * channels..].fill(0.0);
@@ -108,8 +117,21 @@ impl Convolution {
     }
 }
 
-/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and
-/// of a tile's output.
+/// Refuses what the float path computes but this one does not: groups, and residuals from layers before.
+pub(super) fn check_supported(config: &BackboneConfig) -> Result<(), ConfigError> {
+    let unsupported = |(i, layer): (usize, &StemLayer)| {
+        let what = match layer {
+            StemLayer { groups: 2.., .. } => "grouped convolutions",
+            StemLayer { residual: Some(from), .. } if *from != i => "residuals from earlier layers",
+            _ => return None,
+        };
+        Some(ConfigError { field: "backbone.stem", reason: format!("layer {i}: the integer path has no {what}") })
+    };
+    config.stem.iter().enumerate().find_map(unsupported).map_or(Ok(()), Err)
+}
+
+/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and of
+/// a tile's output.
 pub(super) fn scratch_sizes(config: &BackboneConfig) -> (usize, usize, usize) {
     let layers = || config.stem_inputs();
     let last = config.stem.len() - 1;

@@ -24,12 +24,21 @@ pub struct Preprocess {
     pub mean: [f32; 3],
     /// Standard deviation of red, green and blue.
     pub std: [f32; 3],
+    /// Large JPEG and PNG files are read at a fraction of their scale that leaves the shorter side at least so many times as
+    /// long as the model's, from 1 to 64.
+    #[serde(default = "default_reduction")]
+    pub reduction: f32,
+}
+
+/// That of version 1 of the format.
+const fn default_reduction() -> f32 {
+    8.0
 }
 
 impl Default for Preprocess {
     /// Samples from -1 to 1.
     fn default() -> Self {
-        Self { resize: Resize::default(), mean: [0.5; 3], std: [0.5; 3] }
+        Self { resize: Resize::default(), mean: [0.5; 3], std: [0.5; 3], reduction: default_reduction() }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a kernel refuses.
 
 /// A kernel was handed something that it cannot work on.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
     /// A slice does not have the length that the shapes ask for.
@@ -26,6 +26,20 @@ pub enum KernelError {
     /// A weight, scale or bias is infinite or not a number.
     #[error("{what} {index} is not finite")]
     NotFinite { what: &'static str, index: usize },
+    /// An int8 weight has no negative in int8.
+    #[error("int8 weight {index} is -128, which has no negative")]
+    NotSymmetric {
+        /// Position in the row-major weights.
+        index: usize,
+    },
+    /// A scale that is to be kept in half precision has a value that half precision does not have.
+    #[error("scale {index} is {value}, no value of half precision")]
+    NotHalf {
+        /// Position among the scales.
+        index: usize,
+        /// What stands there.
+        value: f32,
+    },
     /// The inner dimension is so long that an i32 sum could overflow.
     #[error("inner dimension {got} is more than {max}")]
     InnerDimension {

@@ -3,7 +3,10 @@
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 use model_core::artifact::{Digest, read_backbone, write_backbone, write_expert_set};
-use model_core::config::{BackboneConfig, ExpertConfig, StemLayer, ViTConfig};
+use model_core::config::{
+    AngleSeed, BackboneConfig, ExpertConfig, FloatFormat, Generator, StemLayer, SubstrateConfig, TernaryPacking,
+    ViTConfig,
+};
 use model_core::image::Preprocess;
 use model_core::random::SplitMix64;
 use model_core::random_weights::{backbone_weights, expert_set_weights};
@@ -14,11 +17,12 @@ pub(crate) fn minute_config() -> ViTConfig {
     ViTConfig {
         backbone: BackboneConfig {
             image_size: 4,
-            stem: vec![StemLayer { residual: false, ..StemLayer::conv3(3, 1) }, StemLayer::patch(6, 2)],
+            stem: vec![StemLayer::conv3(3, 1), StemLayer::patch(6, 2)],
             d_model: 6,
             d_ff: 10,
             num_layers: 1,
             num_heads: 2,
+            substrates: SubstrateConfig::default(),
         },
         experts: ExpertConfig {
             num_experts: 3,
@@ -27,21 +31,34 @@ pub(crate) fn minute_config() -> ViTConfig {
             stages_hidden: 1,
             stages_out: 1,
             angle_bits: 6,
+            angle_seed: None,
             router_bits: 16,
+            router_scales: FloatFormat::F32,
         },
         num_classes: 2,
     }
 }
 
+/// A model whose substrates are packed as tightly as they can be.
+pub(crate) fn packed_config(shared: bool) -> ViTConfig {
+    let mut config = ViTConfig::preset("tiny").unwrap();
+    config.backbone.substrates =
+        SubstrateConfig { shared, packing: TernaryPacking::FiveTrits, scales: FloatFormat::F16 };
+    config
+}
+
 /// Shapes that differ in everything a set may choose.
 pub(crate) fn expert_configs() -> Vec<ExpertConfig> {
     let base = ViTConfig::preset("tiny").unwrap().experts;
+    let seed = |spread_bits| Some(AngleSeed { generator: Generator::SplitMix64, seed: 3, spread_bits });
     vec![
         base.clone(),
         ExpertConfig { num_experts: 1, top_k: 1, stages_in: 0, stages_hidden: 5, stages_out: 0, ..base.clone() },
         ExpertConfig { num_experts: 7, top_k: 7, stages_in: 1, stages_out: 0, angle_bits: 6, ..base.clone() },
         ExpertConfig { num_experts: 40, top_k: 3, stages_out: 4, angle_bits: 16, router_bits: 16, ..base.clone() },
-        ExpertConfig { stages_in: 0, stages_hidden: 0, stages_out: 0, angle_bits: 4, ..base },
+        ExpertConfig { stages_in: 0, stages_hidden: 0, stages_out: 0, angle_bits: 4, ..base.clone() },
+        ExpertConfig { router_bits: 4, router_scales: FloatFormat::F16, angle_seed: seed(8), ..base.clone() },
+        ExpertConfig { num_experts: 35, router_bits: 4, angle_bits: 6, angle_seed: seed(5), ..base },
     ]
 }
 

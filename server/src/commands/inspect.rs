@@ -43,8 +43,8 @@ struct Inspected {
 fn inspect(bytes: &[u8]) -> Result<Inspected, String> {
     let header = Header::from_bytes(bytes).map_err(|error| error.to_string())?;
     let checked = match header.contents {
-        Contents::Backbone { .. } => model_core::artifact::read_backbone(bytes).map(drop),
-        Contents::ExpertSet { .. } => model_core::artifact::read_expert_set(bytes).map(drop),
+        Contents::Backbone(_) => model_core::artifact::read_backbone(bytes).map(drop),
+        Contents::ExpertSet(_) => model_core::artifact::read_expert_set(bytes).map(drop),
     };
     checked.map_err(|error| error.to_string())?;
     let footprint = Footprint::of_artifact(&header.contents, header.file_bytes);
@@ -54,10 +54,28 @@ fn inspect(bytes: &[u8]) -> Result<Inspected, String> {
 fn print_json(out: &mut impl Write, file: &str, artifact: &Inspected) -> std::io::Result<()> {
     let Inspected { header, footprint } = artifact;
     let (config, more) = match &header.contents {
-        Contents::Backbone { config, preprocess } => (json!(config), json!({ "preprocess": preprocess })),
-        Contents::ExpertSet { config, backbone_config, backbone_digest, labels } => (
-            json!({ "experts": config, "backbone": backbone_config }),
-            json!({ "backbone_digest": backbone_digest, "num_classes": labels.len() }),
+        Contents::Backbone(backbone) => (
+            json!(backbone.config),
+            json!({
+                "preprocess": backbone.preprocess,
+                "encoding": backbone.encoding,
+                "background": backbone.background,
+                "card": backbone.card,
+            }),
+        ),
+        Contents::ExpertSet(set) => (
+            json!({ "experts": set.config, "backbone": set.backbone }),
+            json!({
+                "backbone_digest": set.backbone_digest,
+                "borrowed_experts": set.borrowed_experts,
+                "encoding": set.encoding,
+                "num_classes": set.labels.len(),
+                "temperature": set.temperature,
+                "familiarity": set.familiarity,
+                "view": set.view,
+                "report": set.report,
+                "card": set.card,
+            }),
         ),
     };
     let (disk, resident) = footprint.totals();
@@ -81,9 +99,21 @@ fn print_text(out: &mut impl Write, file: &str, artifact: &Inspected) -> std::io
     let Inspected { header, footprint } = artifact;
     writeln!(out, "{file}: {} `{}`", header.contents.kind(), header.name)?;
     writeln!(out, "  digest {}", header.digest)?;
-    if let Contents::ExpertSet { backbone_digest, labels, .. } = &header.contents {
-        writeln!(out, "  backbone {backbone_digest}")?;
-        writeln!(out, "  {} labels", labels.len())?;
+    let card = match &header.contents {
+        Contents::Backbone(backbone) => &backbone.card,
+        Contents::ExpertSet(set) => {
+            writeln!(out, "  backbone {}", set.backbone_digest)?;
+            if let Some(lender) = set.borrowed_experts {
+                writeln!(out, "  experts of {lender}")?;
+            }
+            writeln!(out, "  {} labels", set.labels.len())?;
+            &set.card
+        }
+    };
+    if let Some(card) = card {
+        for (what, text) in [("licence", &card.licence), ("origin", &card.origin), ("data", &card.data)] {
+            writeln!(out, "  {what} {}", text.replace('\n', "\n    "))?;
+        }
     }
     writeln!(out, "{footprint}")
 }

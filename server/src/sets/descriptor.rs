@@ -117,17 +117,17 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<Set
     let stamp = location.stamp().map_err(|error| format!("{location}: {error}"))?;
     let header = header(location)?;
     let resident_bytes = resident_bytes(&header);
-    let Contents::ExpertSet { backbone_digest, labels, .. } = header.contents else {
+    let Contents::ExpertSet(set) = header.contents else {
         return Err(format!("{location}: expected an expert set, found {}", header.contents.kind()));
     };
     Ok(SetDescriptor {
         name: name.to_owned(),
         version,
         digest: header.digest,
-        backbone: backbone_digest,
+        backbone: set.backbone_digest,
         resident_bytes,
         file_bytes: header.file_bytes,
-        num_classes: labels.len(),
+        num_classes: set.labels.len(),
         location: location.clone(),
         stamp,
     })
@@ -139,10 +139,10 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<Set
 /// A sentence that names file and reason.
 pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> Result<(), String> {
     let set = read_expert_set(&location.read()?).map_err(|error| format!("{location}: {error}"))?;
-    let Contents::Backbone { config, .. } = header(&backbone.location)?.contents else {
+    let Contents::Backbone(own) = header(&backbone.location)?.contents else {
         return Err(format!("{}: the backbone is one no more", backbone.name));
     };
-    set.check_backbone(&config, backbone.digest).map_err(|error| format!("{location}: {error}"))
+    set.check_backbone(&own.config, backbone.digest).map_err(|error| format!("{location}: {error}"))
 }
 
 /// Describes a backbone from its header.
@@ -152,14 +152,14 @@ pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> Result<(
 pub fn describe_backbone(name: &str, location: &Location) -> Result<BackboneDescriptor, String> {
     let header = header(location)?;
     let resident_bytes = resident_bytes(&header);
-    let Contents::Backbone { config, .. } = header.contents else {
+    let Contents::Backbone(backbone) = header.contents else {
         return Err(format!("{location}: expected a backbone, found {}", header.contents.kind()));
     };
     Ok(BackboneDescriptor {
         name: name.to_owned(),
         digest: header.digest,
         resident_bytes,
-        image_size: config.image_size,
+        image_size: backbone.config.image_size,
         location: location.clone(),
     })
 }

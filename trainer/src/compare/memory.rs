@@ -1,7 +1,7 @@
 //! How memory grows with the number of experts, measured on artifacts that are really written and loaded.
 
 use anyhow::Result;
-use model_core::artifact::{Contents, read_backbone, write_backbone, write_expert_set};
+use model_core::artifact::{Header, read_backbone, write_backbone, write_expert_set};
 use model_core::config::ViTConfig;
 use model_core::engine::{Backbone, ExpertSet};
 use model_core::footprint::{components, runtime_compression};
@@ -45,23 +45,16 @@ pub(super) fn by_number_of_experts(config: &ViTConfig) -> Result<Vec<ExpertMemor
         let set_file = write_expert_set("random", &set, (&config.backbone, digest), &Value::Null)?;
         let loaded_backbone = Backbone::from_bytes(&backbone_file)?;
         let loaded_set = ExpertSet::from_bytes(&set_file, &loaded_backbone)?;
-        let feed_forward = |contents: &Contents, file: &[u8]| -> u64 {
-            let parts = components(contents, file.len() as u64).into_iter();
+        let feed_forward = |file: &[u8]| -> Result<u64> {
+            let parts = components(&Header::from_bytes(file)?.contents, file.len() as u64).into_iter();
             let parts = parts.filter(|part| FEED_FORWARD.contains(&part.name));
-            parts.map(|part| part.resident_bytes).sum()
-        };
-        let of_backbone = Contents::Backbone { config: config.backbone.clone(), preprocess: Preprocess::default() };
-        let of_set = Contents::ExpertSet {
-            config: config.experts.clone(),
-            backbone_config: config.backbone.clone(),
-            backbone_digest: digest,
-            labels: labels.clone(),
+            Ok(parts.map(|part| part.resident_bytes).sum())
         };
         let layers = config.backbone.num_layers as f64;
         Ok(ExpertMemory {
             num_experts,
-            dense_bytes: layers * runtime_compression(&config.backbone, &config.experts).dense_bytes,
-            feed_forward_bytes: feed_forward(&of_backbone, &backbone_file) + feed_forward(&of_set, &set_file),
+            dense_bytes: layers * runtime_compression(&config.backbone.shape(), &config.experts).dense_bytes,
+            feed_forward_bytes: feed_forward(&backbone_file)? + feed_forward(&set_file)?,
             set_file_bytes: set_file.len(),
             set_resident_bytes: loaded_set.resident_bytes(),
             backbone_file_bytes: backbone_file.len(),
@@ -90,7 +83,7 @@ mod tests {
         }
         let eight =
             ViTConfig { experts: model_core::config::ExpertConfig { num_experts: 8, ..config.experts }, ..config };
-        let counted = runtime_compression(&eight.backbone, &eight.experts).butterfly_bytes;
+        let counted = runtime_compression(&eight.backbone.shape(), &eight.experts).butterfly_bytes;
         assert_eq!(points[0].feed_forward_bytes as f64, counted * eight.backbone.num_layers as f64);
     }
 }

@@ -201,7 +201,7 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
             (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
         };
         let (near, far) = (shared(|run| run.routing_agreement), shared(|run| run.far_agreement));
-        let (paper_bytes, runtime_bytes) = layer_bytes(recipe.feed_forward, backbone, experts);
+        let (paper_bytes, runtime_bytes) = layer_bytes(recipe.feed_forward, &backbone.shape(), experts);
         Row {
             variant,
             seeds: runs.len(),
@@ -220,7 +220,7 @@ pub fn rows(outcomes: &[Outcome]) -> Vec<Row> {
             parameters: runs[0].parameters,
             paper_bytes: layers * paper_bytes,
             runtime_bytes: layers * runtime_bytes,
-            runtime_ratio: runtime_compression(backbone, experts).dense_bytes / runtime_bytes,
+            runtime_ratio: runtime_compression(&backbone.shape(), experts).dense_bytes / runtime_bytes,
             images_per_second: mean(|run| run.images_per_second),
         }
     };

@@ -19,7 +19,7 @@ pub mod split;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use model_core::image::{Preprocess, Resize, RgbImage};
+use model_core::image::{Preprocess, RgbImage};
 use rayon::prelude::*;
 
 /// Labelled RGB images of one size.
@@ -82,10 +82,10 @@ impl Dataset {
         let mean = sum.map(|s| s as f64 / count);
         let std = std::array::from_fn(|c| (squares[c] as f64 / count - mean[c] * mean[c]).max(0.0).sqrt() / 255.0);
         Preprocess {
-            resize: Resize::default(),
             mean: mean.map(|m| (m / 255.0) as f32),
             // A channel that never varies carries nothing; dividing by one keeps it finite.
             std: std.map(|s| if s > 1e-3 { s as f32 } else { 1.0 }),
+            ..Preprocess::default()
         }
     }
 

@@ -83,7 +83,8 @@ impl Artifacts {
     }
 
     fn with_random_routers(&self) -> Self {
-        let (d_model, bits) = (self.backbone.weights.config.d_model, self.set.weights.config.router_bits);
+        let (d_model, config) = (self.backbone.weights.config.d_model, &self.set.weights.config);
+        let (bits, scales) = (config.router_bits, config.router_scales);
         self.with_layers(|l, layer| {
             let mut gates = SplitMix64::at(l as u64, 0).normals(layer.router.len(), 1.0);
             let trained = layer.router.chunks_exact(d_model).zip(&layer.router_scale);
@@ -93,7 +94,7 @@ impl Artifacts {
                 let factor = wanted / length(row.iter().map(|v| v * v).sum());
                 row.iter_mut().for_each(|v| *v *= factor);
             }
-            (layer.router, layer.router_scale) = router_codes(&gates, d_model, bits);
+            (layer.router, layer.router_scale) = router_codes(&gates, d_model, bits, scales);
         })
     }
 
@@ -109,7 +110,9 @@ impl Artifacts {
 
     fn without_experts(&self) -> Self {
         let mut changed = self.clone();
-        changed.backbone.weights.blocks.iter_mut().for_each(|block| block.down.codes.fill(0));
+        for block in &mut changed.backbone.weights.blocks {
+            block.down.codes = vec![0; block.down.codes.len()].into();
+        }
         changed
     }
 

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::LayerNorm;
 use crate::ops;
 use crate::parameters::Parameters;
-use model_core::config::{BackboneConfig, StemLayer};
+use model_core::config::{Activation, BackboneConfig, StemLayer};
 
 #[derive(Debug, Clone)]
 struct Convolution {
@@ -25,12 +25,12 @@ pub struct Stem {
 impl Stem {
     /// The stem of `config`, parameters `stem.{i}.conv.*`, `stem.{i}.norm.*` and `pos_embed`.
     pub fn new(parameters: &Parameters, config: &BackboneConfig) -> Result<Self> {
-        let layers = config.stem.iter().enumerate().map(|(i, &layer)| {
+        let layers = config.stem_inputs().enumerate().map(|(i, (layer, _, channels))| {
             Ok(Convolution {
                 layer,
-                weight: parameters.get(&format!("stem.{i}.conv.weight"))?,
+                weight: without_groups(&parameters.get(&format!("stem.{i}.conv.weight"))?, layer, channels)?,
                 bias: parameters.get(&format!("stem.{i}.conv.bias"))?,
-                norm: if layer.norm_gelu { Some(LayerNorm::new(parameters, &format!("stem.{i}.norm"))?) } else { None },
+                norm: if layer.norm { Some(LayerNorm::new(parameters, &format!("stem.{i}.norm"))?) } else { None },
             })
         });
         Ok(Self { layers: layers.collect::<Result<_>>()?, pos_embed: parameters.get("pos_embed")? })
@@ -39,13 +39,45 @@ impl Stem {
     /// `[batch, side, side, 3] -> [batch, tokens, d_model]`, tokens row by row.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let mut x = pixels.clone();
+        // The input of every layer so far, for residuals.
+        let mut inputs = Vec::with_capacity(self.layers.len());
         for Convolution { layer, weight, bias, norm } in &self.layers {
-            let mut y = ops::conv(&x, weight, bias, *layer)?;
-            if let Some(norm) = norm {
-                y = norm.forward_gelu(&y)?;
-            }
-            x = if layer.residual { (x + y)? } else { y };
+            inputs.push(x.clone());
+            let y = ops::conv(&x, weight, bias, *layer)?;
+            let y = match (norm, layer.activation) {
+                (Some(norm), Activation::Gelu) => norm.forward_gelu(&y)?,
+                (Some(norm), activation) => activate(&norm.forward(&y)?, activation)?,
+                (None, activation) => activate(&y, activation)?,
+            };
+            x = match layer.residual {
+                Some(from) => (&inputs[from] + y)?,
+                None => y,
+            };
         }
         x.flatten(1, 2)?.broadcast_add(&self.pos_embed)
     }
+}
+
+fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::None => Ok(x.clone()),
+        Activation::Relu6 => x.clamp(0f32, 6f32),
+        Activation::Gelu => ops::gelu(x),
+    }
+}
+
+/// The weight `[out, kernel * kernel * in / groups]` as one that sees all input channels,
+/// `[out, kernel * kernel * in]`, with zeros for those of other groups.
+fn without_groups(weight: &Tensor, layer: StemLayer, channels: usize) -> Result<Tensor> {
+    let StemLayer { channels: out, kernel, groups, .. } = layer;
+    if groups == 1 {
+        return Ok(weight.clone());
+    }
+    let (own, outputs) = (channels / groups, out / groups);
+    let weight = weight.reshape((out, kernel * kernel, own))?;
+    let parts = (0..groups).map(|group| {
+        let rows = weight.narrow(0, group * outputs, outputs)?;
+        rows.pad_with_zeros(2, group * own, channels - (group + 1) * own)
+    });
+    Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?.reshape((out, kernel * kernel * channels))
 }

@@ -43,14 +43,14 @@ impl Conv {
     /// image; the rest is padding.
     fn for_each_run(&self, sizes: Sizes, mut visit: impl FnMut(usize, usize)) {
         let Sizes { side, channels, out_side, window } = sizes;
-        let StemLayer { kernel, stride, padding, .. } = self.0;
+        let StemLayer { kernel, stride, padding: [top, left, ..], .. } = self.0;
         for row in 0..out_side {
             for col in 0..out_side {
                 let start = (row * out_side + col) * window;
                 for ky in 0..kernel {
-                    let Some(y) = (row * stride + ky).checked_sub(padding).filter(|&y| y < side) else { continue };
+                    let Some(y) = (row * stride + ky).checked_sub(top).filter(|&y| y < side) else { continue };
                     for kx in 0..kernel {
-                        let Some(x) = (col * stride + kx).checked_sub(padding).filter(|&x| x < side) else { continue };
+                        let Some(x) = (col * stride + kx).checked_sub(left).filter(|&x| x < side) else { continue };
                         visit(start + (ky * kernel + kx) * channels, (y * side + x) * channels);
                     }
                 }

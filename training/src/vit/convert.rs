@@ -34,10 +34,14 @@ impl ViT {
         let config = set.vit_config(&backbone.config);
         config.validate().map_err(invalid)?;
         let (b, e) = (&config.backbone, &config.experts);
+        if set.layers.len() != b.num_layers {
+            candle_core::bail!("the set has experts for {} blocks of {}", set.layers.len(), b.num_layers);
+        }
         let mut p = Parameters::default();
         let linear = |p: &mut Parameters, name: &str, layer: &weights::Linear| -> Result<()> {
             let out = layer.bias.len();
-            p.insert(format!("{name}.weight"), layer.weight.clone(), &[out, layer.weight.len() / out.max(1)])?;
+            let weight = layer.weight.to_f32().into_owned();
+            p.insert(format!("{name}.weight"), weight, &[out, layer.weight.len() / out.max(1)])?;
             p.insert(format!("{name}.bias"), layer.bias.clone(), &[out])
         };
         let norm = |p: &mut Parameters, name: &str, layer: &weights::Norm| -> Result<()> {
@@ -50,6 +54,14 @@ impl ViT {
                 norm(&mut p, &format!("stem.{i}.norm"), layer)?;
             }
         }
+        // Blocks that share their codes but not their scales have matrices of their own here.
+        let first = &backbone.blocks[0];
+        let same = |block: &BlockWeights| block.up == first.up && block.down == first.down;
+        let shared = b.substrates.shared && backbone.blocks.iter().all(same);
+        if shared {
+            p.insert("moe.up", substrate(&first.up), &[b.d_ff, b.d_model])?;
+            p.insert("moe.down", substrate(&first.down), &[b.d_model, b.d_ff])?;
+        }
         p.insert("pos_embed", backbone.pos_embed.clone(), &[b.num_tokens(), b.d_model])?;
         for (l, (block, layer)) in backbone.blocks.iter().zip(&set.layers).enumerate() {
             norm(&mut p, &format!("blocks.{l}.norm1"), &block.norm1)?;
@@ -59,20 +71,35 @@ impl ViT {
             let mut matrix = |part: &str, values: Vec<f32>, shape: &[usize]| {
                 p.insert(format!("blocks.{l}.moe.{part}"), values, shape)
             };
-            matrix("up", substrate(&block.up), &[b.d_ff, b.d_model])?;
-            matrix("down", substrate(&block.down), &[b.d_model, b.d_ff])?;
+            if !shared {
+                matrix("up", substrate(&block.up), &[b.d_ff, b.d_model])?;
+                matrix("down", substrate(&block.down), &[b.d_model, b.d_ff])?;
+            }
             let rows = layer.router.chunks_exact(b.d_model).zip(&layer.router_scale);
             let router = rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect();
             matrix("router", router, &[e.num_experts, b.d_model])?;
-            let angles = |codes: &AngleCodes| quantize::angles_of_codes(&codes.codes, e.angle_bits);
-            matrix("rotation_in", angles(&layer.rotation_in), &[e.num_experts, e.stages_in, b.d_model / 2])?;
-            matrix("rotation_hidden", angles(&layer.rotation_hidden), &[e.num_experts, e.stages_hidden, b.d_ff / 2])?;
-            if e.stages_out > 0 {
-                matrix("rotation_out", angles(&layer.rotation_out), &[e.num_experts, e.stages_out, b.d_model / 2])?;
+            let sites = [
+                ("in", e.stages_in, b.d_model, &layer.rotation_in),
+                ("hidden", e.stages_hidden, b.d_ff, &layer.rotation_hidden),
+                ("out", e.stages_out, b.d_model, &layer.rotation_out),
+            ];
+            for (i, (site, stages, features, AngleCodes { codes })) in sites.into_iter().enumerate() {
+                let shape = [e.num_experts, stages, features / 2];
+                let angles = match e.seeded_angles(l, i) {
+                    Some(seeded) => {
+                        quantize::angles_of_codes(&seeded.codes(shape[0], shape[1], shape[2]), e.angle_bits)
+                    }
+                    None => quantize::angles_of_codes(codes, e.angle_bits),
+                };
+                if stages > 0 || site != "out" {
+                    matrix(&format!("rotation_{site}"), angles, &shape)?;
+                }
             }
         }
         norm(&mut p, "norm", &backbone.norm)?;
-        linear(&mut p, "head", &set.head)?;
+        let scaled = |values: &[f32]| values.iter().map(|value| value / set.temperature).collect::<Vec<_>>();
+        let (weight, bias) = (scaled(&set.head.weight.to_f32()), scaled(&set.head.bias));
+        linear(&mut p, "head", &weights::Linear { weight: weight.into(), bias })?;
         Self::assemble(config, FeedForwardKind::Butterfly, p)
     }
 
@@ -92,7 +119,7 @@ impl ViT {
         let p = &self.parameters;
         let linear = |name: &str| -> Result<weights::Linear> {
             Ok(weights::Linear {
-                weight: p.values(&format!("{name}.weight"))?,
+                weight: p.values(&format!("{name}.weight"))?.into(),
                 bias: p.values(&format!("{name}.bias"))?,
             })
         };
@@ -102,21 +129,35 @@ impl ViT {
         let stem = b.stem.iter().enumerate().map(|(i, layer)| {
             Ok(StemWeights {
                 conv: linear(&format!("stem.{i}.conv"))?,
-                norm: if layer.norm_gelu { Some(norm(&format!("stem.{i}.norm"))?) } else { None },
+                norm: if layer.norm { Some(norm(&format!("stem.{i}.norm"))?) } else { None },
+                step: None,
             })
         });
         let ternary = |name: &str, cols: usize| -> Result<Ternary> {
             let (codes, scale) = ternarize(&p.values(name)?, cols);
-            Ok(Ternary { codes, scale })
+            let scale = scale.into_iter().map(|scale| b.substrates.scales.round(scale)).collect();
+            Ok(Ternary { codes: codes.into(), scale })
         };
+        let shared = b.substrates.shared && p.values("moe.up").is_ok();
+        let shared = if shared { Some((ternary("moe.up", b.d_model)?, ternary("moe.down", b.d_ff)?)) } else { None };
+        if b.substrates.shared && shared.is_none() {
+            candle_core::bail!("the blocks are to share substrates that were trained apart");
+        }
         let blocks = (0..b.num_layers).map(|l| {
+            let (up, down) = match &shared {
+                Some(pair) => pair.clone(),
+                None => {
+                    let own = |part: &str, cols| ternary(&format!("blocks.{l}.moe.{part}"), cols);
+                    (own("up", b.d_model)?, own("down", b.d_ff)?)
+                }
+            };
             Ok(BlockWeights {
                 norm1: norm(&format!("blocks.{l}.norm1"))?,
                 qkv: linear(&format!("blocks.{l}.attention.qkv"))?,
                 proj: linear(&format!("blocks.{l}.attention.proj"))?,
                 norm2: norm(&format!("blocks.{l}.norm2"))?,
-                up: ternary(&format!("blocks.{l}.moe.up"), b.d_model)?,
-                down: ternary(&format!("blocks.{l}.moe.down"), b.d_ff)?,
+                up,
+                down,
             })
         });
         let backbone = BackboneWeights {
@@ -125,13 +166,19 @@ impl ViT {
             pos_embed: p.values("pos_embed")?,
             blocks: blocks.collect::<Result<_>>()?,
             norm: norm("norm")?,
+            background: None,
         };
         let layers = (0..b.num_layers).map(|l| {
             let values = |part: &str| p.values(&format!("blocks.{l}.moe.{part}"));
             let codes = |part: &str| -> Result<AngleCodes> {
+                // Those of a seed are drawn again by whoever reads the artifact.
+                if e.angle_seed.is_some() {
+                    return Ok(AngleCodes::default());
+                }
                 Ok(AngleCodes { codes: quantize::angle_codes(&values(part)?, e.angle_bits) })
             };
-            let (router, router_scale) = quantize::router_codes(&values("router")?, b.d_model, e.router_bits);
+            let (router, router_scale) =
+                quantize::router_codes(&values("router")?, b.d_model, e.router_bits, e.router_scales);
             Ok(ExpertLayerWeights {
                 router,
                 router_scale,
@@ -145,6 +192,8 @@ impl ViT {
             layers: layers.collect::<Result<_>>()?,
             head: linear("head")?,
             labels: labels.to_vec(),
+            temperature: 1.0,
+            familiarity: None,
         };
         Ok((backbone, set))
     }

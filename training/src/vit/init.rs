@@ -34,8 +34,8 @@ impl ViT {
             p.insert(format!("{name}.beta"), vec![0.0; n], &[n])
         };
         for (i, (layer, _, channels)) in b.stem_inputs().enumerate() {
-            linear(&mut p, &format!("stem.{i}.conv"), layer.channels, layer.kernel.pow(2) * channels, 1.4)?;
-            if layer.norm_gelu {
+            linear(&mut p, &format!("stem.{i}.conv"), layer.channels, layer.window_len(channels), 1.4)?;
+            if layer.norm {
                 norm(&mut p, &format!("stem.{i}.norm"), layer.channels)?;
             }
         }
@@ -49,8 +49,15 @@ impl ViT {
         linear(&mut p, "head", config.num_classes, b.d_model, 0.5)?;
         p.insert("pos_embed", rng.normals(b.num_tokens() * b.d_model, 0.02), &[b.num_tokens(), b.d_model])?;
         for l in 0..b.num_layers {
+            let shared = b.substrates.shared && kind == FeedForwardKind::Butterfly;
             let mut matrix = |part: &str, std: f64, shape: &[usize]| {
-                p.insert(format!("blocks.{l}.moe.{part}"), rng.normals(shape.iter().product(), std), shape)
+                // One pair of substrates for all blocks has no block in its names.
+                let substrate = shared && matches!(part, "up" | "down");
+                if substrate && l > 0 {
+                    return Ok(());
+                }
+                let name = if substrate { format!("moe.{part}") } else { format!("blocks.{l}.moe.{part}") };
+                p.insert(name, rng.normals(shape.iter().product(), std), shape)
             };
             // What experts do not share exists once per expert.
             let owns = !matches!(
@@ -63,7 +70,7 @@ impl ViT {
             let own: &[usize] = if owns { &[e.num_experts] } else { &[] };
             let (up, down) = ((b.d_model as f64).powf(-0.5), 0.5 * (b.d_ff as f64).powf(-0.5));
             if kind == FeedForwardKind::LowRankExperts {
-                let rank = b.low_rank();
+                let rank = b.shape().low_rank();
                 matrix("up_in", up, &[e.num_experts, rank, b.d_model])?;
                 matrix("up_out", (rank as f64).powf(-0.5), &[e.num_experts, b.d_ff, rank])?;
                 matrix("down_in", down, &[e.num_experts, rank, b.d_ff])?;
@@ -88,7 +95,12 @@ impl ViT {
                 drawn_before[l][i] = rng.drawn();
                 if stages > 0 || site != "out" {
                     let shape = [e.num_experts, stages, features / 2];
-                    let angles = rng.angles(shape.iter().product(), spread, e.angle_bits);
+                    let angles = match e.seeded_angles(l, i) {
+                        Some(seeded) => {
+                            crate::quantize::angles_of_codes(&seeded.codes(shape[0], shape[1], shape[2]), e.angle_bits)
+                        }
+                        None => rng.angles(shape.iter().product(), spread, e.angle_bits),
+                    };
                     p.insert(format!("blocks.{l}.moe.rotation_{site}"), angles, &shape)?;
                 }
             }

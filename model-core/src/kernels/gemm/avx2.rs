@@ -6,13 +6,12 @@
 //!   `2 * 128 * 127 = 32512`, below 32768, and is widened at once.
 
 use std::arch::x86_64::{
-    __m256i, _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_setzero_si256, _mm256_sign_epi8, _mm256_srli_epi16, _mm256_storeu_si256,
+    __m256i, _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_loadu_si256, _mm256_madd_epi16,
+    _mm256_maddubs_epi16, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_sign_epi8,
+    _mm256_storeu_si256,
 };
 
-use super::pack::block_bytes;
-use super::{Acc, Format, K_BLOCK, Kernel, Packed, Sink, Tile};
+use super::{Acc, GROUP_BYTES, GROUPS, Kernel, Packed, Sink, Tile};
 
 /// Blocks of k between widenings. A block adds four steps to a 16-bit lane, a step at most `2 * 2 * 128 = 512` in
 /// size, so after 16 blocks a lane is in `-64 * 512..=64 * 508`, which is `-32768..=32512`.
@@ -36,14 +35,9 @@ impl Kernel for Avx2 {
     const TILE_ROWS: usize = 4;
     const UNSIGNED_INT8: bool = false;
 
-    unsafe fn dots(format: Format, rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
+    unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         // SAFETY: passed on to the caller.
-        unsafe {
-            match format {
-                Format::Ternary => for_rows::<true>(rows, tile, panel, acc),
-                Format::Int8 => for_rows::<false>(rows, tile, panel, acc),
-            }
-        }
+        unsafe { for_rows::<TERNARY>(rows, tile, weights, acc) };
     }
 }
 
@@ -51,12 +45,12 @@ impl Kernel for Avx2 {
 ///
 /// # Safety
 #[target_feature(enable = "avx2")]
-unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
+unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
     match rows {
-        1 => dots::<1, TERNARY>(tile, panel, acc),
-        2 => dots::<2, TERNARY>(tile, panel, acc),
-        3 => dots::<3, TERNARY>(tile, panel, acc),
-        4 => dots::<4, TERNARY>(tile, panel, acc),
+        1 => dots::<1, TERNARY>(tile, weights, acc),
+        2 => dots::<2, TERNARY>(tile, weights, acc),
+        3 => dots::<3, TERNARY>(tile, weights, acc),
+        4 => dots::<4, TERNARY>(tile, weights, acc),
         _ => unreachable!("a tile has 1..=4 rows"),
     }
 }
@@ -64,15 +58,10 @@ unsafe fn for_rows<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8
 /// One function with everything in it, so that `sums` are registers whatever the inliner thinks of the driver.
 #[inline(never)]
 #[target_feature(enable = "avx2")]
-fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
-    let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let blocks = tile.blocks();
-    assert!(tile.lhs.len() >= ROWS * tile.cols);
-    assert!(panel.len() >= block_bytes * blocks);
-    let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
-    for acc in &mut acc[..ROWS] {
-        acc.fill(0);
-    }
+fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
+    tile.check(ROWS, weights, acc);
+    let blocks = tile.blocks;
+    let ones = _mm256_set1_epi16(1);
     let mut first = 0;
     while first < blocks {
         let last = blocks.min(first + WIDEN_EVERY);
@@ -80,21 +69,15 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], ac
         let mut sums = [[_mm256_setzero_si256(); HALVES]; ROWS];
         for block in first..last {
             let (lhs, stride) = tile.lhs_block(block);
-            // SAFETY: the panel holds `blocks` blocks (asserted above), so 32 bytes can be read at each offset below
-            // the block's bytes.
-            let load = |offset| unsafe { _mm256_loadu_si256(panel.as_ptr().add(block * block_bytes + offset).cast()) };
-            let mut packed = [load(0), load(32)];
-            for i in 0..K_BLOCK / 4 {
-                let w: [__m256i; HALVES] = if TERNARY {
-                    // Bits that a 16-bit shift drags in from the neighbouring byte fall outside the mask.
-                    let w = [_mm256_and_si256(packed[0], mask), _mm256_and_si256(packed[1], mask)];
-                    packed = [_mm256_srli_epi16::<2>(packed[0]), _mm256_srli_epi16::<2>(packed[1])];
-                    w
-                } else {
-                    [load(64 * i), load(64 * i + 32)]
+            for i in 0..GROUPS {
+                // SAFETY: `weights` has the groups of `blocks` blocks (checked above), of two halves of 32 bytes each.
+                let load = |half: usize| unsafe {
+                    let at = (block * GROUPS + i) * GROUP_BYTES + 32 * half;
+                    _mm256_loadu_si256(weights.as_ptr().add(at).cast())
                 };
+                let w: [__m256i; HALVES] = [load(0), load(1)];
                 for r in 0..ROWS {
-                    // SAFETY: `lhs_block` gives 16 bytes in each of `ROWS` rows (asserted above); four of row r.
+                    // SAFETY: `lhs_block` gives 16 bytes in each of `ROWS` rows (checked above); four of row r.
                     let a = unsafe { lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned() };
                     let a = _mm256_set1_epi32(a);
                     for half in 0..HALVES {
@@ -111,7 +94,7 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], ac
         for r in 0..ROWS {
             for half in 0..HALVES {
                 let wide = if TERNARY { _mm256_madd_epi16(sums[r][half], ones) } else { sums[r][half] };
-                // SAFETY: a row of `acc` is 64 bytes, two halves of 32.
+                // SAFETY: a row of `acc` is 64 bytes, two halves of 32, and there are `ROWS` (checked above).
                 unsafe {
                     let total = acc[r].as_mut_ptr().add(8 * half).cast();
                     _mm256_storeu_si256(total, _mm256_add_epi32(_mm256_loadu_si256(total), wide));

@@ -3,17 +3,18 @@
 //!
 //! ```text
 //! dot[m, n] = sum over k of lhs[m, k] * w[n, k]                       lhs int8, exact in i32
-//! for each tile of ROWS rows of lhs:                                  ROWS fits the register file
-//!     for each panel of 16 rows of w:                                 one cache line of weights per 16 k (ternary)
-//!         acc[ROWS, 16] = micro-kernel(tile, panel)                   i32, in registers over all of k
-//!         out = f32(acc - offset * row_sum(lhs)) * step * scale + bias
+//! for each 64 rows of lhs, for each panel of 16 rows of w:            a panel of 512 k is 8 kB: the first-level cache
+//!     panel = unpack(panel)                                           ternary weights only: a byte each
+//!     for each tile of ROWS rows of lhs:                              ROWS fits the register file
+//!         acc[ROWS, 16] += micro-kernel(tile, panel)                  i32, in registers over all of k
+//!     out = f32(acc - offset * row_sum(lhs)) * step * scale + bias
 //! ```
 //!
 //! Three ideas make it fast:
 //! - **Columns sit in lanes, four k at a time**: a 32-bit lane holds four consecutive k of one column, which is what
 //!   `vpdpbusd` and `sdot` reduce, and an activation is a broadcast of four bytes. No horizontal sums.
-//! - **Ternary weights stay at two bits until they are in a register**: a byte holds the same lane of four successive
-//!   k groups, so unpacking is one shift and one mask per vector, shared by all rows of the tile.
+//! - **Ternary weights stay packed until they are needed**, at two bits or five to a byte: a byte holds the same lane of
+//!   four or five successive k groups, so unpacking is a few operations a register, and its result serves 64 rows.
 //! - **Unsigned weights**: x86 multiplies u8 by i8, so weights are stored as w + offset, and `offset * sum(lhs row)` is
 //!   subtracted once per output. For ternary w + 1 in {0, 1, 2} the products are so small that `vpmaddubsw` and `smlal`
 //!   sum many of them in 16 bits.
@@ -23,9 +24,14 @@
 //! `vpdpbusd` takes one cycle per 64, and building the tables eats what is left of the gain.
 //!
 //! # Layout
-//! Panels of [`PANEL`] rows of w, blocks of [`K_BLOCK`] columns, zero-padded in both directions; within a block:
-//! - int8, 256 bytes: byte `64 i + 4 c + j` is `w[panel * 16 + c, block * 16 + 4 i + j]`;
-//! - ternary, 64 bytes: bits `2 i..2 i + 2` of byte `4 c + j` are that element, as w + 1.
+//! A *group* is 64 bytes: byte `4 c + j` belongs to row c of a panel and column j of four. Panels of [`PANEL`] rows of w,
+//! blocks of [`K_BLOCK`] columns (four groups), zero-padded in both directions. Let g count the groups of the matrix, panel
+//! by panel and in each from the first columns to the last:
+//! - int8: group g is bytes `64 g` and following;
+//! - two bits, as w + 1: bits `2 i..2 i + 2` of the bytes from `64 (g div 4)` on, with `i = g mod 4`;
+//! - five trits, as w + 1: digit `i = g mod 5`, highest first, of numbers in base 3 in the bytes from `64 (g div 5)` on. A
+//!   number n is stored as the fraction `ceil(n * 256 / 243)` of 256, whose digits come out from the top. Groups of two
+//!   panels may share bytes, so that nothing is lost at the seams.
 //!
 //! The same bytes serve every instruction set, except that int8 weights are stored as w + 128 where the
 //! kernel wants them unsigned.
@@ -39,32 +45,52 @@ mod neon;
 mod pack;
 mod portable;
 
+use std::sync::Arc;
+
 use super::error::{KernelError, expect_len};
 use super::isa::{Isa, Kind};
 use super::requantize::Requantize;
-pub(super) use pack::{pack_int8, pack_ternary, unpack_ternary};
+use super::scales::Scales;
+pub(super) use pack::{pack_int8, pack_ternary, packed_bytes, unpack_ternary};
 
 /// Rows of w in a panel: one 512-bit register of 32-bit lanes.
 pub(super) const PANEL: usize = 16;
 
-/// Columns of w (k) in a block of a panel: what one cache line holds for 16 rows at two bits a weight.
-pub(super) const K_BLOCK: usize = 16;
+/// Bytes of a group: four columns of a panel's rows.
+const GROUP_BYTES: usize = 4 * PANEL;
+
+/// Groups of a block.
+const GROUPS: usize = 4;
+
+/// Columns of w (k) in a block of a panel: what a kernel reads of an activation row at once.
+pub(super) const K_BLOCK: usize = 4 * GROUPS;
 
 /// Most rows of a tile, over all micro-kernels.
 const MAX_TILE_ROWS: usize = 16;
 
+/// Rows of `lhs` that share the unpacking of a panel: a multiple of every kernel's tile.
+const ROWS_AT_ONCE: usize = 64;
+
+/// Blocks of a panel that are unpacked at a time: 1024 columns, 16 kB.
+const SEGMENT: usize = 64;
+
+/// Room for an unpacked segment, and for the groups of other panels and segments that share its first and last bytes.
+const UNPACKED_BYTES: usize = (SEGMENT * GROUPS + 8) * GROUP_BYTES;
+
 /// Panels whose sums are collected before they are written, so that a row of the output is written in runs of several
 /// cache lines, and what is known per row is looked up once per run.
-const GROUP: usize = 4;
+const PANELS_AT_ONCE: usize = 4;
 
-/// The i32 sums of a tile. Micro-kernels write all 16 columns of the rows that the tile has.
-type Acc = [[i32; PANEL]; MAX_TILE_ROWS];
+/// The i32 sums of rows with a panel.
+type Acc = [[i32; PANEL]];
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     /// Two bits, w + 1.
-    Ternary,
+    TwoBits,
+    /// Five to a byte, w + 1.
+    FiveTrits,
     /// Eight bits: w, or w + 128 for kernels that multiply unsigned weights.
     Int8,
 }
@@ -76,8 +102,8 @@ pub(super) struct Packed {
     format: Format,
     rows: usize,
     cols: usize,
-    /// Whole panels of whole blocks; see the module's layout.
-    panels: Box<[u8]>,
+    /// See the module's layout. The same allocation in matrices that share their codes.
+    panels: Arc<[u8]>,
 }
 
 impl Packed {
@@ -109,7 +135,7 @@ pub(super) enum Sink<'a> {
         /// `[m]`.
         steps: &'a [f32],
         /// `[rows]`, padded to whole panels.
-        scale: &'a [f32],
+        scale: &'a Scales,
         /// `[rows]`, padded to whole panels.
         bias: Option<&'a [f32]>,
     },
@@ -124,32 +150,38 @@ pub(super) enum Sink<'a> {
     },
 }
 
-/// The rows of `lhs` that one tile works on.
+/// The part of a product that one call of a micro-kernel works on: a few rows of `lhs` and a segment of k.
 #[derive(Clone, Copy)]
 struct Tile<'a> {
     /// `[rows, cols]`.
     lhs: &'a [i8],
     cols: usize,
     /// The last `cols % K_BLOCK` columns of every row, zero-padded, so that no kernel reads past a row's end.
-    tail: &'a [[i8; K_BLOCK]; MAX_TILE_ROWS],
+    tail: &'a [[i8; K_BLOCK]],
+    /// The first block of k, and how many.
+    first_block: usize,
+    blocks: usize,
 }
 
 impl Tile<'_> {
-    /// Blocks of k, with the tail's.
-    #[inline(always)]
-    fn blocks(&self) -> usize {
-        self.cols.div_ceil(K_BLOCK)
-    }
-
-    /// Where the activations of block `block < blocks()` are, and the bytes from one row to the next: each row of the
+    /// Where the activations of block `block < blocks` are, and the bytes from one row to the next: each row of the
     /// tile has [`K_BLOCK`] there.
     #[inline(always)]
     fn lhs_block(&self, block: usize) -> (*const i8, usize) {
+        let block = self.first_block + block;
         if block < self.cols / K_BLOCK {
             (self.lhs[block * K_BLOCK..].as_ptr(), self.cols)
         } else {
             (self.tail.as_flattened().as_ptr(), K_BLOCK)
         }
+    }
+
+    /// What kernels rely on: `rows` rows, and blocks that lie inside them.
+    #[inline(always)]
+    fn check(&self, rows: usize, weights: &[u8], acc: &Acc) {
+        assert!(self.lhs.len() >= rows * self.cols && self.tail.len() >= rows && acc.len() >= rows);
+        assert!(self.first_block + self.blocks <= self.cols.div_ceil(K_BLOCK));
+        assert!(weights.len() >= self.blocks * GROUPS * GROUP_BYTES);
     }
 }
 
@@ -160,11 +192,12 @@ trait Kernel {
     /// Whether int8 weights are stored as w + 128.
     const UNSIGNED_INT8: bool;
 
-    /// Writes `acc[..rows]`, where `rows` is in `1..=TILE_ROWS` and `tile.lhs` is `[rows, tile.cols]`.
+    /// Adds the products of a tile of `rows` rows to `acc[..rows]`, where `rows` is in `1..=TILE_ROWS`. `weights` has the
+    /// groups of the tile's blocks, a byte a weight; `TERNARY` says that they are w + 1 of ternary weights, in 0..=2.
     ///
     /// # Safety
-    /// The CPU has the kernel's instruction set, and `panel` holds all blocks of `tile.cols` in `format`.
-    unsafe fn dots(format: Format, rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc);
+    /// The CPU has the kernel's instruction set.
+    unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc);
 }
 
 /// Whether `isa` wants int8 weights stored as w + 128.
@@ -218,26 +251,26 @@ pub(super) fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>
     Ok(())
 }
 
-/// The tile loop. Inlined into an entry function per instruction set, so that row sums and scaling are compiled
-/// for it as well.
+/// The loops around the micro-kernels. Inlined into an entry function per instruction set, so that unpacking, row sums and
+/// scaling are compiled for it as well.
 #[inline(always)]
 fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) {
     let cols = weights.cols;
+    let panels = weights.rows.div_ceil(PANEL);
     let offset = match weights.format {
-        Format::Ternary => 1,
+        Format::TwoBits | Format::FiveTrits => 1,
         Format::Int8 if K::UNSIGNED_INT8 => 128,
         Format::Int8 => 0,
     };
-    let panel_bytes = pack::panel_bytes(weights.format, cols);
-    let panels = weights.rows.div_ceil(PANEL);
-    let mut acc = [[[0; PANEL]; MAX_TILE_ROWS]; GROUP];
-    let mut tail = [[0; K_BLOCK]; MAX_TILE_ROWS];
+    let mut unpacked = [0; UNPACKED_BYTES];
+    let mut acc = [[[0; PANEL]; ROWS_AT_ONCE]; PANELS_AT_ONCE];
+    let mut tail = [[0; K_BLOCK]; ROWS_AT_ONCE];
+    let mut corrections = [0; ROWS_AT_ONCE];
     let mut first = 0;
     while first < m {
-        // Tiles of nearly equal size: 17 rows run as 9 + 8, not as 16 + 1.
-        let rows = (m - first).div_ceil((m - first).div_ceil(K::TILE_ROWS));
+        // Nearly equal shares: 65 rows run as 33 + 32.
+        let rows = (m - first).div_ceil((m - first).div_ceil(ROWS_AT_ONCE));
         let lhs = &lhs[first * cols..][..rows * cols];
-        let mut corrections = [0; MAX_TILE_ROWS];
         for r in 0..rows {
             let row = &lhs[r * cols..][..cols];
             let rest = row.chunks_exact(K_BLOCK).remainder();
@@ -246,28 +279,28 @@ fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>)
                 corrections[r] = offset * row.iter().map(|&a| i32::from(a)).sum::<i32>();
             }
         }
-        let tile = Tile { lhs, cols, tail: &tail };
-        for first_panel in (0..panels).step_by(GROUP) {
-            let group = first_panel..panels.min(first_panel + GROUP);
-            for (index, acc) in group.clone().zip(&mut acc) {
-                // Not `chunks_exact`: with no columns a panel has no bytes, but its sums are zeros to be written.
-                let panel = &weights.panels[index * panel_bytes..][..panel_bytes];
-                // SAFETY: the caller of the entry vouched for the instruction set; `pack` made whole panels.
-                unsafe { K::dots(weights.format, rows, tile, panel, acc) };
+        for first_panel in (0..panels).step_by(PANELS_AT_ONCE) {
+            let last_panel = panels.min(first_panel + PANELS_AT_ONCE);
+            for panel in first_panel..last_panel {
+                let acc = &mut acc[panel - first_panel][..rows];
+                multiply_panel::<K>(weights, panel, (lhs, &tail[..rows]), &mut unpacked, acc);
             }
-            let columns = group.start * PANEL..weights.rows.min(group.end * PANEL);
+            let columns = first_panel * PANEL..weights.rows.min(last_panel * PANEL);
+            let mut scale = [0.0; PANELS_AT_ONCE * PANEL];
+            if let Sink::Scaled { scale: scales, .. } = sink {
+                scales.read(columns.start, &mut scale);
+            }
             for r in 0..rows {
                 let at = (first + r) * weights.rows + columns.start;
                 let sums = Sums { acc: &acc, row: r, correction: corrections[r] };
                 match sink {
                     Sink::Dots(out) => sums.write(&mut out[at..][..columns.len()]),
-                    Sink::Scaled { out, steps, scale, bias } => {
+                    Sink::Scaled { out, steps, bias, .. } => {
                         let bias = match bias {
                             Some(bias) => &bias[columns.start..],
                             None => &[],
                         };
-                        let out = &mut out[at..][..columns.len()];
-                        sums.write_scaled(out, steps[first + r], &scale[columns.start..], bias);
+                        sums.write_scaled(&mut out[at..][..columns.len()], steps[first + r], &scale, bias);
                     }
                     Sink::Requantized { out, requantize, added } => {
                         let added = added.map(|added| &added[at..][..columns.len()]);
@@ -280,10 +313,55 @@ fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>)
     }
 }
 
+/// Sets `acc` to the sums of the rows of `lhs` with one panel.
+#[inline(always)]
+fn multiply_panel<K: Kernel>(
+    weights: &Packed,
+    panel: usize,
+    (lhs, tail): (&[i8], &[[i8; K_BLOCK]]),
+    unpacked: &mut [u8; UNPACKED_BYTES],
+    acc: &mut Acc,
+) {
+    let (cols, rows) = (weights.cols, acc.len());
+    acc.fill([0; PANEL]);
+    let all_blocks = cols.div_ceil(K_BLOCK);
+    let mut first_block = 0;
+    while first_block < all_blocks {
+        let blocks = SEGMENT.min(all_blocks - first_block);
+        // The segment's groups, and the whole bytes that hold them.
+        let group = panel * pack::panel_groups(cols) + first_block * GROUPS;
+        let per_byte = pack::per_byte(weights.format);
+        let (first_byte, last_byte) = (group / per_byte, (group + blocks * GROUPS).div_ceil(per_byte));
+        let packed = &weights.panels[first_byte * GROUP_BYTES..last_byte * GROUP_BYTES];
+        let segment = if weights.format == Format::Int8 {
+            packed
+        } else {
+            pack::unpack_groups(weights.format, packed, unpacked);
+            &unpacked[group % per_byte * GROUP_BYTES..][..blocks * GROUPS * GROUP_BYTES]
+        };
+        let mut row = 0;
+        while row < rows {
+            // Tiles of nearly equal size: 17 rows run as 9 + 8, not as 16 + 1.
+            let tile_rows = (rows - row).div_ceil((rows - row).div_ceil(K::TILE_ROWS));
+            let tile = Tile { lhs: &lhs[row * cols..], cols, tail: &tail[row..], first_block, blocks };
+            let acc = &mut acc[row..row + tile_rows];
+            // SAFETY: the caller of the entry vouched for the instruction set.
+            unsafe {
+                match weights.format {
+                    Format::Int8 => K::dots::<false>(tile_rows, tile, segment, acc),
+                    Format::TwoBits | Format::FiveTrits => K::dots::<true>(tile_rows, tile, segment, acc),
+                }
+            }
+            row += tile_rows;
+        }
+        first_block += blocks;
+    }
+}
+
 /// One row's sums with a group of panels, on their way out. Plain inlined functions without closures: a closure is
 /// compiled for the baseline CPU unless it happens to be inlined.
 struct Sums<'a> {
-    acc: &'a [Acc; GROUP],
+    acc: &'a [[[i32; PANEL]; ROWS_AT_ONCE]; PANELS_AT_ONCE],
     row: usize,
     /// To be subtracted from every sum.
     correction: i32,
@@ -351,7 +429,7 @@ impl Sums<'_> {
     }
 }
 
-/// `values` zero-padded to whole panels, as [`Sink::Scaled`] wants scale and bias.
+/// `values` zero-padded to whole panels, as [`Sink::Scaled`] wants its bias.
 pub(super) fn pad_to_panels(values: &[f32]) -> Box<[f32]> {
     let mut padded = values.to_vec();
     padded.resize(values.len().next_multiple_of(PANEL), 0.0);

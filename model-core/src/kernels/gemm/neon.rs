@@ -8,14 +8,12 @@
 //! Half a panel (eight columns) at a time, so that the accumulators of a tile fit 32 registers.
 
 use std::arch::aarch64::{
-    int8x16_t, int16x8_t, int32x4_t, vandq_u8, vdupq_n_s16, vdupq_n_s32, vdupq_n_u8, vget_low_s8, vld1q_s8, vld1q_u8,
-    vmlal_high_s8, vmlal_s8, vmull_high_s8, vmull_s8, vpadalq_s16, vpaddq_s32, vreinterpretq_s8_s32,
-    vreinterpretq_s8_u8, vshrq_n_u8, vst1q_s32,
+    int8x16_t, int16x8_t, int32x4_t, vaddq_s32, vdupq_n_s16, vdupq_n_s32, vget_low_s8, vld1q_s8, vld1q_s32,
+    vmlal_high_s8, vmlal_s8, vmull_high_s8, vmull_s8, vpadalq_s16, vpaddq_s32, vreinterpretq_s8_s32, vst1q_s32,
 };
 use std::arch::asm;
 
-use super::pack::block_bytes;
-use super::{Acc, Format, K_BLOCK, Kernel, Packed, Sink, Tile};
+use super::{Acc, GROUP_BYTES, GROUPS, Kernel, Packed, Sink, Tile};
 
 /// Blocks of k between widenings of ternary sums. A block adds four products to a 16-bit lane, each at most
 /// `2 * 128 = 256` in size, so after 32 blocks a lane is in `-128 * 256..=128 * 254`, which is `-32768..=32512`.
@@ -52,18 +50,14 @@ impl Kernel for Neon {
     const TILE_ROWS: usize = 4;
     const UNSIGNED_INT8: bool = false;
 
-    unsafe fn dots(format: Format, rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
+    unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         // SAFETY: passed on to the caller.
         unsafe {
-            match (format, rows) {
-                (Format::Ternary, 1) => dots::<1, true>(tile, panel, acc),
-                (Format::Ternary, 2) => dots::<2, true>(tile, panel, acc),
-                (Format::Ternary, 3) => dots::<3, true>(tile, panel, acc),
-                (Format::Ternary, 4) => dots::<4, true>(tile, panel, acc),
-                (Format::Int8, 1) => dots::<1, false>(tile, panel, acc),
-                (Format::Int8, 2) => dots::<2, false>(tile, panel, acc),
-                (Format::Int8, 3) => dots::<3, false>(tile, panel, acc),
-                (Format::Int8, 4) => dots::<4, false>(tile, panel, acc),
+            match rows {
+                1 => dots::<1, TERNARY>(tile, weights, acc),
+                2 => dots::<2, TERNARY>(tile, weights, acc),
+                3 => dots::<3, TERNARY>(tile, weights, acc),
+                4 => dots::<4, TERNARY>(tile, weights, acc),
                 _ => unreachable!("a tile has 1..=4 rows"),
             }
         }
@@ -74,49 +68,30 @@ impl Kernel for NeonDot {
     const TILE_ROWS: usize = 8;
     const UNSIGNED_INT8: bool = false;
 
-    unsafe fn dots(format: Format, rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
+    /// Ternary weights as w + 1 are signed bytes, too.
+    unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         // SAFETY: passed on to the caller.
-        unsafe {
-            match format {
-                Format::Ternary => for_rows_dot::<true>(rows, tile, panel, acc),
-                Format::Int8 => for_rows_dot::<false>(rows, tile, panel, acc),
-            }
-        }
+        unsafe { for_rows_dot(rows, tile, weights, acc) };
     }
 }
 
-/// Weights of four columns and four k, from group `i` (0..4) of a block: columns `4 quad..4 quad + 4`.
+/// Weights of four columns and four k, from group `i` of a block: columns `4 quad..4 quad + 4`.
 ///
 /// # Safety
-/// `weights` has the bytes of one block, `quad` is below 4 and `i` below 4.
+/// `weights` has the bytes of one block; `quad` and `i` are below 4.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn load<const TERNARY: bool>(weights: *const u8, quad: usize, i: usize) -> int8x16_t {
-    // SAFETY: a ternary block has 64 bytes, an int8 block 256; the caller bounds `quad` and `i`.
-    unsafe {
-        if TERNARY {
-            let packed = vld1q_u8(weights.add(16 * quad));
-            let shifted = match i {
-                0 => packed,
-                1 => vshrq_n_u8::<2>(packed),
-                2 => vshrq_n_u8::<4>(packed),
-                _ => vshrq_n_u8::<6>(packed),
-            };
-            vreinterpretq_s8_u8(vandq_u8(shifted, vdupq_n_u8(3)))
-        } else {
-            vld1q_s8(weights.add(64 * i + 16 * quad).cast())
-        }
-    }
+unsafe fn load(weights: *const u8, quad: usize, i: usize) -> int8x16_t {
+    // SAFETY: a block has four groups of four quads of 16 bytes; the caller bounds `quad` and `i`.
+    unsafe { vld1q_s8(weights.add(GROUP_BYTES * i + 16 * quad).cast()) }
 }
 
 /// One function with everything in it, so that the sums are registers whatever the inliner thinks of the driver.
 #[inline(never)]
 #[target_feature(enable = "neon")]
-fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
-    let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let blocks = tile.blocks();
-    assert!(tile.lhs.len() >= ROWS * tile.cols);
-    assert!(panel.len() >= block_bytes * blocks);
+fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
+    tile.check(ROWS, weights, acc);
+    let blocks = tile.blocks;
     for half in 0..2 {
         // Two vectors for four columns: each 32-bit lane holds half of a column's sum.
         let mut totals = [[[vdupq_n_s32(0); 2]; QUADS]; ROWS];
@@ -125,9 +100,9 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], ac
             let last = blocks.min(first + WIDEN_EVERY);
             let mut narrow = [[[vdupq_n_s16(0); 2]; QUADS]; ROWS];
             for block in first..last {
-                // SAFETY: `block < blocks`, so the panel holds it (asserted above), and `lhs_block` has 16 bytes a row.
+                // SAFETY: `block < blocks`, so that `weights` holds it (checked above), and `lhs_block` has 16 bytes a row.
                 unsafe {
-                    let weights = panel.as_ptr().add(block * block_bytes);
+                    let weights = weights.as_ptr().add(block * GROUPS * GROUP_BYTES);
                     let (lhs, stride) = tile.lhs_block(block);
                     if TERNARY {
                         accumulate_ternary(&mut narrow, weights, half, lhs, stride);
@@ -150,8 +125,12 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], ac
         for r in 0..ROWS {
             for quad in 0..QUADS {
                 let sum = vpaddq_s32(totals[r][quad][0], totals[r][quad][1]);
-                // SAFETY: a row of `acc` is 16 columns; this is the quad at `8 half + 4 quad`.
-                unsafe { vst1q_s32(acc[r].as_mut_ptr().add(8 * half + 4 * quad), sum) };
+                // SAFETY: a row of `acc` is 16 columns, and there are `ROWS` (checked above); this is the quad at
+                // `8 half + 4 quad`.
+                unsafe {
+                    let total = acc[r].as_mut_ptr().add(8 * half + 4 * quad);
+                    vst1q_s32(total, vaddq_s32(vld1q_s32(total), sum));
+                }
             }
         }
     }
@@ -171,7 +150,7 @@ unsafe fn broadcast(lhs: *const i8) -> int8x16_t {
 /// Adds the products of one block of k with eight columns, in 16 bits.
 ///
 /// # Safety
-/// `weights` has the 64 bytes of one block; `lhs` has 16 bytes in each of `ROWS` rows, `stride` apart; `half < 2`.
+/// `weights` has the 256 bytes of one block; `lhs` has 16 bytes in each of `ROWS` rows, `stride` apart; `half < 2`.
 #[inline]
 #[target_feature(enable = "neon")]
 unsafe fn accumulate_ternary<const ROWS: usize>(
@@ -181,11 +160,10 @@ unsafe fn accumulate_ternary<const ROWS: usize>(
     lhs: *const i8,
     stride: usize,
 ) {
-    for i in 0..K_BLOCK / 4 {
+    for i in 0..GROUPS {
         // SAFETY: `QUADS * half + quad < 4`, and `4 i + 4 <= 16`.
         unsafe {
-            let w: [int8x16_t; QUADS] =
-                [load::<true>(weights, QUADS * half, i), load::<true>(weights, QUADS * half + 1, i)];
+            let w: [int8x16_t; QUADS] = [load(weights, QUADS * half, i), load(weights, QUADS * half + 1, i)];
             for r in 0..ROWS {
                 let a = broadcast(lhs.add(r * stride + 4 * i));
                 for quad in 0..QUADS {
@@ -215,8 +193,8 @@ unsafe fn accumulate_int8<const ROWS: usize>(
         // SAFETY: `QUADS * half + quad < 4`, and `4 (i + 1) + 4 <= 16`.
         unsafe {
             for quad in 0..QUADS {
-                let w0 = load::<false>(weights, QUADS * half + quad, i);
-                let w1 = load::<false>(weights, QUADS * half + quad, i + 1);
+                let w0 = load(weights, QUADS * half + quad, i);
+                let w1 = load(weights, QUADS * half + quad, i + 1);
                 for r in 0..ROWS {
                     let a0 = broadcast(lhs.add(r * stride + 4 * i));
                     let a1 = broadcast(lhs.add(r * stride + 4 * i + 4));
@@ -236,16 +214,16 @@ unsafe fn accumulate_int8<const ROWS: usize>(
 ///
 /// # Safety
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn for_rows_dot<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
+unsafe fn for_rows_dot(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
     match rows {
-        1 => dots_dot::<1, TERNARY>(tile, panel, acc),
-        2 => dots_dot::<2, TERNARY>(tile, panel, acc),
-        3 => dots_dot::<3, TERNARY>(tile, panel, acc),
-        4 => dots_dot::<4, TERNARY>(tile, panel, acc),
-        5 => dots_dot::<5, TERNARY>(tile, panel, acc),
-        6 => dots_dot::<6, TERNARY>(tile, panel, acc),
-        7 => dots_dot::<7, TERNARY>(tile, panel, acc),
-        8 => dots_dot::<8, TERNARY>(tile, panel, acc),
+        1 => dots_dot::<1>(tile, weights, acc),
+        2 => dots_dot::<2>(tile, weights, acc),
+        3 => dots_dot::<3>(tile, weights, acc),
+        4 => dots_dot::<4>(tile, weights, acc),
+        5 => dots_dot::<5>(tile, weights, acc),
+        6 => dots_dot::<6>(tile, weights, acc),
+        7 => dots_dot::<7>(tile, weights, acc),
+        8 => dots_dot::<8>(tile, weights, acc),
         _ => unreachable!("a tile has 1..=8 rows"),
     }
 }
@@ -253,22 +231,19 @@ unsafe fn for_rows_dot<const TERNARY: bool>(rows: usize, tile: Tile<'_>, panel: 
 /// One function with everything in it, so that the sums are registers whatever the inliner thinks of the driver.
 #[inline(never)]
 #[target_feature(enable = "neon,dotprod")]
-fn dots_dot<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8], acc: &mut Acc) {
-    let block_bytes = block_bytes(if TERNARY { Format::Ternary } else { Format::Int8 });
-    let blocks = tile.blocks();
-    assert!(tile.lhs.len() >= ROWS * tile.cols);
-    assert!(panel.len() >= block_bytes * blocks);
+fn dots_dot<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
+    tile.check(ROWS, weights, acc);
+    let blocks = tile.blocks;
     for half in 0..2 {
         let mut sums = [[vdupq_n_s32(0); QUADS]; ROWS];
         for block in 0..blocks {
-            // SAFETY: `block < blocks`, so the panel holds it (asserted above), and `lhs_block` has 16 bytes a row;
+            // SAFETY: `block < blocks`, so that `weights` holds it (checked above), and `lhs_block` has 16 bytes a row;
             // `QUADS * half + quad < 4`.
             unsafe {
-                let weights = panel.as_ptr().add(block * block_bytes);
+                let weights = weights.as_ptr().add(block * GROUPS * GROUP_BYTES);
                 let (lhs, stride) = tile.lhs_block(block);
-                let w = |i| -> [int8x16_t; QUADS] {
-                    [load::<TERNARY>(weights, QUADS * half, i), load::<TERNARY>(weights, QUADS * half + 1, i)]
-                };
+                let w =
+                    |i| -> [int8x16_t; QUADS] { [load(weights, QUADS * half, i), load(weights, QUADS * half + 1, i)] };
                 let a: [int8x16_t; ROWS] = std::array::from_fn(|r| vld1q_s8(lhs.add(r * stride)));
                 sdot_group::<ROWS, 0>(&mut sums, w(0), &a);
                 sdot_group::<ROWS, 1>(&mut sums, w(1), &a);
@@ -278,8 +253,11 @@ fn dots_dot<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, panel: &[u8]
         }
         for r in 0..ROWS {
             for quad in 0..QUADS {
-                // SAFETY: a row of `acc` is 16 columns; this is the quad at `8 half + 4 quad`.
-                unsafe { vst1q_s32(acc[r].as_mut_ptr().add(8 * half + 4 * quad), sums[r][quad]) };
+                // SAFETY: as above.
+                unsafe {
+                    let total = acc[r].as_mut_ptr().add(8 * half + 4 * quad);
+                    vst1q_s32(total, vaddq_s32(vld1q_s32(total), sums[r][quad]));
+                }
             }
         }
     }

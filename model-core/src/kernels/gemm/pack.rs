@@ -1,67 +1,140 @@
-//! Packing into the layout of [`gemm`](super), and back.
+//! Packing into the layout of [`gemm`](super), and back: whole matrices when a model is packed, and ternary panels on
+//! their way into a product.
 
-use super::{Format, K_BLOCK, PANEL, Packed};
+use super::{Format, GROUP_BYTES, GROUPS, K_BLOCK, PANEL, Packed};
 use crate::kernels::Isa;
 
-/// Bytes of one panel.
-pub(super) fn panel_bytes(format: Format, cols: usize) -> usize {
-    cols.div_ceil(K_BLOCK) * block_bytes(format)
+/// Groups of four columns in a panel of a matrix of `cols` columns.
+pub(super) const fn panel_groups(cols: usize) -> usize {
+    cols.div_ceil(K_BLOCK) * GROUPS
 }
 
-/// Bytes of one block of a panel.
-pub(super) const fn block_bytes(format: Format) -> usize {
+/// Bytes of a whole matrix.
+pub(in crate::kernels) fn packed_bytes(format: Format, rows: usize, cols: usize) -> usize {
+    (rows.div_ceil(PANEL) * panel_groups(cols)).div_ceil(per_byte(format)) * GROUP_BYTES
+}
+
+/// Groups that share their bytes.
+pub(super) const fn per_byte(format: Format) -> usize {
     match format {
-        Format::Ternary => PANEL * K_BLOCK / 4,
-        Format::Int8 => PANEL * K_BLOCK,
+        Format::TwoBits => 4,
+        Format::FiveTrits => 5,
+        Format::Int8 => 1,
     }
 }
 
-/// Where element (column c of the panel, k of the block) goes: which of the block's four 64-byte groups, and
-/// which byte of it.
-fn place(c: usize, k: usize) -> (usize, usize) {
-    (k / 4, 4 * c + k % 4)
-}
-
-/// Packs ternary `codes` `[rows, cols]`, each -1, 0 or 1, at two bits.
-pub(in crate::kernels) fn pack_ternary(isa: Isa, codes: &[i8], rows: usize, cols: usize) -> Packed {
-    let mut panels = vec![0; rows.div_ceil(PANEL) * panel_bytes(Format::Ternary, cols)].into_boxed_slice();
-    for_each(rows, cols, |panel, block, c, k, at| {
-        let (group, byte) = place(c, k);
-        let start = panel * panel_bytes(Format::Ternary, cols) + block * block_bytes(Format::Ternary);
-        panels[start + byte] |= (codes[at] + 1).cast_unsigned() << (2 * group);
+/// Packs ternary `codes` `[rows, cols]`, each -1, 0 or 1.
+pub(in crate::kernels) fn pack_ternary(isa: Isa, format: Format, codes: &[i8], rows: usize, cols: usize) -> Packed {
+    let mut panels = vec![0; packed_bytes(format, rows, cols)];
+    let per_byte = per_byte(format);
+    for_each(rows, cols, |group, byte, at| {
+        let code = (codes[at] + 1).cast_unsigned();
+        let place = group % per_byte;
+        panels[group / per_byte * GROUP_BYTES + byte] += match format {
+            Format::TwoBits => code << (2 * place),
+            // The first digit is the highest: it is what unpacking takes first.
+            _ => code * 3u8.pow((per_byte - 1 - place) as u32),
+        };
     });
-    Packed { isa, format: Format::Ternary, rows, cols, panels }
+    if format == Format::FiveTrits {
+        panels.iter_mut().for_each(|byte| *byte = fraction(*byte));
+    }
+    Packed { isa, format, rows, cols, panels: panels.into() }
 }
 
 /// The codes of a matrix that [`pack_ternary`] packed, `[rows, cols]`.
 pub(in crate::kernels) fn unpack_ternary(packed: &Packed) -> Vec<i8> {
     let mut codes = vec![0; packed.rows * packed.cols];
-    for_each(packed.rows, packed.cols, |panel, block, c, k, at| {
-        let (group, byte) = place(c, k);
-        let start = panel * panel_bytes(Format::Ternary, packed.cols) + block * block_bytes(Format::Ternary);
-        codes[at] = (packed.panels[start + byte] >> (2 * group) & 3).cast_signed() - 1;
+    let mut groups = vec![0; packed.panels.len() * per_byte(packed.format)];
+    unpack_groups(packed.format, &packed.panels, &mut groups);
+    for_each(packed.rows, packed.cols, |group, byte, at| {
+        codes[at] = groups[group * GROUP_BYTES + byte].cast_signed() - 1;
     });
     codes
 }
 
 /// Packs int8 `codes` `[rows, cols]`, as w + 128 where the kernel of `isa` wants them unsigned.
 pub(in crate::kernels) fn pack_int8(isa: Isa, codes: &[i8], rows: usize, cols: usize) -> Packed {
-    let mut panels = vec![0; rows.div_ceil(PANEL) * panel_bytes(Format::Int8, cols)].into_boxed_slice();
+    let mut panels = vec![0; packed_bytes(Format::Int8, rows, cols)];
     // Adding 128 modulo 256 flips the top bit.
     let flip = if super::unsigned_int8(isa) { 0x80 } else { 0 };
-    for_each(rows, cols, |panel, block, c, k, at| {
-        let (group, byte) = place(c, k);
-        let start = panel * panel_bytes(Format::Int8, cols) + block * block_bytes(Format::Int8);
-        panels[start + 64 * group + byte] = codes[at].cast_unsigned() ^ flip;
-    });
-    Packed { isa, format: Format::Int8, rows, cols, panels }
+    for_each(rows, cols, |group, byte, at| panels[group * GROUP_BYTES + byte] = codes[at].cast_unsigned() ^ flip);
+    Packed { isa, format: Format::Int8, rows, cols, panels: panels.into() }
 }
 
-/// Calls `visit(panel, block, column in panel, k in block, row-major index)` for every element.
-fn for_each(rows: usize, cols: usize, mut visit: impl FnMut(usize, usize, usize, usize, usize)) {
+/// Calls `visit(group of the matrix, byte of the group, row-major index)` for every element.
+fn for_each(rows: usize, cols: usize, mut visit: impl FnMut(usize, usize, usize)) {
+    let panel_groups = panel_groups(cols);
     for row in 0..rows {
         for col in 0..cols {
-            visit(row / PANEL, col / K_BLOCK, row % PANEL, col % K_BLOCK, row * cols + col);
+            visit(row / PANEL * panel_groups + col / 4, 4 * (row % PANEL) + col % 4, row * cols + col);
+        }
+    }
+}
+
+/// Five digits of base 3, given as a number below 243, as a fraction of 256: the least one whose digits are the same.
+const fn fraction(number: u8) -> u8 {
+    (number as u16 * 256).div_ceil(243) as u8
+}
+
+/// Unpacks whole bytes of ternary groups: `out` takes [`per_byte`] groups for each of `packed`, w + 1 in every byte.
+#[inline(always)]
+pub(super) fn unpack_groups(format: Format, packed: &[u8], out: &mut [u8]) {
+    match format {
+        Format::TwoBits => {
+            let (packed, out) = (packed.as_chunks::<GROUP_BYTES>().0, out.as_chunks_mut::<{ 4 * GROUP_BYTES }>().0);
+            for i in 0..packed.len().min(out.len()) {
+                unpack_bits(&packed[i], &mut out[i]);
+            }
+        }
+        Format::FiveTrits => {
+            let (packed, out) = (packed.as_chunks::<GROUP_BYTES>().0, out.as_chunks_mut::<{ 5 * GROUP_BYTES }>().0);
+            for i in 0..packed.len().min(out.len()) {
+                unpack_trits(&packed[i], &mut out[i]);
+            }
+        }
+        Format::Int8 => {}
+    }
+}
+
+#[inline(always)]
+fn unpack_bits(packed: &[u8; GROUP_BYTES], out: &mut [u8; 4 * GROUP_BYTES]) {
+    for group in 0..4 {
+        for lane in 0..GROUP_BYTES {
+            out[group * GROUP_BYTES + lane] = packed[lane] >> (2 * group) & 3;
+        }
+    }
+}
+
+/// The next digit of a fraction in base 3 is the whole part of three times it, found by two comparisons; what remains is
+/// three times it modulo one, found by two additions that wrap. All in bytes, so that compilers make it one instruction
+/// each for a whole register.
+#[inline(always)]
+fn unpack_trits(packed: &[u8; GROUP_BYTES], out: &mut [u8; 5 * GROUP_BYTES]) {
+    let mut rest = *packed;
+    for group in 0..5 {
+        for lane in 0..GROUP_BYTES {
+            let x = rest[lane];
+            out[group * GROUP_BYTES + lane] = u8::from(x > 85) + u8::from(x > 170);
+            rest[lane] = x.wrapping_add(x).wrapping_add(x);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_five_digits_come_back() {
+        for number in 0..243u8 {
+            let mut out = [0; 5 * GROUP_BYTES];
+            unpack_trits(&[fraction(number); GROUP_BYTES], &mut out);
+            let mut rest = number;
+            for group in (0..5).rev() {
+                assert_eq!(out[group * GROUP_BYTES..][..GROUP_BYTES], [rest % 3; GROUP_BYTES], "{number}");
+                rest /= 3;
+            }
         }
     }
 }

@@ -7,8 +7,9 @@ pub mod scalar;
 #[cfg(test)]
 mod tests;
 
+use super::Scales;
 use super::error::{KernelError, expect_finite, expect_len};
-use super::gemm::{self, Packed, Sink};
+use super::gemm::{self, PANEL, Packed, Sink};
 use super::isa::Isa;
 
 /// Longest inner dimension: weights are stored as w + 128 in 1..=255, so a partial sum is at most `255 * 127 * k`,
@@ -20,7 +21,7 @@ pub const MAX_COLS: usize = 1 << 16;
 pub struct PackedInt8 {
     packed: Packed,
     /// Padded with zeros to whole panels.
-    scale: Box<[f32]>,
+    scale: Scales,
     /// Padded with zeros to whole panels.
     bias: Box<[f32]>,
 }
@@ -31,17 +32,30 @@ impl PackedInt8 {
     /// # Errors
     /// [`KernelError`] when lengths do not match, a value is not finite, or `cols` exceeds [`MAX_COLS`].
     pub fn pack(isa: Isa, weight: &[f32], bias: &[f32], rows: usize, cols: usize) -> Result<Self, KernelError> {
+        expect_len("dense weight", weight.len(), rows.saturating_mul(cols))?;
+        expect_finite("dense weight", weight)?;
+        let (codes, scale) = scalar::quantize_weight(weight, rows, cols);
+        Self::pack_codes(isa, &codes, &scale, bias, cols)
+    }
+
+    /// Packs `codes` `[rows, cols]` in -127..=127 with a `scale` and a `bias` per row.
+    ///
+    /// # Errors
+    /// [`KernelError`] when lengths do not match, a code is -128, a value is not finite, or `cols` exceeds [`MAX_COLS`].
+    pub fn pack_codes(isa: Isa, codes: &[i8], scale: &[f32], bias: &[f32], cols: usize) -> Result<Self, KernelError> {
+        let rows = scale.len();
         if cols > MAX_COLS {
             return Err(KernelError::InnerDimension { max: MAX_COLS, got: cols });
         }
-        expect_len("dense weight", weight.len(), rows.saturating_mul(cols))?;
+        expect_len("dense weight", codes.len(), rows.saturating_mul(cols))?;
         expect_len("dense bias", bias.len(), rows)?;
-        expect_finite("dense weight", weight)?;
         expect_finite("dense bias", bias)?;
-        let (codes, scale) = scalar::quantize_weight(weight, rows, cols);
+        if let Some(index) = codes.iter().position(|&code| code == i8::MIN) {
+            return Err(KernelError::NotSymmetric { index });
+        }
         Ok(Self {
-            packed: gemm::pack_int8(isa, &codes, rows, cols),
-            scale: gemm::pad_to_panels(&scale),
+            packed: gemm::pack_int8(isa, codes, rows, cols),
+            scale: Scales::new(scale, false, PANEL)?,
             bias: gemm::pad_to_panels(bias),
         })
     }
@@ -63,7 +77,7 @@ impl PackedInt8 {
 
     /// Bytes on the heap: packed weights with their padding, scales and biases.
     pub fn resident_bytes(&self) -> usize {
-        size_of_val(&*self.scale) + size_of_val(&*self.bias) + self.packed.resident_bytes()
+        self.scale.resident_bytes() + size_of_val(&*self.bias) + self.packed.resident_bytes()
     }
 
     /// `out[m, n] = step[m] * scale[n] * (sum over k of lhs[m, k] * codes[n, k]) + bias[n]`; the sum is exact, the

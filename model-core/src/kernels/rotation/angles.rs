@@ -2,21 +2,31 @@
 
 use std::sync::LazyLock;
 
-use super::LaneOrder;
+use super::{LaneOrder, SeededAngles};
 use crate::kernels::KernelError;
 use crate::kernels::error::expect_len;
 use crate::kernels::isa::Isa;
 use crate::kernels::simd::{MAX_LANES, Simd, Turn, Work, dispatch};
 
-/// The angle codes of one rotation site, all experts: bit-packed (least significant bit first), in lane order.
+/// The angle codes of one rotation site, all experts.
 #[derive(Debug, Clone)]
 pub struct PackedAngles {
     order: LaneOrder,
     stages: usize,
-    bits: u32,
-    /// Each expert starts at a byte of its own.
-    expert_bytes: usize,
-    bytes: Box<[u8]>,
+    codes: Codes,
+}
+
+#[derive(Debug, Clone)]
+enum Codes {
+    /// Bit-packed (least significant bit first), in lane order.
+    Stored {
+        bits: u32,
+        /// Each expert starts at a byte of its own.
+        expert_bytes: usize,
+        bytes: Box<[u8]>,
+    },
+    /// Drawn whenever they are decoded.
+    Seeded(SeededAngles),
 }
 
 impl PackedAngles {
@@ -59,7 +69,18 @@ impl PackedAngles {
                 }
             }
         }
-        Ok(Self { order, stages, bits, expert_bytes, bytes: bytes.into() })
+        Ok(Self { order, stages, codes: Codes::Stored { bits, expert_bytes, bytes: bytes.into() } })
+    }
+
+    /// Codes that take no memory: `angles` draws them whenever they are decoded.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] when there are more stages than `order` allows.
+    pub fn seeded(order: LaneOrder, angles: SeededAngles, stages: usize) -> Result<Self, KernelError> {
+        if stages > order.max_stages() {
+            return Err(KernelError::Length { what: "stages", expected: order.max_stages(), got: stages });
+        }
+        Ok(Self { order, stages, codes: Codes::Seeded(angles) })
     }
 
     /// Stages of the rotation; 0 for the identity.
@@ -69,7 +90,10 @@ impl PackedAngles {
 
     /// Bytes on the heap.
     pub fn resident_bytes(&self) -> usize {
-        self.bytes.len()
+        match &self.codes {
+            Codes::Stored { bytes, .. } => bytes.len(),
+            Codes::Seeded(_) => 0,
+        }
     }
 
     /// Writes the sines and cosines of one expert's angles. Absolute error at most [`SINCOS_ERROR`].
@@ -77,11 +101,20 @@ impl PackedAngles {
     /// # Panics
     /// When there is no such expert, or `out` was made for fewer features or stages.
     pub fn decode(&self, isa: Isa, expert: usize, out: &mut Coefficients) {
-        let count = self.stages * self.order.features() / 2;
-        let bytes = &self.bytes[expert * self.expert_bytes..][..self.expert_bytes];
-        let Coefficients { cos, sin, order, stages } = out;
+        let count = self.stages * (self.order.features() / 2);
+        let Coefficients { cos, sin, order, stages, drawn, ordered } = out;
         (*order, *stages) = (self.order, self.stages);
-        dispatch(isa, Decode { bytes, bits: self.bits, cos: &mut cos[..count], sin: &mut sin[..count] });
+        let (cos, sin) = (&mut cos[..count], &mut sin[..count]);
+        match &self.codes {
+            Codes::Stored { bits, expert_bytes, bytes } => {
+                let bytes = &bytes[expert * expert_bytes..][..*expert_bytes];
+                dispatch(isa, Decode { bytes, bits: *bits, cos, sin });
+            }
+            Codes::Seeded(angles) => {
+                let (order, stages) = (self.order, self.stages);
+                dispatch(isa, DecodeSeeded { angles: *angles, expert, order, stages, drawn, ordered, cos, sin });
+            }
+        }
     }
 }
 
@@ -92,18 +125,30 @@ pub struct Coefficients {
     pub(super) sin: Vec<f32>,
     pub(super) order: LaneOrder,
     pub(super) stages: usize,
+    /// One stage's codes from a seed, as drawn and in lane order.
+    drawn: Vec<u16>,
+    ordered: Vec<u16>,
 }
 
 impl Coefficients {
     /// Room for any rotation of features in one of `orders`.
     pub fn new(orders: &[LaneOrder]) -> Self {
         let len = orders.iter().map(|order| order.max_stages() * order.features() / 2).max().unwrap_or(0);
-        Self { cos: vec![0.0; len], sin: vec![0.0; len], order: LaneOrder::new(0), stages: 0 }
+        let pairs = orders.iter().map(|order| order.features() / 2).max().unwrap_or(0);
+        Self {
+            cos: vec![0.0; len],
+            sin: vec![0.0; len],
+            order: LaneOrder::new(0),
+            stages: 0,
+            drawn: vec![0; pairs],
+            ordered: vec![0; pairs],
+        }
     }
 
     /// Bytes on the heap.
     pub fn heap_bytes(&self) -> usize {
         (self.cos.capacity() + self.sin.capacity()) * size_of::<f32>()
+            + (self.drawn.capacity() + self.ordered.capacity()) * size_of::<u16>()
     }
 }
 
@@ -153,6 +198,49 @@ impl Work for Decode<'_> {
                     let codes = &mut codes[..cos.len()];
                     widen(&bytes[i * BUFFER * bits as usize / 8..], bits, codes);
                     eight_bits(simd, &TURN, codes, cos, sin);
+                }
+            }
+        }
+    }
+}
+
+struct DecodeSeeded<'a> {
+    angles: SeededAngles,
+    expert: usize,
+    order: LaneOrder,
+    stages: usize,
+    drawn: &'a mut [u16],
+    ordered: &'a mut [u16],
+    cos: &'a mut [f32],
+    sin: &'a mut [f32],
+}
+
+impl Work for DecodeSeeded<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { angles, expert, order, stages, drawn, ordered, cos, sin } = self;
+        let pairs = order.features() / 2;
+        let (drawn, ordered) = (&mut drawn[..pairs], &mut ordered[..pairs]);
+        for stage in 0..stages {
+            angles.draw(expert * stages + stage, drawn);
+            order.permute_angles(stage, drawn, ordered);
+            let (cos, sin) = (&mut cos[stage * pairs..][..pairs], &mut sin[stage * pairs..][..pairs]);
+            for (i, (cos, sin)) in cos.chunks_mut(BUFFER).zip(sin.chunks_mut(BUFFER)).enumerate() {
+                let wide = &ordered[i * BUFFER..][..cos.len()];
+                if angles.bits() == 16 {
+                    let mut turns = [0; BUFFER];
+                    for (turn, code) in turns.iter_mut().zip(wide) {
+                        *turn = code.cast_signed();
+                    }
+                    sin_cos(simd, &turns[..cos.len()], cos, sin);
+                } else {
+                    let mut codes = [0; BUFFER];
+                    for (code, wide) in codes.iter_mut().zip(wide) {
+                        *code = (wide << (8 - angles.bits())) as u8;
+                    }
+                    eight_bits(simd, &TURN, &codes[..cos.len()], cos, sin);
                 }
             }
         }

@@ -29,7 +29,7 @@ impl Work for Rotate<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Coefficients { cos, sin, order, stages } = self.coefficients;
+        let Coefficients { cos, sin, order, stages, .. } = self.coefficients;
         for row in self.x.chunks_exact_mut(order.features()) {
             rotate_row(simd, *order, *stages, cos, sin, row);
         }

@@ -17,14 +17,17 @@
 //!   lookups in registers, one for each half of the code, joined by the addition theorem. Sixteen bits are a fraction of a
 //!   turn whose reduction is exact integer arithmetic, and one odd polynomial on a quarter turn gives both.
 //!   Tried and lost: gathers, which cost more than the polynomial's ten multiplications.
+//!   Codes that come from a seed ([`SeededAngles`]) take no memory: they are drawn each time they are decoded.
 
 mod angles;
 mod apply;
 mod order;
 pub mod scalar;
+mod seeded;
 #[cfg(test)]
 mod tests;
 
 pub use angles::{Coefficients, PackedAngles, SINCOS_ERROR};
 pub use apply::rotate;
 pub use order::LaneOrder;
+pub use seeded::{SeededAngles, splitmix64};

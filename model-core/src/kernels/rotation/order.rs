@@ -81,6 +81,27 @@ impl LaneOrder {
         first / (2 * stride) * stride + first % stride
     }
 
+    /// Moves the angles of a stage, given in the order in which the definition counts pairs, to where
+    /// [`LaneOrder::angle_position`] says: blocks of lanes by registers are transposed, without the lanes or the registers
+    /// that are second of a pair.
+    #[inline(always)]
+    pub(super) fn permute_angles<T: Copy>(&self, stage: usize, natural: &[T], ordered: &mut [T]) {
+        if self.lanes == 1 {
+            ordered.copy_from_slice(natural);
+            return;
+        }
+        let pairs_registers = 1 << stage < self.segment;
+        let (lanes, block) = (if pairs_registers { LANES } else { LANES / 2 }, self.segment * LANES / 2);
+        let registers = block / lanes;
+        for (natural, ordered) in natural.chunks_exact(block).zip(ordered.chunks_exact_mut(block)) {
+            for (r, ordered) in ordered.chunks_exact_mut(lanes).enumerate() {
+                for (lane, out) in ordered.iter_mut().enumerate() {
+                    *out = natural[lane * registers + r];
+                }
+            }
+        }
+    }
+
     /// Moves the columns of a row-major `[rows, features]` matrix into this order.
     pub fn permute_columns<T: Copy>(&self, matrix: &[T]) -> Vec<T> {
         let rows = matrix.chunks_exact(self.features.max(1));

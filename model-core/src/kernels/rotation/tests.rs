@@ -43,6 +43,21 @@ fn first_stages_pair_whole_registers() {
 }
 
 #[test]
+fn angles_of_a_stage_move_to_their_positions() {
+    for features in [2, 8, 16, 24, 32, 48, 128, 192, 256, 1024] {
+        let order = LaneOrder::new(features);
+        for stage in 0..order.max_stages() {
+            let natural: Vec<usize> = (0..features / 2).collect();
+            let mut ordered = vec![usize::MAX; features / 2];
+            order.permute_angles(stage, &natural, &mut ordered);
+            for pair in natural {
+                assert_eq!(ordered[order.angle_position(stage, pair)], pair, "{features} features, stage {stage}");
+            }
+        }
+    }
+}
+
+#[test]
 fn every_code_decodes_within_its_bound() {
     for bits in [4, 6, 8, 16] {
         let all: Vec<u16> = (0..=u16::MAX >> (16 - bits)).collect();
@@ -82,6 +97,13 @@ proptest! {
         let codes = codes(bits, experts * stages * features / 2, seed);
         let packed = PackedAngles::pack(order, &codes, experts, stages, bits).unwrap();
         let mut out = Coefficients::new(&[order]);
+        // The same property of angles from a seed, whatever share of their bits is random.
+        let (codes, packed) = if seed.is_multiple_of(2) {
+            let drawn = SeededAngles::new(seed, 1, 2, bits, 1 + (seed >> 32) as u32 % bits);
+            (drawn.codes(experts, stages, features / 2), PackedAngles::seeded(order, drawn, stages).unwrap())
+        } else {
+            (codes, packed)
+        };
         let expert = (seed % 3) as usize;
         let angles = radians(&codes[expert * stages * features / 2..][..stages * features / 2], bits);
         for isa in Isa::available() {

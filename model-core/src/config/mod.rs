@@ -4,7 +4,13 @@
 //! The shape falls into two halves that live in different files: what all expert sets share
 //! ([`BackboneConfig`]) and what each set chooses for itself ([`ExpertConfig`]).
 
+mod stem;
+
 use serde::{Deserialize, Serialize};
+
+pub use stem::{Activation, StemLayer};
+
+use crate::kernels::rotation::SeededAngles;
 
 /// A field of a configuration has a value the model cannot take.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -20,54 +26,56 @@ fn ensure(ok: bool, field: &'static str, reason: impl FnOnce() -> String) -> Res
     if ok { Ok(()) } else { Err(ConfigError { field, reason: reason() }) }
 }
 
-/// One convolution of the stem, over channel-last features, optionally followed by LayerNorm over channels and GELU,
-/// optionally added to its input: `y = x + gelu(norm(conv(x)))`.
-///
-/// A plain patch embedding is a single such layer with `kernel = stride = patch_size` and neither norm nor residual.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StemLayer {
-    /// Output channels.
-    pub channels: usize,
-    /// Square kernel side in pixels.
-    pub kernel: usize,
-    /// Step between windows in pixels.
-    pub stride: usize,
-    /// Zero padding on every side in pixels.
-    pub padding: usize,
-    /// LayerNorm over channels, then GELU, after the convolution.
-    pub norm_gelu: bool,
-    /// Add the layer's input to its output; needs stride 1 and equal channels.
-    pub residual: bool,
+/// How ternary codes are packed, in a file and in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TernaryPacking {
+    /// Four codes a byte.
+    #[default]
+    TwoBits,
+    /// Five codes a byte, as digits of a number in base 3.
+    FiveTrits,
 }
 
-impl StemLayer {
-    /// A non-overlapping patch embedding.
-    pub const fn patch(d_model: usize, patch_size: usize) -> Self {
-        Self {
-            channels: d_model,
-            kernel: patch_size,
-            stride: patch_size,
-            padding: 0,
-            norm_gelu: false,
-            residual: false,
+/// Floating-point formats of scales and statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FloatFormat {
+    /// IEEE single precision.
+    #[default]
+    F32,
+    /// IEEE half precision.
+    F16,
+}
+
+impl FloatFormat {
+    /// The nearest value that the format has: infinite beyond its range.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::F16 => half::f16::from_f32(value).to_f32(),
         }
     }
 
-    /// A 3x3 convolution with norm and GELU; `stride` 2 halves the side.
-    pub const fn conv3(channels: usize, stride: usize) -> Self {
-        Self { channels, kernel: 3, stride, padding: 1, norm_gelu: true, residual: false }
+    /// Bytes of a value.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        }
     }
+}
 
-    /// A 3x3 residual convolution with norm and GELU.
-    pub const fn residual3(channels: usize) -> Self {
-        Self { channels, kernel: 3, stride: 1, padding: 1, norm_gelu: true, residual: true }
-    }
-
-    /// Output side for a square input of side `side`; `None` when the kernel does not fit.
-    pub fn output_side(&self, side: usize) -> Option<usize> {
-        Some((side + 2 * self.padding).checked_sub(self.kernel)? / self.stride + 1)
-    }
+/// How the substrates are stored, in a file and in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SubstrateConfig {
+    /// Whether all blocks have the same codes, each with scales of its own.
+    pub shared: bool,
+    /// Of the codes.
+    pub packing: TernaryPacking,
+    /// Of the scales.
+    pub scales: FloatFormat,
 }
 
 /// What every expert set shares: stem, attention, norms, substrates.
@@ -86,6 +94,42 @@ pub struct BackboneConfig {
     pub num_layers: usize,
     /// Attention heads; divides `d_model`.
     pub num_heads: usize,
+    /// How the ternary matrices are stored.
+    #[serde(default)]
+    pub substrates: SubstrateConfig,
+}
+
+/// What the shapes of an expert set's tensors, and the bytes of its feed-forward layers, depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackboneShape {
+    /// Width of a token.
+    pub d_model: usize,
+    /// Width of the hidden layer of an expert.
+    pub d_ff: usize,
+    /// Number of transformer blocks.
+    pub num_layers: usize,
+    /// How the ternary matrices are stored.
+    pub substrates: SubstrateConfig,
+}
+
+impl BackboneShape {
+    /// Rank of the matrices of [`FeedForwardKind::LowRankExperts`]: an eighth of `d_model`.
+    pub fn low_rank(&self) -> usize {
+        (self.d_model / 8).max(1)
+    }
+
+    /// Checks the sizes.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the first field that does not fit.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        size(self.d_model, "backbone.d_model")?;
+        size(self.d_ff, "backbone.d_ff")?;
+        ensure((1..=MAX_DEPTH).contains(&self.num_layers), "backbone.num_layers", || {
+            format!("{} is not in 1..={MAX_DEPTH}", self.num_layers)
+        })
+    }
 }
 
 /// Most experts in a layer.
@@ -107,8 +151,36 @@ pub struct ExpertConfig {
     pub stages_out: usize,
     /// Bits of an angle code: 4, 6, 8 or 16. Code c stands for the angle `c * 2 pi / 2^bits`.
     pub angle_bits: u32,
-    /// Bits of a router weight code: 8 or 16. Code c of expert e stands for `c * router_scale[e]`.
+    /// Where angle codes come from when the set holds none.
+    #[serde(default)]
+    pub angle_seed: Option<AngleSeed>,
+    /// Bits of a router weight code: 4, 8 or 16. Code c of expert e stands for `c * router_scale[e]`.
     pub router_bits: u32,
+    /// Format of the router scales.
+    #[serde(default)]
+    pub router_scales: FloatFormat,
+}
+
+/// The generators of random angles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Generator {
+    /// SplitMix64, as `FORMAT.md` spells it out.
+    #[serde(rename = "splitmix64")]
+    SplitMix64,
+}
+
+/// Angles that nobody learned: codes drawn by a generator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AngleSeed {
+    /// What draws them.
+    pub generator: Generator,
+    /// Where the generator starts, below 2^53, so that every JSON reader takes it for the same number.
+    pub seed: u64,
+    /// Random bits of a code, at most `angle_bits`: codes are uniform in `-2^(n-1) .. 2^(n-1)`, modulo `2^angle_bits`. With
+    /// `angle_bits` of them angles are uniform over the circle.
+    pub spread_bits: u32,
 }
 
 /// The kind of feed-forward layer in every block. Artifacts hold [`FeedForwardKind::Butterfly`]; the others exist
@@ -133,7 +205,7 @@ pub enum FeedForwardKind {
     Int4Experts,
     /// The same with 8-bit matrices, a scale per row.
     Int8Experts,
-    /// The same with matrices that are products of two fp32 factors, through [`BackboneConfig::low_rank`] features.
+    /// The same with matrices that are products of two fp32 factors, through [`BackboneShape::low_rank`] features.
     LowRankExperts,
 }
 
@@ -174,58 +246,21 @@ impl BackboneConfig {
         ensure((1..=1024).contains(&self.image_size), "backbone.image_size", || {
             format!("{} is not in 1..=1024", self.image_size)
         })?;
-        size(self.d_model, "backbone.d_model")?;
-        size(self.d_ff, "backbone.d_ff")?;
-        ensure((1..=MAX_DEPTH).contains(&self.num_layers), "backbone.num_layers", || {
-            format!("{} is not in 1..={MAX_DEPTH}", self.num_layers)
-        })?;
+        self.shape().validate()?;
         ensure(self.num_heads >= 1 && self.d_model.is_multiple_of(self.num_heads), "backbone.num_heads", || {
             format!("{} heads do not divide d_model {}", self.num_heads, self.d_model)
         })?;
-        ensure((1..=MAX_DEPTH).contains(&self.stem.len()), "backbone.stem", || {
-            format!("{} layers; there must be 1..={MAX_DEPTH}", self.stem.len())
-        })?;
-        let (mut side, mut channels) = (self.image_size, 3);
-        for (i, layer) in self.stem.iter().enumerate() {
-            size(layer.channels, "backbone.stem.channels")?;
-            ensure((1..=64).contains(&layer.kernel), "backbone.stem.kernel", || {
-                format!("layer {i}: {} is not in 1..=64", layer.kernel)
-            })?;
-            ensure((1..=64).contains(&layer.stride), "backbone.stem.stride", || {
-                format!("layer {i}: {} is not in 1..=64", layer.stride)
-            })?;
-            ensure(layer.padding < layer.kernel, "backbone.stem.padding", || {
-                format!("layer {i}: {} is not below the kernel side {}", layer.padding, layer.kernel)
-            })?;
-            let out = layer.output_side(side).filter(|&s| s > 0);
-            let Some(out) = out else {
-                return Err(ConfigError {
-                    field: "backbone.stem.kernel",
-                    reason: format!("layer {i}: kernel {} does not fit a {side}x{side} input", layer.kernel),
-                });
-            };
-            ensure(
-                (side + 2 * layer.padding - layer.kernel).is_multiple_of(layer.stride) || layer.padding > 0,
-                "backbone.stem.stride",
-                || {
-                    format!(
-                        "layer {i}: patches of {} with stride {} do not tile a side of {side}",
-                        layer.kernel, layer.stride
-                    )
-                },
-            )?;
-            ensure(!layer.residual || (out == side && channels == layer.channels), "backbone.stem.residual", || {
-                format!(
-                    "layer {i} changes {side}x{side}x{channels} to {out}x{out}x{}, so its input cannot be added",
-                    layer.channels
-                )
-            })?;
-            (side, channels) = (out, layer.channels);
-        }
+        let (side, channels) = stem::validate(&self.stem, self.image_size)?;
         ensure(channels == self.d_model, "backbone.stem.channels", || {
             format!("the last layer has {channels} channels, but d_model is {}", self.d_model)
         })?;
         ensure(side * side <= 4096, "backbone.stem", || format!("{side}x{side} patch tokens are more than 4096"))
+    }
+
+    /// What expert sets need to know of it.
+    pub fn shape(&self) -> BackboneShape {
+        let Self { d_model, d_ff, num_layers, substrates, .. } = *self;
+        BackboneShape { d_model, d_ff, num_layers, substrates }
     }
 
     /// Side of the square grid of patch tokens.
@@ -236,11 +271,6 @@ impl BackboneConfig {
     /// Number of patch tokens.
     pub fn num_tokens(&self) -> usize {
         self.grid_side().pow(2)
-    }
-
-    /// Rank of the matrices of [`FeedForwardKind::LowRankExperts`]: an eighth of `d_model`.
-    pub fn low_rank(&self) -> usize {
-        (self.d_model / 8).max(1)
     }
 
     /// Features of one attention head.
@@ -263,7 +293,7 @@ impl ExpertConfig {
     ///
     /// # Errors
     /// [`ConfigError`] naming the first field that does not fit.
-    pub fn validate(&self, backbone: &BackboneConfig) -> Result<(), ConfigError> {
+    pub fn validate(&self, backbone: &BackboneShape) -> Result<(), ConfigError> {
         ensure((1..=MAX_EXPERTS).contains(&self.num_experts), "experts.num_experts", || {
             format!("{} is not in 1..={MAX_EXPERTS}", self.num_experts)
         })?;
@@ -276,13 +306,25 @@ impl ExpertConfig {
         ensure([4, 6, 8, 16].contains(&self.angle_bits), "experts.angle_bits", || {
             format!("{} is not 4, 6, 8 or 16", self.angle_bits)
         })?;
-        ensure([8, 16].contains(&self.router_bits), "experts.router_bits", || {
-            format!("{} is not 8 or 16", self.router_bits)
+        ensure([4, 8, 16].contains(&self.router_bits), "experts.router_bits", || {
+            format!("{} is not 4, 8 or 16", self.router_bits)
+        })?;
+        let Some(AngleSeed { seed, spread_bits, .. }) = self.angle_seed else { return Ok(()) };
+        ensure(seed < 1 << 53, "experts.angle_seed.seed", || format!("{seed} is not below 2^53"))?;
+        ensure((1..=self.angle_bits).contains(&spread_bits), "experts.angle_seed.spread_bits", || {
+            format!("{spread_bits} is not in 1..=angle_bits ({})", self.angle_bits)
         })
     }
 
+    /// What draws the angle codes of `site` (0 for `in`, 1 for `hidden`, 2 for `out`) of block `layer`, if they come from a
+    /// seed.
+    pub fn seeded_angles(&self, layer: usize, site: usize) -> Option<SeededAngles> {
+        let AngleSeed { generator: Generator::SplitMix64, seed, spread_bits } = self.angle_seed?;
+        Some(SeededAngles::new(seed, layer, site, self.angle_bits, spread_bits))
+    }
+
     /// Angles of one expert in one layer, all sites.
-    pub fn angles_per_expert(&self, backbone: &BackboneConfig) -> usize {
+    pub fn angles_per_expert(&self, backbone: &BackboneShape) -> usize {
         (self.stages_in + self.stages_out) * backbone.d_model / 2 + self.stages_hidden * backbone.d_ff / 2
     }
 }
@@ -294,7 +336,7 @@ impl ViTConfig {
     /// [`ConfigError`] naming the first field that does not fit.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.backbone.validate()?;
-        self.experts.validate(&self.backbone)?;
+        self.experts.validate(&self.backbone.shape())?;
         ensure((1..=MAX_SIZE).contains(&self.num_classes), "num_classes", || {
             format!("{} is not in 1..={MAX_SIZE}", self.num_classes)
         })
@@ -309,7 +351,9 @@ impl ViTConfig {
             stages_hidden,
             stages_out: 0,
             angle_bits,
+            angle_seed: None,
             router_bits: 8,
+            router_scales: FloatFormat::F32,
         };
         Some(match name {
             "paper" => Self {
@@ -320,6 +364,7 @@ impl ViTConfig {
                     d_ff: 1024,
                     num_layers: 7,
                     num_heads: 8,
+                    substrates: SubstrateConfig::default(),
                 },
                 // Deviation: the paper has 16 bits an angle; eight put every run-time byte 424 times below dense experts.
                 experts: experts(64, 2, 4, 4, 8),
@@ -328,11 +373,12 @@ impl ViTConfig {
             "tiny" => Self {
                 backbone: BackboneConfig {
                     image_size: 8,
-                    stem: vec![StemLayer::conv3(8, 1), StemLayer::residual3(8), StemLayer::patch(16, 2)],
+                    stem: vec![StemLayer::conv3(8, 1), StemLayer::residual3(8, 1), StemLayer::patch(16, 2)],
                     d_model: 16,
                     d_ff: 32,
                     num_layers: 2,
                     num_heads: 2,
+                    substrates: SubstrateConfig::default(),
                 },
                 experts: ExpertConfig { stages_out: 2, ..experts(4, 2, 4, 4, 8) },
                 num_classes: 5,
@@ -343,15 +389,16 @@ impl ViTConfig {
                     stem: vec![
                         StemLayer::conv3(32, 1),
                         StemLayer::conv3(64, 2),
-                        StemLayer::residual3(64),
+                        StemLayer::residual3(64, 2),
                         StemLayer::conv3(128, 2),
-                        StemLayer::residual3(128),
-                        StemLayer::residual3(128),
+                        StemLayer::residual3(128, 4),
+                        StemLayer::residual3(128, 5),
                     ],
                     d_model: 128,
                     d_ff: 512,
                     num_layers: 4,
                     num_heads: 4,
+                    substrates: SubstrateConfig::default(),
                 },
                 // The smallest of the shapes tried on paper that keep the feed-forward layers 500 times below dense ones.
                 experts: experts(64, 2, 3, 2, 4),
@@ -366,6 +413,7 @@ impl ViTConfig {
                     d_ff: 256,
                     num_layers: 3,
                     num_heads: 2,
+                    substrates: SubstrateConfig::default(),
                 },
                 experts: experts(64, 2, 3, 2, 4),
                 num_classes: 100,

@@ -1,0 +1,198 @@
+//! Both versions of the format, against files that a recipe in Python wrote from `FORMAT.md`
+//! (`fixtures/artifacts/make.py`): their digests, every value in them, and that nothing is lost when they are written again.
+
+use std::path::Path;
+
+use model_core::artifact::{
+    ArtifactError, BackboneArtifact, CovarianceForm, ExpertSetArtifact, Fit, Header, read_backbone, read_expert_set,
+};
+use model_core::config::{Activation, FloatFormat, TernaryPacking};
+use model_core::engine::{Backbone, ExpertSet};
+use model_core::error::ModelError;
+use model_core::kernels::Isa;
+use model_core::weights::{Covariance, Precision};
+use serde_json::Value;
+
+fn file(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/artifacts");
+    std::fs::read(folder.join(name)).unwrap()
+}
+
+fn golden() -> Value {
+    serde_json::from_slice(&file("golden.json")).unwrap()
+}
+
+fn integers(value: &Value) -> Vec<i64> {
+    match value {
+        Value::Array(values) => values.iter().flat_map(integers).collect(),
+        value => vec![value.as_i64().unwrap()],
+    }
+}
+
+fn backbone(version: u32) -> BackboneArtifact {
+    read_backbone(&file(&format!("v{version}_backbone.safetensors"))).unwrap()
+}
+
+fn set(name: &str) -> ExpertSetArtifact {
+    read_expert_set(&file(&format!("{name}.safetensors"))).unwrap()
+}
+
+#[test]
+fn files_of_both_versions_keep_their_digests() {
+    let golden = golden();
+    for (name, digest) in golden["digests"].as_object().unwrap() {
+        let header = Header::from_bytes(&file(&format!("{name}.safetensors"))).unwrap();
+        assert_eq!(header.digest.to_string(), digest.as_str().unwrap(), "{name}");
+    }
+    // And those that ship, which are of version 1.
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
+    for name in ["default-backbone", "cifar100"] {
+        Header::read(&models.join(format!("{name}.safetensors"))).unwrap();
+    }
+}
+
+#[test]
+fn a_backbone_of_version_1_reads_as_it_always_did() {
+    let (golden, artifact) = (golden(), backbone(1));
+    let layers = &artifact.weights.config.stem;
+    assert_eq!(layers[0].padding, [1; 4]);
+    assert_eq!(layers.iter().map(|layer| layer.residual).collect::<Vec<_>>(), [None, Some(1), None]);
+    assert_eq!(layers.iter().map(|layer| layer.groups).collect::<Vec<_>>(), [1; 3]);
+    let activations = [Activation::Gelu, Activation::Gelu, Activation::None];
+    assert_eq!(layers.iter().map(|layer| layer.activation).collect::<Vec<_>>(), activations);
+    assert_eq!(artifact.preprocess.reduction, 8.0);
+    assert_eq!((artifact.name.as_str(), &artifact.card), ("old é", &None));
+    for (i, block) in artifact.weights.blocks.iter().enumerate() {
+        for (site, matrix) in [("up", &block.up), ("down", &block.down)] {
+            let codes: Vec<i64> = matrix.codes.iter().map(|&code| code.into()).collect();
+            assert_eq!(codes, integers(&golden[format!("v1 blocks.{i}.moe.{site}")]));
+        }
+    }
+    let set = set("v1_set");
+    for (i, layer) in set.weights.layers.iter().enumerate() {
+        let sites = [("in", &layer.rotation_in), ("hidden", &layer.rotation_hidden), ("out", &layer.rotation_out)];
+        for (site, angles) in sites {
+            let codes: Vec<i64> = angles.codes.iter().map(|&code| code.into()).collect();
+            assert_eq!(codes, integers(&golden[format!("v1 blocks.{i}.moe.rotation_{site}")]));
+        }
+    }
+    assert_eq!(set.weights.labels, ["a", "b \"c\"", "ü"]);
+    set.check_backbone(&artifact.weights.config, artifact.digest).unwrap();
+    // Version 1 repeats all of the backbone's configuration.
+    let mut other = artifact.weights.config.clone();
+    other.num_heads = 2;
+    assert!(matches!(set.check_backbone(&other, artifact.digest), Err(ArtifactError::BackboneConfig)));
+}
+
+#[test]
+fn a_backbone_of_version_2_has_everything_that_the_recipe_wrote() {
+    let (golden, BackboneArtifact { weights, preprocess, card, .. }) = (golden(), backbone(2));
+    let substrates = weights.config.substrates;
+    assert!(substrates.shared && substrates.packing == TernaryPacking::FiveTrits);
+    assert_eq!(substrates.scales, FloatFormat::F16);
+    for block in &weights.blocks {
+        for (site, matrix) in [("up", &block.up), ("down", &block.down)] {
+            let codes: Vec<i64> = matrix.codes.iter().map(|&code| code.into()).collect();
+            assert_eq!(codes, integers(&golden[format!("v2 {site}")]));
+        }
+        assert_eq!(block.qkv.weight.precision(), Precision::F16);
+    }
+    assert_ne!(weights.blocks[0].up.scale, weights.blocks[1].up.scale);
+    let precisions = weights.stem.iter().map(|layer| layer.conv.weight.precision());
+    assert!(precisions.eq([Precision::F32, Precision::Int8, Precision::Int8, Precision::F16, Precision::Int8]));
+    assert!(weights.stem.iter().map(|layer| layer.step.is_some()).eq([true, true, true, false, false]));
+    let layer = weights.config.stem[2];
+    assert_eq!((layer.padding, layer.groups, layer.activation), ([2, 1, 2, 3], 12, Activation::Relu6));
+    assert_eq!(weights.config.stem[3].residual, Some(1));
+    assert_eq!(preprocess.reduction, 1.5);
+    assert_eq!(card.unwrap().licence, "CC0-1.0");
+    let background = weights.background.unwrap();
+    assert_eq!((background.images, background.covariance.len()), (1000, 78));
+    assert_eq!(background.source, "random numbers\nof this recipe");
+}
+
+#[test]
+fn expert_sets_of_version_2_have_everything_that_the_recipe_wrote() {
+    let golden = golden();
+    let learned = set("v2_set");
+    assert_eq!((learned.weights.temperature, learned.view.fit), (1.5, Fit::Crop));
+    assert_eq!(learned.report["top1"], 0.5);
+    let familiarity = learned.weights.familiarity.as_ref().unwrap();
+    assert!(matches!(&familiarity.covariance, Covariance::Packed(values) if values.len() == 78));
+    assert_eq!((familiarity.threshold, familiarity.pass_share, familiarity.relative), (3.5, 0.05, true));
+    let header = Header::from_bytes(&file("v2_borrower.safetensors")).unwrap();
+    let model_core::artifact::Contents::ExpertSet(header) = header.contents else { panic!("an expert set") };
+    let form = CovarianceForm::Background { scale: 0.75, rank: 2 };
+    assert_eq!(header.familiarity.unwrap().covariance, form);
+
+    let borrower = set("v2_borrower");
+    assert_eq!(borrower.borrowed_experts, Some(learned.digest));
+    assert!(borrower.weights.layers.is_empty());
+    assert_eq!(borrower.weights.head.weight.precision(), Precision::F16);
+
+    let seeded = set("v2_seeded");
+    for (i, layer) in seeded.weights.layers.iter().enumerate() {
+        assert!(layer.rotation_in.codes.is_empty() && layer.rotation_hidden.codes.is_empty());
+        let router: Vec<i64> = layer.router.iter().map(|&code| code.into()).collect();
+        assert_eq!(router, integers(&golden[format!("v2 blocks.{i}.moe.router")]));
+    }
+    for (site, stages, pairs) in [(0, 2, 6), (1, 1, 7), (2, 1, 6)] {
+        let codes = seeded.weights.config.seeded_angles(1, site).unwrap().codes(5, stages, pairs);
+        let codes: Vec<i64> = codes.into_iter().map(i64::from).collect();
+        assert_eq!(codes, integers(&golden[format!("v2 seeded codes of block 1, site {site}")]));
+    }
+}
+
+#[test]
+fn what_is_read_is_written_again_without_loss_as_version_2() {
+    for version in [1, 2] {
+        let artifact = backbone(version);
+        let again = read_backbone(&artifact.to_bytes().unwrap()).unwrap();
+        assert_eq!(again.weights, artifact.weights);
+        assert_eq!((&again.preprocess, &again.card), (&artifact.preprocess, &artifact.card));
+    }
+    for name in ["v1_set", "v2_set", "v2_borrower", "v2_seeded"] {
+        let artifact = set(name);
+        let mut again = read_expert_set(&artifact.to_bytes().unwrap()).unwrap();
+        again.digest = artifact.digest;
+        // Version 2 does not repeat it.
+        again.backbone_config.clone_from(&artifact.backbone_config);
+        assert_eq!(again, artifact, "{name}");
+    }
+}
+
+#[test]
+fn experts_are_lent_by_the_set_that_is_named_and_by_no_other() {
+    let artifact = set("v2_set");
+    // The engine has no stem like the one of the recipe: the sets are bound to one that it has.
+    let mut weights = backbone(2).weights;
+    weights.config.stem = vec![model_core::config::StemLayer::patch(12, 4)];
+    weights.stem = vec![model_core::weights::StemWeights {
+        conv: model_core::weights::Linear { weight: vec![0.1; 12 * 48].into(), bias: vec![0.0; 12] },
+        ..Default::default()
+    }];
+    let digest = artifact.backbone_digest;
+    let backbone = Backbone::from_weights("b".into(), &weights, Default::default(), digest, Isa::best()).unwrap();
+    let learned = ExpertSet::from_artifact(artifact.clone(), &backbone, None).unwrap();
+    let borrower = ExpertSet::from_artifact(set("v2_borrower"), &backbone, Some(&learned)).unwrap();
+    assert_eq!(borrower.borrowed_experts(), Some(learned.digest()));
+    assert!(borrower.resident_bytes() < learned.resident_bytes() / 2);
+
+    let refused = |edit: fn(&mut ExpertSetArtifact), lender: Option<&ExpertSet>| {
+        let mut artifact = set("v2_borrower");
+        edit(&mut artifact);
+        let error = ExpertSet::from_artifact(artifact, &backbone, lender).unwrap_err();
+        assert!(matches!(error, ModelError::Artifact(ArtifactError::Lender { .. })), "{error}");
+        error.to_string()
+    };
+    assert!(refused(|_| {}, None).contains("it is not there"));
+    assert!(refused(|b| b.borrowed_experts = Some(b.digest), Some(&learned)).contains("it is the set itself"));
+    assert!(refused(|b| b.weights.config.top_k = 1, Some(&learned)).contains("another shape"));
+    let seeded = ExpertSet::from_artifact(set("v2_seeded"), &backbone, None).unwrap();
+    assert!(refused(|_| {}, Some(&seeded)).contains("another set was found"));
+    let mut chained = set("v2_borrower");
+    chained.borrowed_experts = Some(borrower.digest());
+    chained.digest = learned.digest();
+    let error = ExpertSet::from_artifact(chained, &backbone, Some(&borrower)).unwrap_err().to_string();
+    assert!(error.contains("it borrows its experts itself"), "{error}");
+}
