@@ -3,7 +3,7 @@
 //! A *backbone* is everything expert sets share; an *expert set* is one task's experts, routers, head and labels, and
 //! names the digest of the backbone it was fitted to. Files are untrusted: [`read_backbone`] and [`read_expert_set`]
 //! check sizes, dtypes, shapes, values and the digest before they build anything, and what they return is valid.
-//! [`Header::read`] looks at the header of a file only.
+//! [`Header::read`] looks at the header of a file only. [`store_layout`] says where files lie in a model store.
 
 mod digest;
 mod document;
@@ -12,6 +12,7 @@ mod error;
 mod header;
 mod layout;
 mod pack;
+pub mod store_layout;
 
 use serde_json::{Map, Value, json};
 
