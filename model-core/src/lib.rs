@@ -16,6 +16,7 @@
 //! | [`engine`] | the integer forward pass that serves: artifact bytes in, logits out | all of the above |
 //! | [`footprint`] | where every byte goes | `artifact`, `kernels` |
 //! | [`bench`] | timing the engine | `engine`, `random_weights` |
+//! | [`routing_map`] | how alike pairs of patches are routed | nothing |
 //! | [`restart`] | starting the program over with settings that libraries read before `main` | nothing |
 //!
 //! Training, and the float reference that the engine is measured against, are the crate `training`.
@@ -31,4 +32,5 @@ pub mod kernels;
 pub mod random;
 pub mod random_weights;
 pub mod restart;
+pub mod routing_map;
 pub mod weights;
