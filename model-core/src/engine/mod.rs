@@ -17,6 +17,7 @@
 mod attention;
 mod backbone;
 mod expert_set;
+mod group;
 mod linear;
 mod moe;
 mod pool;
@@ -25,9 +26,10 @@ mod stem;
 
 pub use backbone::Backbone;
 pub use expert_set::ExpertSet;
+pub use group::SessionGroup;
 pub(crate) use moe::storage;
 pub use moe::{ExpertLayer, Moe, MoeScratch, Span, Substrates};
-pub use pool::{Pool, Team, Welcome};
+pub use pool::{Pool, Welcome};
 pub use session::{Row, Session};
 
 use crate::error::ModelError;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::attention::{AttentionScratch, Head};
 use super::backbone::Block;
+use super::linear::{Quantized, TILE};
 use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
-use super::packed::{Quantized, TILE};
 use super::pool::{Parts, PerThread, Pool, Team};
 use super::{Backbone, ExpertSet, expect_len, stem};
 use crate::config::{BackboneConfig, ExpertConfig};
