@@ -36,6 +36,7 @@ use crate::recipe::{Origin, Recipe, angle_start};
 use crate::speed;
 use crate::store::{Store, load_backbone, load_set};
 use crate::teacher::Teacher;
+use crate::terminal::{print, say};
 use crate::train::{Ended, Run, Settings, averaged};
 
 /// `init`: a random backbone with random expert sets.
@@ -692,18 +693,4 @@ fn export_set(
         store.write_set(name, version, &set, (&backbone.weights.config, backbone.digest), &summary(checkpoint)?)?;
     say(&format!("expert set {}", path.display()));
     Ok(())
-}
-
-/// To the person at the terminal; results go to standard output, everything else here.
-pub(crate) fn say(line: &str) {
-    eprintln!("{line}");
-}
-
-/// Results to standard output. A reader that has gone (`| head`) is no failure.
-fn print(text: &str) -> Result<()> {
-    use std::io::Write;
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("writing the result"),
-        _ => Ok(()),
-    }
 }

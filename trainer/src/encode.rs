@@ -11,8 +11,8 @@ use model_core::weights::{Encodings, Precision};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::commands::say;
 use crate::store::{Store, load_backbone, load_set};
+use crate::terminal::say;
 
 /// How tensors are stored; what is not given stays as it is.
 #[derive(Debug, Clone, Default, Args)]

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use half::f16;
 use safetensors::Dtype;
 
-use super::document::{BackgroundSource, CovarianceForm, FamiliarityConfig};
+use super::contents::{BackboneHeader, BackgroundSource, CovarianceForm, ExpertSetHeader, FamiliarityConfig};
 use super::error::ArtifactError;
-use super::header::{BackboneHeader, ExpertSetHeader};
 use super::pack::{BadByte, code_row_bytes, pack_codes, pack_ternary, ternary_row_bytes, unpack_codes, unpack_ternary};
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig, TernaryPacking};
 use crate::weights::{

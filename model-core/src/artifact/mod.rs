@@ -5,6 +5,7 @@
 //! check sizes, dtypes, shapes, values and the digest before they build anything, and what they return is valid.
 //! [`Header::read`] looks at the header of a file only. [`store_layout`] says where files lie in a model store.
 
+mod contents;
 mod digest;
 mod document;
 mod entries;
@@ -16,15 +17,16 @@ pub mod store_layout;
 
 use serde_json::{Map, Value, json};
 
+pub use contents::{
+    BackboneEncoding, BackboneHeader, BackgroundSource, Card, Contents, CovarianceForm, ExpertSetEncoding,
+    ExpertSetHeader, FamiliarityConfig, Fit, MAX_TEXT_BYTES, StemEncoding, View,
+};
 pub use digest::{Digest, ParseDigestError};
 use document::Document;
-pub use document::{
-    BackboneEncoding, BackgroundSource, Card, CovarianceForm, ExpertSetEncoding, FORMAT_VERSION, FamiliarityConfig,
-    Fit, StemEncoding, View,
-};
+pub use document::FORMAT_VERSION;
 pub use error::ArtifactError;
-pub use header::{BackboneHeader, Contents, ExpertSetHeader, Header, MAX_HEADER_BYTES, MAX_TEXT_BYTES};
 use header::{DIGEST_KEY, DOCUMENT_KEY, LENGTH_BYTES, RawHeader, header_bytes};
+pub use header::{Header, MAX_HEADER_BYTES};
 pub use layout::{Encoding, TensorSize};
 use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
 

@@ -1,8 +1,10 @@
 //! Checks of what a document says, whatever its version.
 
-use super::{Card, CovarianceForm, FamiliarityConfig, Parts, View};
+use super::Parts;
+use crate::artifact::contents::{
+    BackboneHeader, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES, View,
+};
 use crate::artifact::error::ArtifactError;
-use crate::artifact::header::{BackboneHeader, Contents, ExpertSetHeader, MAX_TEXT_BYTES};
 use crate::config::{ConfigError, MAX_SIZE};
 use crate::image::Preprocess;
 
