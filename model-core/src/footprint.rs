@@ -13,7 +13,7 @@ use crate::artifact::{Contents, Encoding, TensorSize};
 use crate::config::{BackboneShape, ExpertConfig, FeedForwardKind, TernaryPacking, ViTConfig};
 use crate::engine::storage;
 use crate::kernels::TernaryStorage;
-use crate::kernels::dense::panels_len;
+use crate::kernels::gemm::float::panels_len;
 
 const F32_BYTES: u64 = 4;
 

@@ -24,7 +24,7 @@ use super::pool::{Parts, PerThread, Pool};
 use crate::config::{BackboneShape, ExpertConfig, FloatFormat, MAX_EXPERTS, SubstrateConfig, TernaryPacking};
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
-use crate::kernels::dense::{PANEL, Rows, RowsMut, matmul_panels};
+use crate::kernels::gemm::float::{PANEL, Rows, RowsMut, matmul_panels};
 use crate::kernels::rotation::{Coefficients, rotate};
 use crate::kernels::router::top_k;
 use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary, Scales, TernaryStorage};

@@ -64,7 +64,7 @@ impl Matrix {
             Precision::F16 => Self::F16(values.iter().copied().map(f16::from_f32).collect()),
             Precision::Int8 => {
                 let cols = values.len() / rows.max(1);
-                let (codes, mut scale) = crate::kernels::linear::scalar::quantize_weight(values, rows, cols);
+                let (codes, mut scale) = crate::kernels::gemm::scalar::quantize_weight(values, rows, cols);
                 // A row of subnormal numbers has a step that rounds to zero.
                 scale.iter_mut().for_each(|scale| *scale = scale.max(f32::MIN_POSITIVE));
                 Self::Int8 { codes, scale }
