@@ -5,7 +5,7 @@ mod golden;
 
 use golden::{Golden, for_each_file};
 use model_core::config::{BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig};
-use model_core::engine::{ExpertLayer, Moe, MoeScratch, Pool, Span, Substrates};
+use model_core::engine::MoeLayer as EngineLayer;
 use model_core::kernels::activation::{gelu, gelu_scalar};
 use model_core::kernels::gemm::scalar as definition;
 use model_core::kernels::rotation::{Coefficients, rotate, scalar as rotation};
@@ -228,29 +228,18 @@ impl MoeLayer {
             rotation_hidden: angles(1),
             rotation_out: angles(2),
         };
-        let layer = ExpertLayer::pack(&layer, &config, 0, [self.d_model, self.d_ff]).unwrap();
         let shape = BackboneShape {
             d_model: self.d_model,
             d_ff: self.d_ff,
             num_layers: 1,
             substrates: SubstrateConfig::default(),
         };
-        let substrates = Substrates::pack(isa, &shape, &self.up, &self.down).unwrap();
-        let tokens = self.x.len() / self.d_model;
-        let moe = Moe {
-            substrates: &substrates,
-            experts: |_| &layer,
-            spans: &[Span { set: 0, first: 0, tokens, first_slot: 0 }],
-        };
-        let mut pool = Pool::new(threads);
-        let mut scratch = MoeScratch::new(self.d_model, self.d_ff, tokens, threads);
-        let x = substrates.input_order().permute_columns(&self.x);
-        let mut y = vec![0.0; x.len()];
-        moe.plan(threads, &mut scratch);
-        moe.route(&x, &mut pool, &mut scratch);
-        moe.forward(&x, &mut y, &mut pool, &mut scratch);
-        let slots = tokens * self.top_k;
-        (y, scratch.ids()[..slots].to_vec(), scratch.weights()[..slots].to_vec())
+        let substrates = (&self.up, &self.down);
+        let mut layer = EngineLayer::new(isa, &shape, substrates, (&layer, &config), &self.x, threads).unwrap();
+        let mut y = vec![0.0; self.x.len()];
+        layer.run(&mut y);
+        let (ids, weights) = layer.choices();
+        (y, ids.to_vec(), weights.to_vec())
     }
 }
 

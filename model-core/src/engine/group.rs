@@ -23,9 +23,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::backbone::Backbone;
+use super::expert_set::ExpertSet;
 use super::pool::{Team, Welcome};
 use super::session::{Row, Session};
-use super::{Backbone, ExpertSet};
 use crate::error::ModelError;
 
 /// A session for every compute thread, all on one backbone.

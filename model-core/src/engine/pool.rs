@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 /// Threads that share the items of one loop at a time: the caller, and either helpers of its own, which spin for a
 /// moment and then sleep between loops, or the callers of other pools of its group that have nothing better to do.
 /// Dropping it ends its own helpers.
-pub struct Pool {
+pub(super) struct Pool {
     shared: Arc<Shared>,
     own: usize,
     /// Numbers lie below this.
@@ -129,7 +129,7 @@ impl Drop for CloseLoop<'_> {
 
 impl Pool {
     /// A team of `threads`, all but the caller its own; zero counts as one.
-    pub fn new(threads: usize) -> Self {
+    pub(super) fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared::default());
         // Numbers must have no gaps, so the first thread that the system refuses is the last one asked for.
         let helpers = (1..threads).map_while(|thread| {
@@ -184,12 +184,12 @@ impl Pool {
     }
 
     /// Thread numbers that loops may see lie below this.
-    pub fn seats(&self) -> usize {
+    pub(super) fn seats(&self) -> usize {
         self.seats
     }
 
     /// Threads that probably share the next loop, the caller's included: how finely to cut it.
-    pub fn threads(&self) -> usize {
+    pub(super) fn threads(&self) -> usize {
         if self.helpers.is_empty() && self.shared.open.load(Ordering::Relaxed) == 0 { 1 } else { self.seats }
     }
 

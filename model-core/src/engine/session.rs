@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use super::attention::{AttentionScratch, Head};
-use super::backbone::Block;
-use super::linear::{Quantized, TILE};
+use super::backbone::{Backbone, Block};
+use super::expert_set::ExpertSet;
 use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
+use super::packed::{Quantized, TILE};
 use super::pool::{Parts, PerThread, Pool, Team};
-use super::{Backbone, ExpertSet, expect_len, stem};
+use super::stem;
 use crate::config::{BackboneConfig, ExpertConfig};
-use crate::error::ModelError;
+use crate::error::{ModelError, expect_len};
 use crate::kernels::combine::add_assign;
 use crate::kernels::norm::layer_norm;
 use crate::weights::{LAYER_NORM_EPS, Norm};
