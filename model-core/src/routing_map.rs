@@ -9,7 +9,6 @@
 /// Pairs of patches, and how they were routed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pairs {
-    /// Number of pairs.
     pub count: u64,
     /// Experts that both patches of a pair chose, over all pairs.
     pub shared: u64,

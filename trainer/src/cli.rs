@@ -216,8 +216,8 @@ pub struct RecipeArgs {
     /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks [default: 0].
     #[arg(long)]
     pub drop_path: Option<f64>,
-    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the router's
-    /// probabilities [default: 0].
+    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the
+    /// router's probabilities [default: 0].
     #[arg(long, value_name = "SCALE")]
     pub router_noise: Option<f64>,
     /// Passes at the beginning without any rounding [default: 0].
@@ -447,9 +447,9 @@ pub struct EvaluateArgs {
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,
-    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without rotations,
-    /// with the angles back at their start and without experts; how far angles moved, how alike experts are and how many
-    /// are used.
+    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without
+    /// rotations, with the angles back at their start and without experts; how far angles moved, how alike experts
+    /// are and how many are used.
     #[arg(long, conflicts_with = "confusion")]
     pub probe: bool,
     /// Look at the first N images only.

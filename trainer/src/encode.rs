@@ -43,7 +43,6 @@ fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 }
 
 impl EncodingArgs {
-    /// The choices.
     pub fn encodings(&self) -> Encodings {
         Encodings {
             packing: self.substrates,

@@ -14,7 +14,6 @@ pub const MAX_TEXT_BYTES: usize = 255;
 /// What the header of a backbone says of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackboneHeader {
-    /// Shapes.
     pub config: BackboneConfig,
     /// How the tensors are stored of which the configuration says nothing.
     pub encoding: BackboneEncoding,
@@ -29,7 +28,6 @@ pub struct BackboneHeader {
 /// What the header of an expert set says of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertSetHeader {
-    /// Shapes.
     pub config: ExpertConfig,
     /// How the tensors are stored of which the configuration says nothing.
     pub encoding: ExpertSetEncoding,
@@ -157,7 +155,6 @@ impl Default for View {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "form", rename_all = "snake_case", deny_unknown_fields)]
 pub enum CovarianceForm {
-    /// All of it.
     Packed,
     /// A diagonal and a factor.
     Diagonal {
@@ -179,7 +176,6 @@ pub enum CovarianceForm {
 pub struct FamiliarityConfig {
     /// Of all statistics.
     pub format: FloatFormat,
-    /// Number of means.
     pub means: usize,
     /// Shape of the covariance.
     pub covariance: CovarianceForm,

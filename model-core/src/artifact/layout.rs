@@ -42,7 +42,6 @@ pub(super) struct Slot<'a> {
 /// How the values of a tensor are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// Floating point.
     Float(FloatFormat),
     /// Ternary weights, packed.
     Ternary(TernaryPacking),
@@ -50,7 +49,6 @@ pub enum Encoding {
     Codes(u32),
     /// Signed codes of that many bits.
     Signed(u32),
-    /// Eight-bit weights.
     Int8,
 }
 
@@ -61,7 +59,6 @@ pub struct TensorSize {
     pub name: String,
     /// How its values are encoded.
     pub encoding: Encoding,
-    /// Values.
     pub elements: u64,
     /// Length of the first axis: output features, experts.
     pub rows: u64,
@@ -83,8 +80,8 @@ impl TensorSpec {
     }
 }
 
-/// Values of a tensor. Every axis is below 2^32 and their product far below 2^64 in a valid configuration, but it may
-/// exceed 32 bits.
+/// Values of a tensor. Every axis is below 2^32 and their product far below 2^64 in a valid configuration, but it
+/// may exceed 32 bits.
 fn count(shape: &[usize]) -> u64 {
     shape.iter().map(|&axis| axis as u64).product()
 }

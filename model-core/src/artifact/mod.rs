@@ -126,11 +126,9 @@ impl ExpertSetArtifact {
 /// What must be known of a set to lend its experts.
 #[derive(Debug, Clone, Copy)]
 pub struct Lender<'a> {
-    /// Its identity.
     pub digest: Digest,
     /// Whether it has no experts of its own.
     pub borrows: bool,
-    /// Shapes.
     pub config: &'a ExpertConfig,
     /// Identity of its backbone.
     pub backbone_digest: Digest,
@@ -204,9 +202,6 @@ pub fn write_backbone(
 
 impl BackboneArtifact {
     /// The artifact's bytes, of the version that is written. The digest is computed anew.
-    ///
-    /// # Errors
-    /// As for [`write_backbone`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, ArtifactError> {
         backbone_bytes(&self.name, &self.weights, (&self.preprocess, self.card.as_ref()), &self.training)
     }
@@ -286,9 +281,6 @@ pub fn write_expert_set(
 
 impl ExpertSetArtifact {
     /// The artifact's bytes, of the version that is written. The digest is computed anew.
-    ///
-    /// # Errors
-    /// As for [`write_expert_set`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, ArtifactError> {
         let weights = &self.weights;
         let header = ExpertSetHeader {

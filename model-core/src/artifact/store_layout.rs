@@ -27,8 +27,8 @@ pub fn is_valid_name(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
-/// A version as it stands in paths and file names. Only one spelling is accepted: `01` and `1` would be two files for
-/// one version.
+/// A version as it stands in paths and file names. Only one spelling is accepted: `01` and `1` would be two
+/// files for one version.
 pub fn parse_version(text: &str) -> Option<u64> {
     text.parse::<u64>().ok().filter(|version| version.to_string() == text)
 }

@@ -30,8 +30,8 @@ impl ExpertSet {
     /// Reads and checks the artifact of an expert set with experts of its own for `backbone`.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] naming what is wrong with the file, or that it is bound to another backbone or borrows its
-    /// experts.
+    /// [`ModelError::Artifact`] naming what is wrong with the file, or that it is bound to another backbone
+    /// or borrows its experts.
     pub fn from_bytes(bytes: &[u8], backbone: &Backbone) -> Result<Self, ModelError> {
         Self::from_artifact(read_expert_set(bytes)?, backbone, None)
     }
@@ -40,8 +40,8 @@ impl ExpertSet {
     /// they stay where they are.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not borrow from `lender`:
-    /// [`ExpertSetArtifact::check_lender`].
+    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not
+    /// borrow from `lender`: [`ExpertSetArtifact::check_lender`].
     pub fn from_artifact(
         artifact: ExpertSetArtifact,
         backbone: &Backbone,

@@ -62,9 +62,6 @@ impl SessionGroup {
 
     /// [`Session::forward`] on the session of `thread`.
     ///
-    /// # Errors
-    /// As for [`Session::forward`].
-    ///
     /// # Panics
     /// When `thread` is not below [`SessionGroup::threads`].
     pub fn forward(&self, thread: usize, rows: &mut [Row<'_>]) -> Result<(), ModelError> {

@@ -37,8 +37,8 @@ pub struct Session {
     backbone: Arc<Backbone>,
     max_batch: usize,
     pool: Pool,
-    /// The caller's row of each image: rows that go through the same experts are made neighbours, whichever set they are
-    /// of.
+    /// The caller's row of each image: rows that go through the same experts are made neighbours, whichever
+    /// set they are of.
     order: Vec<usize>,
     /// The batch's experts, each by the caller's row that named them first.
     sets: Vec<usize>,

@@ -130,8 +130,8 @@ pub(super) fn check_supported(config: &BackboneConfig) -> Result<(), ConfigError
     config.stem.iter().enumerate().find_map(unsupported).map_or(Ok(()), Err)
 }
 
-/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and of
-/// a tile's output.
+/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and
+/// of a tile's output.
 pub(super) fn scratch_sizes(config: &BackboneConfig) -> (usize, usize, usize) {
     let layers = || config.stem_inputs();
     let last = config.stem.len() - 1;

@@ -21,9 +21,7 @@ pub enum Precision {
 /// A dense matrix, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Matrix {
-    /// Values.
     F32(Vec<f32>),
-    /// Values.
     F16(Vec<f16>),
     /// `value[r, c] = codes[r, c] * scale[r]`.
     Int8 {
@@ -81,7 +79,6 @@ impl Matrix {
         }
     }
 
-    /// Number of values.
     pub fn len(&self) -> usize {
         match self {
             Self::F32(values) => values.len(),

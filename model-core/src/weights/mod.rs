@@ -50,8 +50,8 @@ pub struct StemWeights {
     pub conv: Linear,
     /// LayerNorm over channels, present when the layer's `norm` is set.
     pub norm: Option<Norm>,
-    /// Calibrated step of the layer's output, residual included, for an integer path that keeps it as codes times the step.
-    /// Positive and finite.
+    /// Calibrated step of the layer's output, residual included, for an integer path that keeps it as codes times the
+    /// step. Positive and finite.
     pub step: Option<f32>,
 }
 
@@ -88,7 +88,6 @@ pub struct Background {
 /// Everything expert sets share.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackboneWeights {
-    /// Shapes.
     pub config: BackboneConfig,
     /// One per [`BackboneConfig::stem`] layer.
     pub stem: Vec<StemWeights>,
@@ -103,8 +102,8 @@ pub struct BackboneWeights {
 }
 
 impl BackboneWeights {
-    /// The first block whose ternary codes are not those of the first block, although the configuration says that all
-    /// share them.
+    /// The first block whose ternary codes are not those of the first block, although the configuration says
+    /// that all share them.
     pub fn unshared_block(&self) -> Option<usize> {
         let first = self.blocks.first().filter(|_| self.config.substrates.shared)?;
         let same = |own: &Arc<[i8]>, shared: &Arc<[i8]>| Arc::ptr_eq(own, shared) || own == shared;
@@ -137,7 +136,6 @@ pub struct ExpertLayerWeights {
 /// One task's experts, routers, head and labels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertSetWeights {
-    /// Shapes.
     pub config: ExpertConfig,
     /// One per transformer block; none where experts are borrowed.
     pub layers: Vec<ExpertLayerWeights>,

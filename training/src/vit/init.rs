@@ -96,8 +96,8 @@ impl Init {
         Ok(())
     }
 
-    /// The parameters of one feed-forward layer; where it has angles, how many numbers were drawn before those of each
-    /// rotation.
+    /// The parameters of one feed-forward layer; where it has angles, how many numbers were drawn before
+    /// those of each rotation.
     fn feed_forward(
         &mut self,
         layer: usize,

@@ -11,7 +11,6 @@ use crate::image::Preprocess;
 /// Most bytes of a text of the model card.
 const MAX_CARD_BYTES: usize = 4096;
 
-/// Checks every field.
 pub(super) fn parts((name, contents, _): &Parts) -> Result<(), ArtifactError> {
     text("name", name)?;
     match contents {

@@ -18,8 +18,8 @@ use crate::image::Preprocess;
 /// The version of `FORMAT.md` that is written.
 pub const FORMAT_VERSION: u32 = 2;
 
-/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240 while
-/// it is parsed.
+/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240
+/// while it is parsed.
 const MAX_DOCUMENT_VALUES: usize = MAX_SIZE + 4096;
 
 /// The document of version 2. Field order is the order in the file.

@@ -1,5 +1,5 @@
-//! Matrix products `out[m, n] = sum over k of lhs[m, k] * w[n, k]` with weights packed ahead, in three formats, and
-//! [`scalar`] defines them:
+//! Matrix products `out[m, n] = sum over k of lhs[m, k] * w[n, k]` with weights packed ahead, in three formats,
+//! and [`scalar`] defines them:
 //!
 //! | weights | file | activations | used by |
 //! | --- | --- | --- | --- |
