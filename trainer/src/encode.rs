@@ -57,7 +57,7 @@ impl EncodingArgs {
 
 #[derive(Debug, Args)]
 pub struct EncodeArgs {
-    /// The backbone's file.
+    /// The backbone's artifact, a .safetensors file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// Files of expert sets on that backbone; a set that borrows its experts after the one that lends them.

@@ -17,7 +17,7 @@ use crate::data::Dataset;
 /// What a model made of some images.
 #[derive(Debug, Clone, Default)]
 pub struct Prediction {
-    /// `[images, classes]`.
+    /// One row an image, `[images, classes]`.
     pub logits: Vec<f32>,
     /// For every layer the chosen experts `[images, tokens, top_k]`, best first.
     pub experts: Vec<Vec<u16>>,

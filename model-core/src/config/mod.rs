@@ -41,10 +41,8 @@ pub enum TernaryPacking {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FloatFormat {
-    /// IEEE single precision.
     #[default]
     F32,
-    /// IEEE half precision.
     F16,
 }
 

@@ -13,7 +13,7 @@ pub(super) struct AttentionScratch {
     keys: Vec<f32>,
     /// v^T as the weights of a product, `[head_dim, tokens]` in panels.
     values: Vec<f32>,
-    /// `[QUERIES, tokens]`.
+    /// Scores of a few queries, `[QUERIES, tokens]`.
     scores: Vec<f32>,
 }
 

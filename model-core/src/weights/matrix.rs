@@ -9,10 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// IEEE single precision.
     #[default]
     F32,
-    /// IEEE half precision.
     F16,
     /// Integers from -127 to 127 with a scale per row.
     Int8,

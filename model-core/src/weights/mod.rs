@@ -16,18 +16,18 @@ use crate::config::{BackboneConfig, ExpertConfig, FloatFormat, ViTConfig};
 /// `y = x W^T + b`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Linear {
-    /// `[out_features, in_features]`.
+    /// W, row-major `[out_features, in_features]`.
     pub weight: Matrix,
-    /// `[out_features]`.
+    /// The bias b, `[out_features]`.
     pub bias: Vec<f32>,
 }
 
 /// LayerNorm over the last axis, epsilon [`LAYER_NORM_EPS`].
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Norm {
-    /// `[features]`.
+    /// Scale of each feature, `[features]`.
     pub gamma: Vec<f32>,
-    /// `[features]`.
+    /// Shift of each feature, `[features]`.
     pub beta: Vec<f32>,
 }
 
@@ -66,16 +66,16 @@ pub struct BlockWeights {
     pub proj: Linear,
     /// Before router and experts.
     pub norm2: Norm,
-    /// Substrate `[d_ff, d_model]`.
+    /// The substrate of all experts' first product, `[d_ff, d_model]`.
     pub up: Ternary,
-    /// Substrate `[d_model, d_ff]`.
+    /// The substrate of all experts' second product, `[d_model, d_ff]`.
     pub down: Ternary,
 }
 
 /// Features of images of everything, to hold an expert set's own images against.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Background {
-    /// `[d_model]`.
+    /// Mean of each feature, `[d_model]`.
     pub mean: Vec<f32>,
     /// Lower triangle of the covariance, row by row, `[d_model (d_model + 1) / 2]`.
     pub covariance: Vec<f32>,
@@ -156,16 +156,16 @@ pub enum Covariance {
     Packed(Vec<f32>),
     /// `diag(diagonal) + factor^T factor`.
     Diagonal {
-        /// `[d_model]`, positive.
+        /// One value a feature, `[d_model]`, positive.
         diagonal: Vec<f32>,
-        /// `[rank, d_model]`.
+        /// The low-rank part, row-major `[rank, d_model]`.
         factor: Vec<f32>,
     },
     /// `scale * C + factor^T factor`, with the covariance C of the backbone's background.
     Background {
-        /// Positive.
+        /// What C is multiplied by; positive.
         scale: f32,
-        /// `[rank, d_model]`.
+        /// The low-rank part, row-major `[rank, d_model]`.
         factor: Vec<f32>,
     },
 }
@@ -177,7 +177,7 @@ pub struct Familiarity {
     pub format: FloatFormat,
     /// Whether the distance to the backbone's background is subtracted.
     pub relative: bool,
-    /// `[means, d_model]`.
+    /// One row a mean, `[means, d_model]`.
     pub means: Vec<f32>,
     /// Of the features about the mean of their class.
     pub covariance: Covariance,

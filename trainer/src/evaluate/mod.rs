@@ -29,7 +29,7 @@ pub struct Tally {
     top5: usize,
     cross_entropy: f64,
     bins: [Bin; BINS],
-    /// `[label, prediction]`.
+    /// Counts of images, `[label, prediction]`.
     confusion: Vec<u32>,
     layers: Vec<LayerTally>,
 }

@@ -1,4 +1,4 @@
-//! Initial weights.
+//! The weights that training starts from.
 
 use candle_core::Result;
 use model_core::config::{BackboneConfig, FeedForwardKind, ViTConfig};

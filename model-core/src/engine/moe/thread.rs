@@ -16,9 +16,9 @@ const _: () = assert!(LOGITS >= MAX_EXPERTS);
 pub(in crate::engine) struct MoeThread {
     pub(super) coefficients: Coefficients,
     pub(super) quantized: Quantized,
-    /// `[TILE, max(d_model, d_ff)]`.
+    /// Rows on their way through an expert, `[TILE, max(d_model, d_ff)]`.
     pub(super) rows: Vec<f32>,
-    /// `[TILE, d_model]`.
+    /// Rows of the width of a token, `[TILE, d_model]`.
     pub(super) narrow: Vec<f32>,
     /// One decoded router panel.
     pub(super) panel: Vec<f32>,

@@ -50,12 +50,10 @@ impl PackedF32 {
         Ok(Self { isa, rows, cols, panels: panels.into(), bias: padded.into() })
     }
 
-    /// Output features.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Input features.
     pub fn cols(&self) -> usize {
         self.cols
     }

@@ -56,12 +56,10 @@ impl PackedInt8 {
         })
     }
 
-    /// Output features.
     pub fn rows(&self) -> usize {
         self.packed.rows()
     }
 
-    /// Input features.
     pub fn cols(&self) -> usize {
         self.packed.cols()
     }

@@ -149,9 +149,9 @@ enum Sink<'a> {
     Dots(&'a mut [i32]),
     /// `out[m, n] = (f32(dot) * steps[m]) * scale[n] (+ bias[n])`.
     Scaled {
-        /// `[m, rows]`.
+        /// The product, row-major `[m, rows]`.
         out: &'a mut [f32],
-        /// `[m]`.
+        /// One for each row of `out`: `[m]`.
         steps: &'a [f32],
         /// `[rows]`, padded to whole panels.
         scale: &'a Scales,
@@ -160,11 +160,11 @@ enum Sink<'a> {
     },
     /// int8 codes: `out[m, n] = requantize(dot, added[m, n])`.
     Requantized {
-        /// `[m, rows]`.
+        /// The product, row-major `[m, rows]`.
         out: &'a mut [i8],
         /// For as many features as `rows`.
         requantize: &'a Requantize,
-        /// `[m, rows]`.
+        /// Codes to add, row-major `[m, rows]`.
         added: Option<&'a [i8]>,
     },
 }
@@ -172,7 +172,7 @@ enum Sink<'a> {
 /// The part of a product that one call of a micro-kernel works on: a few rows of `lhs` and a segment of k.
 #[derive(Clone, Copy)]
 struct Tile<'a> {
-    /// `[rows, cols]`.
+    /// Activations, row-major `[rows, cols]`.
     lhs: &'a [i8],
     cols: usize,
     /// The last `cols % K_BLOCK` columns of every row, zero-padded, so that no kernel reads past a row's end.

@@ -85,12 +85,10 @@ impl PackedTernary {
         unpack_ternary(&self.packed)
     }
 
-    /// Output features.
     pub fn rows(&self) -> usize {
         self.packed.rows()
     }
 
-    /// Input features.
     pub fn cols(&self) -> usize {
         self.packed.cols()
     }
