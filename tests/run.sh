@@ -84,6 +84,9 @@ step_test() {
     need_venv
     /usr/bin/python3 -c 'import numpy, prometheus_client' 2>/dev/null ||
         missing+=(python3 python3-numpy python3-prometheus-client)
+    # libjpeg-turbo and Pillow say what pictures look like.
+    /usr/bin/python3 -c 'import PIL' 2>/dev/null || missing+=(python3-pil)
+    has djpeg && has cjpeg || missing+=(libjpeg-turbo-progs)
     [ -e "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketimeMT.so.1" ] || missing+=(faketime)
     has curl || missing+=(curl ca-certificates)
     [ -x /usr/bin/chromedriver ] || missing+=(chromium chromium-driver fonts-dejavu-core)

@@ -150,8 +150,8 @@ fn a_bomb_is_refused_by_its_header() {
     assert_eq!(error.to_string(), "the image has 30000x30000 pixels; at most 16777216 are accepted");
     assert!(matches!(probe(&png_header(4097, 4096), &limits), Err(ImageError::TooManyPixels { .. })));
     assert_eq!(probe(&png_header(4096, 4096), &limits).unwrap().width, 4096);
-    let beyond = decode(&png_header(i32::MAX as u32, i32::MAX as u32), &limits).unwrap_err();
-    assert!(matches!(beyond, ImageError::TooLarge { .. }), "{beyond}");
+    let beyond = decode(&png_header(u32::MAX, u32::MAX), &limits).unwrap_err();
+    assert!(matches!(beyond, ImageError::TooManyPixels { .. }), "{beyond}");
     let narrow = DecodeLimits { max_pixels: 97 * 61 - 1, ..DecodeLimits::default() };
     assert!(matches!(decode(&fixture("photo.png"), &narrow), Err(ImageError::TooManyPixels { .. })));
 }
@@ -290,12 +290,29 @@ fn what_is_not_an_image_is_told_apart() {
     let refuse = |bytes: &[u8]| decode(bytes, &limits).unwrap_err();
     assert!(matches!(refuse(b""), ImageError::Empty));
     assert!(matches!(refuse(b"Dear sir or madam"), ImageError::NotAnImage));
-    assert!(matches!(refuse(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), ImageError::NotAnImage));
-    assert!(matches!(refuse(b"II*\0\x08\0\0\0"), ImageError::UnsupportedFormat { format: "tiff" }));
+    let names: [(&[u8], &str); 13] = [
+        (b"II*\0\x08\0\0\0", "TIFF"),
+        (b"MM\0*\0\0\0\x08", "TIFF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1Cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0mp41avc1", "a video"),
+        (b"\xFF\x0A\xFA\x1F", "JPEG XL"),
+        (b"\0\0\0\x0CJXL \r\n\x87\n", "JPEG XL"),
+        (b"%PDF-1.7", "PDF"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\xEF\xBB\xBF<?xml version='1.0'?>\n<!-- drawn -->\n<svg/>", "SVG"),
+        (b"\n <!DOCTYPE html><html><body><svg/>", "HTML"),
+        (b"<html lang='en'>", "HTML"),
+    ];
+    for (bytes, name) in names {
+        let error = refuse(bytes);
+        assert!(matches!(error, ImageError::UnsupportedFormat { format } if format == name), "{name}: {error}");
+    }
     assert!(matches!(refuse(&fixture("cmyk.jpg")), ImageError::Cmyk));
     for zero in [png_header(0, 5), png_header(5, 0), b"GIF89a\0\0\0\0\0\0\0".to_vec()] {
         let error = refuse(&zero);
-        assert!(matches!(error, ImageError::ZeroSized { .. } | ImageError::Undecodable(_)), "{error}");
+        assert!(matches!(error, ImageError::ZeroSized { .. } | ImageError::Truncated { .. }), "{error}");
     }
 }
 
@@ -311,8 +328,40 @@ fn truncated_images_are_refused() {
             assert!(result.is_err(), "{format:?} cut to {length} of {} bytes was accepted", whole.len());
         }
     }
-    let jpeg = encoded(&photo, ImageFormat::Jpeg);
-    assert!(matches!(decode(&jpeg[..jpeg.len() - 2], &DecodeLimits::default()), Err(ImageError::TruncatedJpeg)));
+}
+
+/// A JPEG's bytes up to its end marker.
+fn without_end(jpeg: &[u8]) -> &[u8] {
+    jpeg.strip_suffix(&[0xFF, 0xD9]).unwrap()
+}
+
+#[test]
+fn a_jpeg_that_lacks_a_block_is_refused_at_every_scale_whatever_follows() {
+    let photo = DynamicImage::ImageRgb8(photo());
+    let baseline = encoded(&photo, ImageFormat::Jpeg);
+    let scan = baseline.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap() + 14;
+    let progressive = fixture("progressive-large.jpg");
+    let last_scan = progressive.windows(2).rposition(|pair| pair == [0xFF, 0xDA]).unwrap() + 10;
+    for (whole, scan) in [(&baseline, scan), (&progressive, last_scan)] {
+        let data = without_end(whole);
+        let next = [&[0xFF, 0xD9][..], whole].concat();
+        let followers: [&[u8]; 4] = [b"", &[0xFF, 0xD9], whole, &next];
+        for limits in [DecodeLimits::default(), DecodeLimits { detail: 1, ..DecodeLimits::default() }] {
+            let expected = decode(whole, &limits).unwrap();
+            for follower in followers {
+                // The last byte holds a bit of the last block.
+                for end in (scan..data.len()).step_by(53).chain([data.len() - 1]) {
+                    // A lone 0xFF makes a marker of what follows.
+                    let cut = if data[end - 1] == 0xFF { &data[..end - 1] } else { &data[..end] };
+                    let error = decode(&[cut, follower].concat(), &limits).unwrap_err();
+                    let told = matches!(error, ImageError::MissingBlocks { .. } | ImageError::Truncated { .. });
+                    assert!(told, "{} of {} bytes, then {}: {error}", cut.len(), data.len(), follower.len());
+                }
+                // All blocks are there.
+                assert!(decode(&[data, follower].concat(), &limits).unwrap() == expected);
+            }
+        }
+    }
 }
 
 proptest! {

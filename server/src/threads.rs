@@ -66,11 +66,23 @@ impl BlockingPool {
     /// # Errors
     /// [`Panicked`].
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
+        self.run_watched(|_| work()).await
+    }
+
+    /// As [`run`](Self::run), with work that can ask whether its caller has gone, as one does whose deadline has passed.
+    ///
+    /// # Errors
+    /// [`Panicked`].
+    pub async fn run_watched<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Fn() -> bool) -> T + Send + 'static,
+    ) -> Result<T, Panicked> {
         let (reply, answer) = oneshot::channel();
         let guarded = move || {
             if !reply.is_closed() {
+                let result = std::panic::catch_unwind(AssertUnwindSafe(|| work(&|| reply.is_closed())));
                 // A caller that has gone meanwhile is no error.
-                let _ = reply.send(std::panic::catch_unwind(AssertUnwindSafe(work)));
+                let _ = reply.send(result);
             }
         };
         self.queue.send(Box::new(guarded)).map_err(|_| Panicked)?;
@@ -136,5 +148,28 @@ mod tests {
         first.await.unwrap().unwrap();
         pool.run(|| ()).await.unwrap();
         assert_eq!(begun.load(Ordering::SeqCst), 0);
+    }
+
+    #[tokio::test]
+    async fn work_learns_that_its_caller_has_gone() {
+        let pool = BlockingPool::start("test", 1, Priority::Normal).unwrap();
+        let begun = Arc::new(Barrier::new(2));
+        let task = tokio::spawn({
+            let (pool, begun) = (pool.clone(), Arc::clone(&begun));
+            async move {
+                let work = move |gone: &dyn Fn() -> bool| {
+                    begun.wait();
+                    while !gone() {
+                        std::thread::yield_now();
+                    }
+                };
+                pool.run_watched(work).await
+            }
+        });
+        tokio::task::spawn_blocking(move || begun.wait()).await.unwrap();
+        task.abort();
+        assert!(task.await.is_err());
+        // The thread is free again.
+        pool.run(|| ()).await.unwrap();
     }
 }

@@ -7,13 +7,13 @@ pub enum ImageError {
     /// No bytes at all.
     #[error("the image is empty")]
     Empty,
-    /// The bytes start like no image format.
+    /// The bytes start like nothing that is known.
     #[error("not an image: the first bytes are those of no JPEG, PNG, WebP, GIF or BMP file")]
     NotAnImage,
-    /// An image, but in a format that is not decoded here.
-    #[error("{format} images are not accepted; send JPEG, PNG, WebP, GIF or BMP")]
+    /// A file of a kind that is known and not decoded.
+    #[error("{format} is not accepted; send JPEG, PNG, WebP, GIF or BMP")]
     UnsupportedFormat {
-        /// File extension of the format.
+        /// As people call the format.
         format: &'static str,
     },
     /// The header announces more pixels than allowed; nothing was decoded.
@@ -23,11 +23,9 @@ pub enum ImageError {
         width: u32,
         /// Height in the header.
         height: u32,
+        /// Most pixels accepted.
         limit: u64,
     },
-    /// The header announces dimensions that no decoder takes.
-    #[error("the image's dimensions are beyond what is decoded; at most {limit} pixels are accepted")]
-    TooLarge { limit: u64 },
     /// Decoding would take more memory than allowed, at whatever scale.
     #[error("decoding the {width}x{height} image would take {needed} bytes; at most {limit} are allowed")]
     TooMuchMemory {
@@ -51,13 +49,38 @@ pub enum ImageError {
     /// A JPEG with four components, whose conversion to RGB depends on an ink profile.
     #[error("CMYK JPEG images are not accepted; convert to RGB")]
     Cmyk,
-    /// A JPEG that ends before its end-of-image marker.
-    #[error("the JPEG is truncated: it has no end-of-image marker")]
-    TruncatedJpeg,
-    /// A PNG with fewer rows, or shorter ones, than its header says.
-    #[error("the PNG is truncated")]
-    TruncatedPng,
-    /// The file starts like an image but cannot be decoded.
-    #[error("the image cannot be decoded: {0}")]
-    Undecodable(#[source] ::image::ImageError),
+    /// A file that ends before its image does.
+    #[error("the {format} is truncated")]
+    Truncated {
+        /// As people call the format.
+        format: &'static str,
+    },
+    /// A JPEG with too little data between two markers.
+    #[error("the JPEG is truncated: {done} of the {all} units of blocks of a scan are there")]
+    MissingBlocks {
+        /// Units of blocks that were decoded.
+        done: usize,
+        /// Units of blocks that the frame header announces.
+        all: usize,
+    },
+    /// A file that starts like an image but cannot be decoded.
+    #[error("the {format} cannot be decoded: {reason}")]
+    Broken {
+        /// As people call the format.
+        format: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The decoder met a case that its authors did not think of.
+    #[error("the image cannot be decoded: its decoder failed")]
+    DecoderFailed,
+    /// The caller wanted the image no more.
+    #[error("decoding was stopped")]
+    Stopped,
+}
+
+impl ImageError {
+    pub(super) fn broken(format: &'static str, reason: impl ToString) -> Self {
+        Self::Broken { format, reason: reason.to_string() }
+    }
 }

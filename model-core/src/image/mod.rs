@@ -2,17 +2,31 @@
 //!
 //! [`decode`] turns an untrusted file into RGB8, with memory bounded from the header on; [`Preprocess`] crops, resizes
 //! and normalises as `FORMAT.md` says, to the last bit.
+//!
+//! [`probe`] reads a header with no decoder at all. Then each format has a file with a decoder that bounds itself, or that
+//! is shown only what has been bounded before: `jpeg` is our own, `png`, `gif`, `webp` and `bmp` go around libraries.
 
+mod bmp;
 mod decode;
 mod error;
+mod folder;
+mod format;
+mod gif;
 mod jpeg;
+mod orientation;
+mod png;
 mod preprocess;
-mod reduced;
+mod probe;
 mod resize;
+mod rgb;
+mod source;
 mod turned;
+mod webp;
 
 pub use ::image::RgbImage;
 
-pub use decode::{DecodeLimits, ImageInfo, decode, decode_square, probe};
+pub use decode::{decode, decode_square};
 pub use error::ImageError;
+pub use folder::{ClassFolder, FileError, FolderError, ImageFolder, read_image};
 pub use preprocess::{Preprocess, Resize};
+pub use probe::{DecodeLimits, ImageInfo, probe};

@@ -92,7 +92,8 @@ impl Decoder {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<Attempt, ApiError> {
         let (limits, memory, most) = (self.limits.for_side(side), Arc::clone(&self.memory), self.memory_grains);
-        let work = move || {
+        let work = move |gone: &dyn Fn() -> bool| {
+            // Headers are read without memory of their own; decoders begin under the permit, and end with the request.
             let info = match probe(&encoded, &limits) {
                 Ok(info) => info,
                 Err(error) => return Attempt::Done(Err(error)),
@@ -103,9 +104,9 @@ impl Decoder {
                 Ok(permit) => permit,
                 Err(_) => return Attempt::NeedsMemory(grains),
             };
-            Attempt::Done(decode_square(&encoded, &limits).map(|image| preprocess.pixels(&image, side)))
+            Attempt::Done(decode_square(&encoded, &limits, gone).map(|image| preprocess.pixels(&image, side)))
         };
-        self.pool.run(work).await.map_err(ApiError::internal)
+        self.pool.run_watched(work).await.map_err(ApiError::internal)
     }
 }
 
@@ -114,9 +115,9 @@ pub fn image_error(error: &ImageError) -> ApiError {
     let code = match error {
         ImageError::Empty => ErrorCode::EmptyBody,
         ImageError::NotAnImage | ImageError::UnsupportedFormat { .. } => ErrorCode::UnsupportedMediaType,
-        ImageError::TooManyPixels { .. } | ImageError::TooLarge { .. } | ImageError::TooMuchMemory { .. } => {
-            ErrorCode::ImageTooLarge
-        }
+        ImageError::TooManyPixels { .. } | ImageError::TooMuchMemory { .. } => ErrorCode::ImageTooLarge,
+        // Nobody reads the answer.
+        ImageError::Stopped => ErrorCode::DeadlineExceeded,
         _ => ErrorCode::UndecodableImage,
     };
     ApiError::new(code, error.to_string())

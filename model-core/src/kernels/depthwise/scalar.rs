@@ -1,4 +1,4 @@
-//! The definition: plain loops, never optimised.
+//! The definition.
 
 use super::{Input, Shape};
 
