@@ -46,7 +46,15 @@ pub async fn parse(headers: &HeaderMap, body: Bytes, max_images: usize) -> Resul
         return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an image"));
     }
     let input = match Form::of(headers)? {
-        Form::Raw => ClassifyInput { images: vec![Ok(body)], ..ClassifyInput::default() },
+        // Images of every format hold bytes of zero, and `curl -d` drops them, as it does line breaks.
+        Form::UrlEncoded if !body.contains(&0) => {
+            return Err(ApiError::new(
+                ErrorCode::UnsupportedMediaType,
+                "a form in application/x-www-form-urlencoded holds no image; with curl, send the file itself by `-T FILE` \
+                 or `--data-binary @FILE` (`-d` changes it), or a form by `-F image=@FILE`",
+            ));
+        }
+        Form::Raw | Form::UrlEncoded => ClassifyInput { images: vec![Ok(body)], ..ClassifyInput::default() },
         Form::Json => parse_json(&body, max_images)?,
         Form::Multipart => parse_multipart(headers, body, max_images).await?,
     };
@@ -65,6 +73,8 @@ fn too_many(max_images: usize) -> ApiError {
 
 enum Form {
     Raw,
+    /// What `curl --data-binary` says when not told otherwise, and what forms of a page say.
+    UrlEncoded,
     Json,
     Multipart,
 }
@@ -85,9 +95,9 @@ impl Form {
         }
         let mime: mime::Mime = text.parse().map_err(|_| unsupported(text))?;
         match (mime.type_(), mime.subtype()) {
-            (mime::IMAGE, _) | (mime::APPLICATION, mime::OCTET_STREAM) => Ok(Self::Raw),
-            // What `curl --data-binary` sends when not told otherwise; nothing here is ever a real form of this kind.
-            (mime::APPLICATION, mime::WWW_FORM_URLENCODED) => Ok(Self::Raw),
+            // What the bytes are is seen when they are decoded; all of these say no more than that they are bytes.
+            (mime::IMAGE | mime::STAR, _) | (_, mime::OCTET_STREAM) => Ok(Self::Raw),
+            (mime::APPLICATION, mime::WWW_FORM_URLENCODED) => Ok(Self::UrlEncoded),
             (mime::APPLICATION, mime::JSON) => Ok(Self::Json),
             (mime::MULTIPART, mime::FORM_DATA) => Ok(Self::Multipart),
             _ => Err(unsupported(text)),
@@ -294,12 +304,16 @@ mod tests {
             Some("image/jpeg"),
             Some("image/whatever; q=1"),
             Some("application/octet-stream"),
+            Some("binary/octet-stream"),
+            Some("*/*"),
             Some("application/x-www-form-urlencoded"),
         ] {
-            let input = parse_as(content_type, b"bytes").await.unwrap();
-            assert_eq!(input.images, [Ok(Bytes::from_static(b"bytes"))], "{content_type:?}");
+            let input = parse_as(content_type, b"bytes\0").await.unwrap();
+            assert_eq!(input.images, [Ok(Bytes::from_static(b"bytes\0"))], "{content_type:?}");
             assert!(!input.is_batch);
         }
+        let form = parse_as(Some("application/x-www-form-urlencoded"), b"image=@cat.jpg").await.unwrap_err();
+        assert!(form.to_string().contains("--data-binary"), "{form}");
         for content_type in ["text/plain", "nonsense", "application/xml"] {
             let error = parse_as(Some(content_type), b"bytes").await.unwrap_err();
             assert_eq!(error.code(), ErrorCode::UnsupportedMediaType, "{content_type}");
