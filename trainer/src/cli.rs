@@ -1,10 +1,11 @@
-//! The flags of every command, and their help.
+//! The command line.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use model_core::config::ViTConfig;
+use model_core::image::DecodeLimits;
 use model_core::random::AngleSpread;
 
 use crate::compare::Variant;
@@ -77,7 +78,7 @@ pub struct InitArgs {
     /// Experts in each layer, instead of the configuration's.
     #[arg(long)]
     pub experts: Option<usize>,
-    /// The seed that decides all weights.
+    /// Decides all weights.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
@@ -88,9 +89,12 @@ pub struct DataArgs {
     /// Folder with the images.
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// Stop at the first unusable image instead of counting and skipping it.
+    /// Stop when a file is no usable image instead of listing and skipping it.
     #[arg(long)]
     pub strict: bool,
+    /// Most pixels of an image in a folder of images; larger ones are listed and skipped.
+    #[arg(long, value_name = "N", default_value_t = DecodeLimits::default().max_pixels)]
+    pub max_pixels: u64,
 }
 
 /// What the loop does beside computing.
@@ -108,7 +112,7 @@ pub struct LoopArgs {
     /// Save a checkpoint and stop after this many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub limit_seconds: Option<u64>,
-    /// Seconds from one checkpoint to the next.
+    /// Seconds between checkpoints.
     #[arg(long, value_name = "SECONDS", default_value_t = 180)]
     pub checkpoint_seconds: u64,
     /// Epochs between measurements on the held-out images.
@@ -117,7 +121,7 @@ pub struct LoopArgs {
     /// Steps between lines of metrics.jsonl.
     #[arg(long, value_name = "STEPS", default_value_t = 50)]
     pub log_every: u64,
-    /// Do not draw a progress bar.
+    /// No progress bar.
     #[arg(long)]
     pub quiet: bool,
 }
@@ -164,7 +168,7 @@ pub struct RecipeArgs {
     /// The cosine ends at this share of the learning rate.
     #[arg(long)]
     pub final_rate: Option<f64>,
-    /// AdamW's decoupled weight decay.
+    /// Decoupled weight decay.
     #[arg(long)]
     pub weight_decay: Option<f64>,
     /// The gradient's global norm is scaled down to this.
@@ -216,8 +220,8 @@ pub struct RecipeArgs {
     /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks [default: 0].
     #[arg(long)]
     pub drop_path: Option<f64>,
-    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the
-    /// router's probabilities [default: 0].
+    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the router's
+    /// probabilities [default: 0].
     #[arg(long, value_name = "SCALE")]
     pub router_noise: Option<f64>,
     /// Passes at the beginning without any rounding [default: 0].
@@ -359,7 +363,7 @@ pub struct SpecialiseArgs {
     /// Where images come from.
     #[command(flatten)]
     pub data: DataArgs,
-    /// The backbone's artifact, a .safetensors file.
+    /// The backbone's file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// An expert set on that backbone, whose angles and routers to start from.
@@ -390,7 +394,7 @@ pub struct CompareArgs {
     /// The loop; --out is the folder of all runs.
     #[command(flatten)]
     pub run: LoopArgs,
-    /// Variants to train, separated by commas.
+    /// Variants to train.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Variant::Butterfly, Variant::DenseExperts, Variant::Dense, Variant::NoSmoothness])]
     pub variants: Vec<Variant>,
     /// Learning rates to try for each variant, with the first seed; the one with the lowest cross-entropy on the held-out
@@ -411,7 +415,7 @@ pub struct CompareArgs {
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// The folder of the run, the --out of `train` or `specialise`.
+    /// The run folder.
     #[arg(long, value_name = "DIR")]
     pub run: PathBuf,
     /// The model store to write to [default: `store` in the run folder].
@@ -432,7 +436,7 @@ pub struct EvaluateArgs {
     /// Where images come from.
     #[command(flatten)]
     pub data: DataArgs,
-    /// The backbone's artifact, a .safetensors file.
+    /// The backbone's file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// The expert set's file.
@@ -447,15 +451,15 @@ pub struct EvaluateArgs {
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,
-    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without
-    /// rotations, with the angles back at their start and without experts; how far angles moved, how alike experts
-    /// are and how many are used.
+    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without rotations,
+    /// with the angles back at their start and without experts; how far angles moved, how alike experts are and how many
+    /// are used.
     #[arg(long, conflicts_with = "confusion")]
     pub probe: bool,
     /// Look at the first N images only.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Print JSON in place of text.
+    /// Print JSON.
     #[arg(long)]
     pub json: bool,
     /// Also draw the confusion matrix into this PNG file.
@@ -468,10 +472,10 @@ pub struct EvaluateArgs {
 
 #[derive(Debug, Args)]
 pub struct LogitsArgs {
-    /// Files of images, in the formats that the server reads.
+    /// Image files.
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
-    /// The backbone's artifact, a .safetensors file.
+    /// The backbone's file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// The expert set's file.
@@ -489,7 +493,7 @@ pub struct LogitsArgs {
 pub struct SpeedArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The variant whose recipe is timed.
+    /// The recipe's variant.
     #[arg(long, value_enum, default_value_t = Variant::Butterfly)]
     pub variant: Variant,
     /// Threads that compute [default: one per core].
@@ -498,7 +502,7 @@ pub struct SpeedArgs {
     /// How long to measure.
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub seconds: u64,
-    /// Print JSON in place of text.
+    /// Print JSON.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]

@@ -33,5 +33,4 @@ pub mod recipe;
 pub mod speed;
 pub mod store;
 pub mod teacher;
-mod terminal;
 pub mod train;

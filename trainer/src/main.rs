@@ -1,4 +1,4 @@
-//! `butterflyvit-trainer`: from arguments to [`butterflyvit_trainer::commands`], and to an exit code.
+//! `butterflyvit-trainer`: see [`butterflyvit_trainer`].
 
 #![forbid(unsafe_code)]
 

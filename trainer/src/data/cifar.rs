@@ -92,7 +92,8 @@ mod tests {
     use super::super::{OpenOptions, open};
     use super::*;
 
-    const OPTIONS: OpenOptions = OpenOptions { side: SIDE, labels: LabelColumn::Fine, strict: false };
+    const OPTIONS: OpenOptions =
+        OpenOptions { side: SIDE, labels: LabelColumn::Fine, strict: false, max_pixels: u64::MAX };
 
     /// A record whose red is `fill`, green `fill + 1`, blue `fill + 2` everywhere.
     fn record(labels: &[u8], fill: u8) -> Vec<u8> {

@@ -1,97 +1,61 @@
-//! One subfolder of images per class: `class/anything.{png,jpg,jpeg,webp,gif,bmp}`.
-//!
-//! When the folder has a subfolder `train`, the classes are looked for in `train` and `test`; otherwise the folder is
-//! whatever part it is asked for. Images go through the decoder and the resizing that the server uses. What a file is
-//! called does not say what it is: the content does.
+//! One subfolder of images per class, as [`ImageFolder`] lists it: below `train` and `test`, or directly. Images go through
+//! the decoder and the resizing that the server uses. What a file is called does not say what it is: the content does.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-use model_core::image::{DecodeLimits, Preprocess, decode};
+use anyhow::{Result, bail, ensure};
+use model_core::image::{DecodeLimits, FileError, ImageFolder, Preprocess, read_image};
 use rayon::prelude::*;
 
-use super::{Dataset, Opened, Part};
-
-const EXTENSIONS: [&str; 6] = ["png", "jpg", "jpeg", "webp", "gif", "bmp"];
+use super::{Dataset, OpenOptions, Opened, Part};
 
 pub(super) fn is_folder(folder: &Path) -> bool {
-    entries(folder).is_ok_and(|entries| entries.iter().any(|path| path.is_dir()))
+    let visible = |entry: std::fs::DirEntry| !entry.file_name().as_encoded_bytes().starts_with(b".");
+    folder.read_dir().is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir() && visible(entry)))
 }
 
-pub(super) fn open(folder: &Path, part: Part, side: usize) -> Result<Opened> {
-    let root = match (folder.join("train").is_dir(), part) {
-        (false, _) => folder.to_owned(),
-        (true, Part::Train) => folder.join("train"),
-        (true, Part::Test) => folder.join("test"),
+pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
+    let part = match part {
+        Part::Train => "train",
+        Part::Test => "test",
     };
-    let classes: Vec<PathBuf> = entries(&root)?.into_iter().filter(|path| path.is_dir()).collect();
+    let ImageFolder { classes, passed_over: mut skipped } = ImageFolder::list(folder, part)?;
     ensure!(classes.len() <= usize::from(u16::MAX), "{} classes are too many", classes.len());
+    let side = options.side;
+    let limits = DecodeLimits { max_pixels: options.max_pixels, ..DecodeLimits::default() }.for_side(side);
     let mut dataset = Dataset { images: Vec::new(), side, labels: Vec::new(), class_names: Vec::new() };
-    let (mut skipped, mut warnings) = (Vec::new(), Vec::new());
-    let mut seen = HashMap::new();
+    let (mut warnings, mut seen) = (Vec::new(), HashMap::new());
     for (label, class) in (0u16..).zip(&classes) {
-        let name = class_name(class)?;
-        let mut usable = 0;
-        for (path, result) in decode_all(class, side)? {
-            match result {
+        let before = dataset.labels.len();
+        let images = decode_all(&class.files, side, &limits);
+        for (path, image) in class.files.iter().zip(images) {
+            match image {
                 Ok(image) => {
                     if let Some(other) = seen.insert(content_hash(&image), label).filter(|other| *other != label) {
-                        let other = class_name(&classes[usize::from(other)])?;
+                        let other = &classes[usize::from(other)].name;
                         warnings.push(format!("{} looks exactly like an image of class {other}", path.display()));
                     }
                     dataset.images.extend(image);
                     dataset.labels.push(label);
-                    usable += 1;
                 }
-                Err(reason) => skipped.push(format!("{}: {reason:#}", path.display())),
+                Err(reason) => skipped.push(format!("{}: {reason}", path.display())),
             }
         }
-        if usable == 0 {
+        if dataset.labels.len() == before {
             let reason = skipped.last().map(|last| format!("; the last one: {last}")).unwrap_or_default();
-            bail!("class {name} has no usable image{reason}");
+            bail!("class {} has no usable image{reason}", class.name);
         }
-        dataset.class_names.push(name);
+        dataset.class_names.push(class.name.clone());
     }
     Ok(Opened { dataset, skipped, warnings })
 }
 
-/// Paths in `folder` without hidden ones, sorted: the order of a listing differs between file systems.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let list = fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
-    let mut names: Vec<OsString> = list.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
-    names.retain(|name| !name.as_encoded_bytes().starts_with(b"."));
-    names.sort_unstable();
-    Ok(names.into_iter().map(|name| folder.join(name)).collect())
-}
-
-/// The folder's name, which becomes a label.
-fn class_name(class: &Path) -> Result<String> {
-    match class.file_name().and_then(|name| name.to_str()) {
-        Some(name) => Ok(name.to_owned()),
-        None => {
-            bail!("the name of the class folder {} is not UTF-8, so it cannot be a label; rename it", class.display())
-        }
-    }
-}
-
-/// Every image file below `class` with its `[side, side, 3]` bytes, or why there are none.
-fn decode_all(class: &Path, side: usize) -> Result<Vec<(PathBuf, Result<Vec<u8>>)>> {
-    let is_image = |path: &PathBuf| {
-        let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
-        extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
-    };
-    let files: Vec<PathBuf> = entries(class)?.into_iter().filter(is_image).collect();
+/// The `[side, side, 3]` bytes of every file, or why there are none.
+fn decode_all(files: &[PathBuf], side: usize, limits: &DecodeLimits) -> Vec<Result<Vec<u8>, FileError>> {
     let preprocess = Preprocess::default();
-    let read = |path: &PathBuf| -> Result<Vec<u8>> {
-        let image = decode(&fs::read(path)?, &DecodeLimits::default().for_side(side))?;
-        Ok(preprocess.fit(&image, side))
-    };
-    let decoded: Vec<_> = files.par_iter().map(read).collect();
-    Ok(files.into_iter().zip(decoded).collect())
+    files.par_iter().map(|path| Ok(preprocess.fit(&read_image(path, limits)?, side))).collect()
 }
 
 fn content_hash(image: &[u8]) -> u64 {
@@ -102,11 +66,13 @@ fn content_hash(image: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{LabelColumn, OpenOptions, open};
+    use super::super::{LabelColumn, open};
     use super::*;
+    use std::ffi::OsString;
+    use std::fs;
     use std::os::unix::ffi::OsStringExt;
 
-    const OPTIONS: OpenOptions = OpenOptions { side: 2, labels: LabelColumn::Fine, strict: false };
+    const OPTIONS: OpenOptions = OpenOptions { side: 2, labels: LabelColumn::Fine, strict: false, max_pixels: 1 << 20 };
 
     /// A 2x2 bitmap of one colour.
     fn bmp(rgb: [u8; 3]) -> Vec<u8> {
@@ -130,8 +96,7 @@ mod tests {
     #[test]
     fn classes_are_the_sorted_subfolders() {
         let (red, blue) = (bmp([255, 0, 0]), bmp([0, 0, 255]));
-        let folder =
-            folder(&[("dog/1.BMP", &red), ("cat/a.bmp", &blue), ("cat/notes.txt", b"no image"), (".x/y.bmp", &red)]);
+        let folder = folder(&[("dog/1.BMP", &red), ("cat/a.bmp", &blue), (".x/y.bmp", &red)]);
         let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
         assert_eq!(opened.dataset.class_names, ["cat", "dog"]);
         assert_eq!(opened.dataset.labels, [0, 1]);
@@ -157,6 +122,59 @@ mod tests {
         assert!(opened.skipped[0].contains("bad.png"), "{:?}", opened.skipped);
         let error = open(folder.path(), Part::Train, &OpenOptions { strict: true, ..OPTIONS }).unwrap_err();
         assert!(error.to_string().contains("--strict"), "{error}");
+    }
+
+    #[test]
+    fn every_file_is_an_image_or_listed() {
+        let image = bmp([1; 3]);
+        let files: [(&str, &[u8]); 12] = [
+            ("train/a/1.jfif", &image),
+            ("train/a/2.jpe", &bmp([2; 3])),
+            ("train/a/no extension", &bmp([3; 3])),
+            ("train/a/.hidden", b"?"),
+            ("train/a/4.tif", b"II*\0\x08\0\0\0"),
+            ("train/a/5.avif", b"\0\0\0\x18ftypavif\0\0\0\0mif1avif"),
+            ("train/a/6.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+            ("train/a/more/7.bmp", &image),
+            ("train/b/1.bmp", &bmp([4; 3])),
+            ("train/__MACOSX/a/1.bmp", &image),
+            ("train/loose.bmp", &image),
+            ("val/a/8.bmp", &image),
+        ];
+        let folder = folder(&files);
+        let Opened { dataset, skipped, .. } = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        assert_eq!((dataset.class_names, dataset.labels), (vec!["a".into(), "b".into()], vec![0, 0, 0, 1]));
+        let mentioned = ["val: ", "__MACOSX: ", "loose.bmp: ", "more: ", "4.tif: TIFF", "5.avif: AVIF", "6.heic: HEIC"];
+        for words in mentioned {
+            assert!(skipped.iter().any(|line| line.contains(words)), "{words} in {skipped:?}");
+        }
+        assert_eq!(skipped.len(), mentioned.len(), "{skipped:?}");
+        let error = open(folder.path(), Part::Train, &OpenOptions { strict: true, ..OPTIONS }).unwrap_err();
+        assert!(error.to_string().contains("--strict"), "{error}");
+    }
+
+    #[test]
+    fn a_pipe_in_a_class_is_not_waited_for() {
+        let folder = folder(&[("a/1.bmp", &bmp([1; 3]))]);
+        let made = std::process::Command::new("mkfifo").arg(folder.path().join("a/pipe")).status().unwrap();
+        assert!(made.success());
+        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        assert!(opened.skipped[0].contains("no regular file"), "{:?}", opened.skipped);
+    }
+
+    #[test]
+    fn images_with_more_pixels_than_asked_for_are_listed() {
+        let folder = folder(&[("a/1.bmp", &bmp([1; 3]))]);
+        let options = OpenOptions { max_pixels: 3, ..OPTIONS };
+        let error = format!("{:#}", open(folder.path(), Part::Train, &options).unwrap_err());
+        assert!(error.contains("2x2 pixels; at most 3"), "{error}");
+    }
+
+    #[test]
+    fn a_set_of_one_class_is_said_to_teach_nothing() {
+        let folder = folder(&[("a/1.bmp", &bmp([1; 3])), ("a/2.bmp", &bmp([2; 3]))]);
+        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        assert!(opened.warnings.iter().any(|line| line.contains("one class, a")), "{:?}", opened.warnings);
     }
 
     #[test]

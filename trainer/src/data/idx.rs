@@ -109,7 +109,8 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    const OPTIONS: OpenOptions = OpenOptions { side: 2, labels: LabelColumn::Fine, strict: false };
+    const OPTIONS: OpenOptions =
+        OpenOptions { side: 2, labels: LabelColumn::Fine, strict: false, max_pixels: u64::MAX };
 
     fn idx(sizes: &[u32], bytes: &[u8]) -> Vec<u8> {
         let header = [0, 0, 8, sizes.len() as u8].into_iter().chain(sizes.iter().flat_map(|s| s.to_be_bytes()));

@@ -151,6 +151,8 @@ pub struct OpenOptions {
     pub labels: LabelColumn,
     /// Refuse what would otherwise be counted and skipped.
     pub strict: bool,
+    /// Most pixels of an image in a folder of images; larger ones are skipped.
+    pub max_pixels: u64,
 }
 
 /// A data set and what was wrong with its files.
@@ -183,7 +185,7 @@ fn read(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
     } else if idx::is_idx(folder) {
         idx::open(folder, part)
     } else if folder::is_folder(folder) {
-        folder::open(folder, part, options.side)
+        folder::open(folder, part, options)
     } else {
         bail!(
             "{}: no known data set: looked for train.bin (CIFAR-100), data_batch_1.bin (CIFAR-10), \
@@ -193,7 +195,7 @@ fn read(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
     }
     .with_context(|| format!("reading the data set in {}", folder.display()))?;
     if let (true, Some(first)) = (options.strict, opened.skipped.first()) {
-        bail!("{} unusable images, refused because of --strict; the first: {first}", opened.skipped.len());
+        bail!("{} files are no usable images, refused because of --strict; the first: {first}", opened.skipped.len());
     }
     ensure!(!opened.dataset.is_empty(), "{} holds no usable image", folder.display());
     for (class, count) in opened.dataset.class_counts().into_iter().enumerate().filter(|(_, count)| *count <= 1) {
@@ -202,6 +204,9 @@ fn read(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
             0 => format!("class {name} has no image"),
             _ => format!("class {name} has a single image: it is learnt from and cannot be held out"),
         });
+    }
+    if let [only] = opened.dataset.class_names.as_slice() {
+        opened.warnings.push(format!("the data set has one class, {only}: there is nothing to tell apart"));
     }
     opened.dataset = opened.dataset.fit(options.side);
     Ok(opened)
@@ -245,7 +250,7 @@ mod tests {
     #[test]
     fn unknown_folders_say_what_was_looked_for() {
         let folder = tempfile::tempdir().unwrap();
-        let options = OpenOptions { side: 32, labels: LabelColumn::Fine, strict: false };
+        let options = OpenOptions { side: 32, labels: LabelColumn::Fine, strict: false, max_pixels: u64::MAX };
         let error = open(folder.path(), Part::Train, &options).unwrap_err().to_string();
         assert!(error.contains("train.bin"), "{error}");
         let error = open(&folder.path().join("none"), Part::Train, &options).unwrap_err().to_string();

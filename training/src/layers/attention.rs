@@ -1,4 +1,4 @@
-//! Multi-head self-attention over a grid of tokens.
+//! Multi-head self-attention.
 
 use candle_core::{Result, Tensor};
 
