@@ -41,3 +41,8 @@ pub enum ModelError {
         max_batch: usize,
     },
 }
+
+/// Checks one tensor's length.
+pub(crate) fn expect_len(what: &'static str, got: usize, expected: usize) -> Result<(), ModelError> {
+    if got == expected { Ok(()) } else { Err(ModelError::Length { what, expected, got }) }
+}

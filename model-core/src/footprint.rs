@@ -13,16 +13,16 @@ use crate::artifact::{Contents, Encoding, TensorSize};
 use crate::config::{BackboneShape, ExpertConfig, FeedForwardKind, TernaryPacking, ViTConfig};
 use crate::engine::storage;
 use crate::kernels::TernaryStorage;
-use crate::kernels::dense::panels_len;
+use crate::kernels::gemm::float::panels_len;
 
 const F32_BYTES: u64 = 4;
 
 /// Rows and columns that an integer matrix is padded to: see `kernels/gemm`.
 const INTEGER_PANEL: u64 = 16;
 
-/// Bytes of a tensor as the engine packs it: ternary codes and scales as they are stored, weights of attention, of the stem
-/// behind its first layer and of an int8 head as int8 with a scale per row, angle and router codes at their own width,
-/// everything else f32.
+/// Bytes of a tensor as the engine packs it: ternary codes and scales as they are stored, weights of attention, of the
+/// stem behind its first layer and of an int8 head as int8 with a scale per row, angle and router codes at their own
+/// width, everything else f32.
 fn resident_bytes(tensor: &TensorSize) -> u64 {
     let (elements, rows) = (tensor.elements, tensor.rows);
     let cols = elements / rows.max(1);
@@ -141,7 +141,6 @@ pub fn paper_compression(backbone: &BackboneShape, experts: &ExpertConfig) -> Co
 /// Bytes that one feed-forward layer takes at run time, by what they are. What layers share is split evenly.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LayerBytes {
-    /// Both substrates.
     pub substrates: f64,
     /// One number per row of each substrate.
     pub scales: f64,
@@ -171,7 +170,6 @@ impl LayerBytes {
         }
     }
 
-    /// All of them.
     pub fn total(&self) -> f64 {
         self.substrates + self.scales + self.angles + self.router
     }

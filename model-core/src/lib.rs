@@ -13,15 +13,14 @@
 //! | [`image`] | image bytes to the pixels a model sees | nothing |
 //! | [`artifact`] | the safetensors files of `FORMAT.md`: reading, writing, digests, checks | `weights`, `image` |
 //! | [`error`] | why a model could not be built or run | `artifact`, `kernels` |
-//! | [`engine`] | the integer forward pass that serves: artifact bytes in, logits out | all of the above |
+//! | [`engine`] | the integer forward pass that serves: artifact bytes in, logits out; timing it | all of the above |
 //! | [`footprint`] | where every byte goes | `artifact`, `kernels` |
-//! | [`bench`] | timing the engine | `engine`, `random_weights` |
+//! | [`routing_map`] | how alike pairs of patches are routed | nothing |
 //! | [`restart`] | starting the program over with settings that libraries read before `main` | nothing |
 //!
 //! Training, and the float reference that the engine is measured against, are the crate `training`.
 
 pub mod artifact;
-pub mod bench;
 pub mod config;
 pub mod engine;
 pub mod error;
@@ -31,4 +30,5 @@ pub mod kernels;
 pub mod random;
 pub mod random_weights;
 pub mod restart;
+pub mod routing_map;
 pub mod weights;

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::rotation::splitmix64;
 
-/// SplitMix64 (Steele, Lea and Flood, 2014): number `n` is a function of `seed` and `n` alone, so that a stream can begin
-/// anywhere.
+/// SplitMix64 (Steele, Lea and Flood, 2014): number `n` is a function of `seed` and `n` alone, so that a
+/// stream can begin anywhere.
 #[derive(Debug, Clone)]
 pub struct SplitMix64 {
     seed: u64,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use common::{expert_configs, minute_config, packed_config, relative_error};
 use model_core::artifact::{Digest, ExpertSetArtifact, View};
 use model_core::config::{ExpertConfig, ViTConfig};
-use model_core::engine::{Backbone, ExpertSet, Row, Session};
+use model_core::engine::{Backbone, ExpertSet, Row, Session, SessionGroup};
 use model_core::error::ModelError;
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
@@ -38,14 +38,24 @@ fn pixels(config: &ViTConfig, seed: usize) -> Vec<f32> {
 
 /// Logits and routing of every (set, image), as one batch.
 fn run(session: &mut Session, batch: &[(&ExpertSet, &[f32])]) -> Vec<(Vec<f32>, Vec<u16>)> {
-    let config = session.backbone().config().clone();
+    let backbone = Arc::clone(session.backbone());
+    answers(&backbone, batch, |rows| session.forward(rows).unwrap())
+}
+
+/// What `forward` writes for every (set, image).
+fn answers(
+    backbone: &Backbone,
+    batch: &[(&ExpertSet, &[f32])],
+    forward: impl FnOnce(&mut [Row<'_>]),
+) -> Vec<(Vec<f32>, Vec<u16>)> {
+    let config = backbone.config();
     let routing = |set: &ExpertSet| config.num_layers * config.num_tokens() * set.config().top_k;
     let mut out: Vec<_> =
         batch.iter().map(|(set, _)| (vec![f32::NAN; set.labels().len()], vec![u16::MAX; routing(set)])).collect();
     let rows = batch.iter().zip(&mut out);
     let mut rows: Vec<_> =
         rows.map(|((set, pixels), (logits, routing))| Row { set, pixels, logits, routing: Some(routing) }).collect();
-    session.forward(&mut rows).unwrap();
+    forward(&mut rows);
     out
 }
 
@@ -102,9 +112,7 @@ fn batched_answers_are_bit_identical_to_single_ones() {
             assert!(run(&mut session, &batch[5..9]) == alone[5..9], "{isa}, {threads} threads, four rows");
         }
         // And with the callers of other sessions as helpers, who come and go.
-        let mut sessions = Session::group(&backbone, 12, 3);
-        let (mut session, done) = (sessions.remove(1), AtomicBool::new(false));
-        let team = session.team();
+        let (group, done) = (SessionGroup::new(&backbone, 12, 3), AtomicBool::new(false));
         /// Ends the helpers even when an assertion fails.
         struct Done<'a>(&'a AtomicBool);
         impl Drop for Done<'_> {
@@ -114,25 +122,25 @@ fn batched_answers_are_bit_identical_to_single_ones() {
         }
         std::thread::scope(|scope| {
             let _done = Done(&done);
-            for helper in &mut sessions {
-                let (team, done) = (&team, &done);
+            for helper in [0, 2] {
+                let (group, done) = (&group, &done);
                 scope.spawn(move || {
                     while !done.load(Ordering::Relaxed) {
                         let asked = AtomicUsize::new(0);
-                        helper.help(team, || asked.fetch_add(1, Ordering::Relaxed) > 1000);
+                        group.help(helper, 1, || asked.fetch_add(1, Ordering::Relaxed) > 1000);
                         std::thread::yield_now();
                     }
                 });
             }
-            let answers = (0..20).map(|i| {
-                let _welcome = team.welcome();
+            let repeated = (0..20).map(|i| {
+                let _welcome = group.welcome(1);
                 if i % 2 == 0 {
-                    run(&mut session, &batch) == alone
+                    answers(&backbone, &batch, |rows| group.forward(1, rows).unwrap()) == alone
                 } else {
-                    run(&mut session, &batch[5..9]) == alone[5..9]
+                    answers(&backbone, &batch[5..9], |rows| group.forward(1, rows).unwrap()) == alone[5..9]
                 }
             });
-            let right = answers.filter(|&right| right).count();
+            let right = repeated.filter(|&right| right).count();
             assert_eq!(right, 20, "{isa}, with helpers");
         });
     }

@@ -5,11 +5,11 @@ mod golden;
 
 use golden::{Golden, for_each_file};
 use model_core::config::{BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig};
-use model_core::engine::{ExpertLayer, Moe, MoeScratch, Pool, Span, Substrates};
+use model_core::engine::MoeLayer as EngineLayer;
 use model_core::kernels::activation::{gelu, gelu_scalar};
+use model_core::kernels::gemm::scalar as definition;
 use model_core::kernels::rotation::{Coefficients, rotate, scalar as rotation};
 use model_core::kernels::router::top_k;
-use model_core::kernels::ternary::scalar as ternary;
 use model_core::kernels::{Isa, LaneOrder, PackedAngles, PackedTernary, TernaryStorage, quantize_rows};
 use model_core::weights::{AngleCodes, ExpertLayerWeights, Ternary};
 
@@ -72,14 +72,14 @@ fn check_rotation(golden: &Golden<'_>) {
 
 fn check_ternary(golden: &Golden<'_>) {
     let (rows, cols) = (golden.size("rows"), golden.size("cols"));
-    let (codes, scale) = ternary::ternarize(&golden.f32("w"), cols);
+    let (codes, scale) = definition::ternarize(&golden.f32("w"), cols);
     assert_eq!(codes, golden.i8("q"), "{}: codes", golden.name);
     golden.assert_close("scale", &scale, &golden.f32("scale"));
 
     let x = golden.f32("x");
     let m = x.len() / cols;
     let mut y = vec![0.0; m * rows];
-    ternary::gemm_f32(&x, &codes, &scale, cols, &mut y);
+    definition::gemm_f32(&x, &codes, &scale, cols, &mut y);
     golden.assert_close("y_f32", &y, &golden.f32("y_f32"));
     for isa in Isa::available() {
         let packed = PackedTernary::pack(isa, TernaryStorage::default(), &codes, &scale, [rows, cols]).unwrap();
@@ -135,12 +135,12 @@ impl MoeLayer {
     fn substrate(&self, x: &[f32], matrix: &Ternary, int8: bool) -> Vec<f32> {
         let mut y = vec![0.0; matrix.scale.len()];
         if !int8 {
-            ternary::gemm_f32(x, &matrix.codes, &matrix.scale, x.len(), &mut y);
+            definition::gemm_f32(x, &matrix.codes, &matrix.scale, x.len(), &mut y);
             return y;
         }
         let (mut codes, mut dots) = (vec![0; x.len()], vec![0; y.len()]);
-        let step = ternary::quantize_row(x, &mut codes);
-        ternary::gemm_i8(&codes, &matrix.codes, x.len(), &mut dots);
+        let step = definition::quantize_row(x, &mut codes);
+        definition::gemm_i8(&codes, &matrix.codes, 1, x.len(), &mut dots);
         for ((y, dot), scale) in y.iter_mut().zip(dots).zip(&matrix.scale) {
             *y = dot as f32 * step * scale;
         }
@@ -228,29 +228,18 @@ impl MoeLayer {
             rotation_hidden: angles(1),
             rotation_out: angles(2),
         };
-        let layer = ExpertLayer::pack(&layer, &config, 0, [self.d_model, self.d_ff]).unwrap();
         let shape = BackboneShape {
             d_model: self.d_model,
             d_ff: self.d_ff,
             num_layers: 1,
             substrates: SubstrateConfig::default(),
         };
-        let substrates = Substrates::pack(isa, &shape, &self.up, &self.down).unwrap();
-        let tokens = self.x.len() / self.d_model;
-        let moe = Moe {
-            substrates: &substrates,
-            experts: |_| &layer,
-            spans: &[Span { set: 0, first: 0, tokens, first_slot: 0 }],
-        };
-        let mut pool = Pool::new(threads);
-        let mut scratch = MoeScratch::new(self.d_model, self.d_ff, tokens, threads);
-        let x = substrates.input_order().permute_columns(&self.x);
-        let mut y = vec![0.0; x.len()];
-        moe.plan(threads, &mut scratch);
-        moe.route(&x, &mut pool, &mut scratch);
-        moe.forward(&x, &mut y, &mut pool, &mut scratch);
-        let slots = tokens * self.top_k;
-        (y, scratch.ids()[..slots].to_vec(), scratch.weights()[..slots].to_vec())
+        let substrates = (&self.up, &self.down);
+        let mut layer = EngineLayer::new(isa, &shape, substrates, (&layer, &config), &self.x, threads).unwrap();
+        let mut y = vec![0.0; self.x.len()];
+        layer.run(&mut y);
+        let (ids, weights) = layer.choices();
+        (y, ids.to_vec(), weights.to_vec())
     }
 }
 

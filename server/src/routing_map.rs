@@ -1,10 +1,10 @@
 //! Routing maps: which experts each patch of an image went to, and how alike neighbours are.
 //!
-//! ButterflyViT trains its routers for spatial smoothness: patches that lie side by side should choose the same
-//! expert. `neighbour_agreement` measures that on one image; `chance_agreement` says what the same choices would reach
-//! if they were strewn over the image at random, so that a layer in which one expert takes everything does not look
-//! smooth.
+//! `neighbour_agreement` says how often neighbours share their first choice; `chance_agreement` says what the same choices
+//! would reach if they were strewn over the image at random, so that a layer in which one expert takes everything does not
+//! look smooth. Both are [`Pairs::same_first_choice`].
 
+use model_core::routing_map::Pairs;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -36,37 +36,14 @@ pub struct LayerRouting {
 impl RoutingMap {
     /// The map of a square grid from the chosen experts `[layers, grid_side * grid_side, top_k]`.
     pub fn new(chosen: &[u16], grid_side: usize, num_experts: usize, top_k: usize) -> Self {
-        let layer = |chosen: &[u16]| {
-            let first: Vec<u16> = chosen.iter().step_by(top_k).copied().collect();
-            LayerRouting {
-                experts: chosen.chunks(top_k).map(<[u16]>::to_vec).collect(),
-                neighbour_agreement: neighbour_agreement(&first, grid_side),
-                chance_agreement: chance_agreement(&first, num_experts),
-            }
+        let layer = |chosen: &[u16]| LayerRouting {
+            experts: chosen.chunks(top_k).map(<[u16]>::to_vec).collect(),
+            neighbour_agreement: Pairs::apart(1, chosen, grid_side, top_k).same_first_choice(),
+            chance_agreement: Pairs::any(chosen, num_experts, top_k).same_first_choice(),
         };
         let layers = chosen.chunks(grid_side * grid_side * top_k).map(layer).collect();
         Self { grid: [grid_side; 2], num_experts, top_k, layers }
     }
-}
-
-fn neighbour_agreement(first: &[u16], side: usize) -> Option<f64> {
-    let equal = |pair: &(&u16, &u16)| pair.0 == pair.1;
-    let down = std::iter::zip(first, first.iter().skip(side)).filter(equal).count();
-    let across: usize = first.chunks(side).map(|row| std::iter::zip(row, &row[1..]).filter(equal).count()).sum();
-    share(down + across, 2 * side * (side - 1))
-}
-
-fn chance_agreement(first: &[u16], num_experts: usize) -> Option<f64> {
-    let mut counts = vec![0usize; num_experts];
-    for &expert in first {
-        counts[usize::from(expert)] += 1;
-    }
-    let equal = counts.iter().map(|&count| count * count.saturating_sub(1)).sum();
-    share(equal, first.len() * (first.len() - 1))
-}
-
-fn share(part: usize, whole: usize) -> Option<f64> {
-    (whole > 0).then(|| part as f64 / whole as f64)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The command line.
+//! The flags of every command, and their help.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -78,7 +78,7 @@ pub struct InitArgs {
     /// Experts in each layer, instead of the configuration's.
     #[arg(long)]
     pub experts: Option<usize>,
-    /// Decides all weights.
+    /// The seed that decides all weights.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
@@ -112,7 +112,7 @@ pub struct LoopArgs {
     /// Save a checkpoint and stop after this many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub limit_seconds: Option<u64>,
-    /// Seconds between checkpoints.
+    /// Seconds from one checkpoint to the next.
     #[arg(long, value_name = "SECONDS", default_value_t = 180)]
     pub checkpoint_seconds: u64,
     /// Epochs between measurements on the held-out images.
@@ -121,7 +121,7 @@ pub struct LoopArgs {
     /// Steps between lines of metrics.jsonl.
     #[arg(long, value_name = "STEPS", default_value_t = 50)]
     pub log_every: u64,
-    /// No progress bar.
+    /// Do not draw a progress bar.
     #[arg(long)]
     pub quiet: bool,
 }
@@ -168,7 +168,7 @@ pub struct RecipeArgs {
     /// The cosine ends at this share of the learning rate.
     #[arg(long)]
     pub final_rate: Option<f64>,
-    /// Decoupled weight decay.
+    /// AdamW's decoupled weight decay.
     #[arg(long)]
     pub weight_decay: Option<f64>,
     /// The gradient's global norm is scaled down to this.
@@ -220,8 +220,8 @@ pub struct RecipeArgs {
     /// Stochastic depth: probability of leaving out the last block's branches, less for earlier blocks [default: 0].
     #[arg(long)]
     pub drop_path: Option<f64>,
-    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the router's
-    /// probabilities [default: 0].
+    /// Scale of Gumbel noise on the logits that experts are chosen by, in training; at 1 experts are drawn from the
+    /// router's probabilities [default: 0].
     #[arg(long, value_name = "SCALE")]
     pub router_noise: Option<f64>,
     /// Passes at the beginning without any rounding [default: 0].
@@ -363,7 +363,7 @@ pub struct SpecialiseArgs {
     /// Where images come from.
     #[command(flatten)]
     pub data: DataArgs,
-    /// The backbone's file.
+    /// The backbone's artifact, a .safetensors file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// An expert set on that backbone, whose angles and routers to start from.
@@ -394,7 +394,7 @@ pub struct CompareArgs {
     /// The loop; --out is the folder of all runs.
     #[command(flatten)]
     pub run: LoopArgs,
-    /// Variants to train.
+    /// Variants to train, separated by commas.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Variant::Butterfly, Variant::DenseExperts, Variant::Dense, Variant::NoSmoothness])]
     pub variants: Vec<Variant>,
     /// Learning rates to try for each variant, with the first seed; the one with the lowest cross-entropy on the held-out
@@ -415,7 +415,7 @@ pub struct CompareArgs {
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// The run folder.
+    /// The folder of the run, the --out of `train` or `specialise`.
     #[arg(long, value_name = "DIR")]
     pub run: PathBuf,
     /// The model store to write to [default: `store` in the run folder].
@@ -436,7 +436,7 @@ pub struct EvaluateArgs {
     /// Where images come from.
     #[command(flatten)]
     pub data: DataArgs,
-    /// The backbone's file.
+    /// The backbone's artifact, a .safetensors file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// The expert set's file.
@@ -451,15 +451,15 @@ pub struct EvaluateArgs {
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,
-    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without rotations,
-    /// with the angles back at their start and without experts; how far angles moved, how alike experts are and how many
-    /// are used.
+    /// Show what the experts have learned instead: top-1 with the wrong expert, with random ones, without
+    /// rotations, with the angles back at their start and without experts; how far angles moved, how alike experts
+    /// are and how many are used.
     #[arg(long, conflicts_with = "confusion")]
     pub probe: bool,
     /// Look at the first N images only.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Print JSON.
+    /// Print JSON in place of text.
     #[arg(long)]
     pub json: bool,
     /// Also draw the confusion matrix into this PNG file.
@@ -472,10 +472,10 @@ pub struct EvaluateArgs {
 
 #[derive(Debug, Args)]
 pub struct LogitsArgs {
-    /// Image files.
+    /// Files of images, in the formats that the server reads.
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
-    /// The backbone's file.
+    /// The backbone's artifact, a .safetensors file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// The expert set's file.
@@ -493,7 +493,7 @@ pub struct LogitsArgs {
 pub struct SpeedArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The recipe's variant.
+    /// The variant whose recipe is timed.
     #[arg(long, value_enum, default_value_t = Variant::Butterfly)]
     pub variant: Variant,
     /// Threads that compute [default: one per core].
@@ -502,7 +502,7 @@ pub struct SpeedArgs {
     /// How long to measure.
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub seconds: u64,
-    /// Print JSON.
+    /// Print JSON in place of text.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]

@@ -11,8 +11,8 @@ use model_core::weights::{Encodings, Precision};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::commands::say;
 use crate::store::{Store, load_backbone, load_set};
+use crate::terminal::say;
 
 /// How tensors are stored; what is not given stays as it is.
 #[derive(Debug, Clone, Default, Args)]
@@ -43,7 +43,6 @@ fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 }
 
 impl EncodingArgs {
-    /// The choices.
     pub fn encodings(&self) -> Encodings {
         Encodings {
             packing: self.substrates,
@@ -58,7 +57,7 @@ impl EncodingArgs {
 
 #[derive(Debug, Args)]
 pub struct EncodeArgs {
-    /// The backbone's file.
+    /// The backbone's artifact, a .safetensors file.
     #[arg(long, value_name = "FILE")]
     pub backbone: PathBuf,
     /// Files of expert sets on that backbone; a set that borrows its experts after the one that lends them.

@@ -33,4 +33,5 @@ pub mod recipe;
 pub mod speed;
 pub mod store;
 pub mod teacher;
+mod terminal;
 pub mod train;

@@ -1,4 +1,4 @@
-//! `butterflyvit-trainer`: see [`butterflyvit_trainer`].
+//! `butterflyvit-trainer`: from arguments to [`butterflyvit_trainer::commands`], and to an exit code.
 
 #![forbid(unsafe_code)]
 

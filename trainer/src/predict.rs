@@ -1,6 +1,5 @@
 //! Running a model over a data set, shard by shard on several threads.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
@@ -10,6 +9,7 @@ use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
 use training::parameters::Quantizers;
+use training::shards::in_turn;
 use training::vit::ViT;
 
 use crate::data::Dataset;
@@ -17,7 +17,7 @@ use crate::data::Dataset;
 /// What a model made of some images.
 #[derive(Debug, Clone, Default)]
 pub struct Prediction {
-    /// `[images, classes]`.
+    /// One row an image, `[images, classes]`.
     pub logits: Vec<f32>,
     /// For every layer the chosen experts `[images, tokens, top_k]`, best first.
     pub experts: Vec<Vec<u16>>,
@@ -114,32 +114,17 @@ pub fn for_each_shard(
     indices: &[u32],
     preprocess: &Preprocess,
     threads: usize,
-    take: &mut (dyn FnMut(&[u32], Prediction) + Send),
+    take: &mut dyn FnMut(&[u32], Prediction),
 ) -> Result<()> {
-    // Answers wait in slots so that `take` sees them in order, whichever thread was faster; a window bounds them.
+    // A window bounds the answers that wait for their turn.
     for window in indices.chunks(SHARD * threads.max(1) * 4) {
         let shards: Vec<&[u32]> = window.chunks(SHARD).collect();
-        let next = AtomicUsize::new(0);
-        let answers: Vec<Mutex<Option<Result<Prediction>>>> = shards.iter().map(|_| Mutex::new(None)).collect();
-        let work = || {
-            while let Some((shard, slot)) = {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                shards.get(i).zip(answers.get(i))
-            } {
-                let bytes: Vec<u8> = shard.iter().flat_map(|&i| dataset.image(i as usize)).copied().collect();
-                let answer = model.predict(preprocess.normalize(&bytes), shard.len());
-                *slot.lock().expect("nobody panics while holding a slot") = Some(answer);
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(work);
-            }
-            work();
-        });
-        for (shard, slot) in shards.iter().zip(answers) {
-            let answer = slot.into_inner().expect("nobody panics while holding a slot");
-            take(shard, answer.expect("every shard is taken by a thread")?);
+        let answers = in_turn(threads, shards.clone(), |shard| {
+            let bytes: Vec<u8> = shard.iter().flat_map(|&i| dataset.image(i as usize)).copied().collect();
+            model.predict(preprocess.normalize(&bytes), shard.len())
+        })?;
+        for (shard, answer) in shards.into_iter().zip(answers) {
+            take(shard, answer);
         }
     }
     Ok(())

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use model_core::artifact::{
-    BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
+    BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set, store_layout, write_backbone,
+    write_expert_set,
 };
 use model_core::config::BackboneConfig;
 use model_core::image::Preprocess;
@@ -29,12 +30,12 @@ impl Store {
 
     /// Where the backbone of that name is.
     pub fn backbone_path(&self, name: &str) -> PathBuf {
-        self.root.join("backbones").join(format!("{name}.safetensors"))
+        store_layout::backbone_path(&self.root, name)
     }
 
     /// Where that version of an expert set is.
     pub fn set_path(&self, name: &str, version: u64) -> PathBuf {
-        self.root.join("expert-sets").join(name).join(format!("{version}.safetensors"))
+        store_layout::set_path(&self.root, name, version)
     }
 
     /// Writes a backbone, and returns its path and digest.
@@ -90,29 +91,10 @@ impl Store {
 
     /// The version after the highest one there is of an expert set; 1 for a new one.
     pub fn next_version(&self, name: &str) -> u64 {
-        let files = fs::read_dir(self.root.join("expert-sets").join(name)).into_iter().flatten().flatten();
+        let files = fs::read_dir(store_layout::set_folder(&self.root, name)).into_iter().flatten().flatten();
         let version = |file: fs::DirEntry| file.path().file_stem()?.to_str()?.parse::<u64>().ok();
         files.filter_map(version).max().map_or(1, |highest| highest + 1)
     }
-
-    /// The only backbone in the store, or the one named.
-    ///
-    /// # Errors
-    /// When there is none, or several and no name.
-    pub fn find_backbone(&self, name: Option<&str>) -> Result<PathBuf> {
-        if let Some(name) = name {
-            return Ok(self.backbone_path(name));
-        }
-        let folder = self.root.join("backbones");
-        let files = fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))?.flatten();
-        let mut paths: Vec<PathBuf> = files.map(|file| file.path()).filter(|path| is_artifact(path)).collect();
-        ensure!(paths.len() == 1, "{} holds {} backbones; name one", folder.display(), paths.len());
-        Ok(paths.remove(0))
-    }
-}
-
-fn is_artifact(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "safetensors")
 }
 
 fn put(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -121,11 +103,7 @@ fn put(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn check_name(name: &str) -> Result<()> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    ensure!(
-        (1..=64).contains(&name.len()) && name.chars().all(allowed) && !name.starts_with('.'),
-        "{name:?} is no name: 1 to 64 letters, digits, '-', '_' and '.', not starting with '.'"
-    );
+    ensure!(store_layout::is_valid_name(name), "{name:?} is no name: {}", store_layout::NAME_RULE);
     Ok(())
 }
 
@@ -168,7 +146,6 @@ mod tests {
         assert_eq!(store.next_version("s"), 1);
         let set_path = store.write_set("s", 1, &set, (&backbone.config, digest), &Value::Null).unwrap();
         assert_eq!(store.next_version("s"), 2);
-        assert_eq!(store.find_backbone(None).unwrap(), path);
         let loaded = load_backbone(&path).unwrap();
         assert_eq!(loaded.weights, backbone);
         assert_eq!(load_set(&set_path, &loaded).unwrap().weights, set);

@@ -2,10 +2,10 @@
 //! of the student's own kind and size works, too (arXiv 1805.04770).
 
 use std::path::Path;
-use std::sync::Mutex;
 
 use anyhow::{Result, ensure};
 use model_core::image::Preprocess;
+use training::shards::in_turn;
 
 use crate::data::Dataset;
 use crate::predict::{Integer, Predictor};
@@ -81,26 +81,19 @@ impl Teacher {
         let share = share as f32;
         /// Images that a thread asks about at once.
         const SHARD: usize = 32;
-        let shards = Mutex::new(pixels.chunks(SHARD * image).zip(targets.chunks_mut(SHARD * classes)));
-        let work = || -> Result<()> {
-            loop {
-                let shard = shards.lock().expect("nobody panics while holding the shards").next();
-                let Some((pixels, targets)) = shard else { return Ok(()) };
-                let answer = self.model.predict(self.renormalized(pixels, normalized), pixels.len() / image)?;
-                for (target, logits) in targets.chunks_exact_mut(classes).zip(answer.logits.chunks_exact(classes)) {
-                    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
-                    for (target, logit) in target.iter_mut().zip(logits) {
-                        *target = (1.0 - share) * *target + share * (logit - max).exp() / sum;
-                    }
+        let shards = pixels.chunks(SHARD * image).zip(targets.chunks_mut(SHARD * classes)).collect();
+        in_turn(threads, shards, |(pixels, targets)| -> Result<()> {
+            let answer = self.model.predict(self.renormalized(pixels, normalized), pixels.len() / image)?;
+            for (target, logits) in targets.chunks_exact_mut(classes).zip(answer.logits.chunks_exact(classes)) {
+                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
+                for (target, logit) in target.iter_mut().zip(logits) {
+                    *target = (1.0 - share) * *target + share * (logit - max).exp() / sum;
                 }
             }
-        };
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let own = work();
-            others.into_iter().map(|thread| thread.join().expect("teaching does not panic")).fold(own, Result::and)
+            Ok(())
         })
+        .map(drop)
     }
 
     /// Pixels as the teacher wants them.

@@ -11,7 +11,10 @@
 //! | [`vit`] | the model: forward pass, initial weights, from and to an artifact's weights | `layers` |
 //! | [`losses`] | cross-entropy and the routing losses | `vit` |
 //! | [`optimizer`] | AdamW | `parameters` |
-//! | [`step`] | gradients of one batch, by shards on several threads | `losses`, `optimizer` |
+//! | [`shards`] | the loop of threads over shards | nothing |
+//! | [`step`] | gradients of one batch, by shards on several threads | `losses`, `optimizer`, `shards` |
+
+#![warn(clippy::too_many_lines)]
 
 pub mod layers;
 pub mod losses;
@@ -20,5 +23,6 @@ pub mod ops;
 pub mod optimizer;
 pub mod parameters;
 pub mod quantize;
+pub mod shards;
 pub mod step;
 pub mod vit;

@@ -1,7 +1,6 @@
 //! Gradients of one batch, computed by shards on several threads.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use candle_core::{Device, Result, Tensor};
 
@@ -9,6 +8,7 @@ use crate::layers::RouterNoise;
 use crate::losses::{LossWeights, expert_loads, losses};
 use crate::optimizer::Gradients;
 use crate::parameters::Quantizers;
+use crate::shards::in_turn;
 use crate::vit::{Output, Variation, ViT};
 
 /// Images ready for the model.
@@ -60,7 +60,8 @@ pub fn gradients(
     threads: usize,
 ) -> Result<(Gradients, StepStats)> {
     let shards = (0..batch.len).step_by(shard_size).map(|start| start..batch.len.min(start + shard_size)).collect();
-    let forward = in_turn(threads, shards, |images| Ok((forward(vit, quantizers, batch, &images)?, images)))?;
+    let forward =
+        in_turn(threads, shards, |images| forward(vit, quantizers, batch, &images).map(|output| (output, images)))?;
     let loads = expert_loads(forward.iter().map(|(output, _)| output));
     let shards = in_turn(threads, forward, |(output, images)| backward(vit, &output, &loads, batch, &images, weights))?;
     let mut sum = Gradients::new();
@@ -80,25 +81,6 @@ pub fn gradients(
         stats.accuracy += shard.accuracy;
     }
     Ok((sum, stats))
-}
-
-/// What `work` makes of every item, in order, on `threads` threads that take them in turn.
-fn in_turn<T: Send, R: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
-    let results: Vec<Mutex<Option<Result<R>>>> = items.iter().map(|_| Mutex::new(None)).collect();
-    let todo = Mutex::new(items.into_iter().zip(&results));
-    let work = || {
-        loop {
-            let taken = todo.lock().expect("no thread panics while it holds the lock").next();
-            let Some((item, result)) = taken else { break };
-            let done = work(item);
-            *result.lock().expect("no thread panics while it holds the lock") = Some(done);
-        }
-    };
-    std::thread::scope(|scope| {
-        (0..threads.clamp(1, results.len().max(1))).for_each(|_| drop(scope.spawn(work)));
-    });
-    drop(todo);
-    results.into_iter().filter_map(|result| result.into_inner().expect("no thread panics")).collect()
 }
 
 fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usize>) -> Result<Output> {

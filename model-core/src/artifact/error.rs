@@ -143,7 +143,6 @@ pub enum ArtifactError {
     Lender {
         /// The digest that the set names.
         lender: Digest,
-        /// What is wrong.
         reason: &'static str,
     },
     /// Weights to be written do not have the size their configuration says.
@@ -153,7 +152,6 @@ pub enum ArtifactError {
         tensor: String,
         /// Elements the configuration asks for.
         expected: u64,
-        /// Elements there are.
         got: u64,
     },
     /// Matrices of attention to be written are not all stored alike.

@@ -8,20 +8,17 @@ use std::path::Path;
 use safetensors::tensor::Metadata;
 use serde_json::Value;
 
+use super::contents::Contents;
 use super::digest::Digest;
-use super::document::{self, BackboneEncoding, BackgroundSource, Card, ExpertSetEncoding, FamiliarityConfig, View};
+use super::document;
 use super::entries;
 use super::error::ArtifactError;
 use super::layout::{
     Slot, TensorSize, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set,
 };
-use crate::config::{BackboneConfig, BackboneShape, ExpertConfig};
-use crate::image::Preprocess;
 
 /// Largest safetensors header accepted, in bytes. The largest honest ones carry some ten thousand labels.
 pub const MAX_HEADER_BYTES: u64 = 1 << 20;
-/// Most bytes of a name or label.
-pub const MAX_TEXT_BYTES: usize = 255;
 
 /// Key of the JSON document in `__metadata__`.
 pub(super) const DOCUMENT_KEY: &str = "butterflyvit";
@@ -29,68 +26,6 @@ pub(super) const DOCUMENT_KEY: &str = "butterflyvit";
 pub(super) const DIGEST_KEY: &str = "sha256";
 /// Bytes before the header: its length.
 pub(super) const LENGTH_BYTES: usize = 8;
-/// What the header of a backbone says of it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct BackboneHeader {
-    /// Shapes.
-    pub config: BackboneConfig,
-    /// How the tensors are stored of which the configuration says nothing.
-    pub encoding: BackboneEncoding,
-    /// How an image becomes the model's input.
-    pub preprocess: Preprocess,
-    /// What the background was measured on, if there is one.
-    pub background: Option<BackgroundSource>,
-    /// Terms and origin.
-    pub card: Option<Card>,
-}
-
-/// What the header of an expert set says of it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ExpertSetHeader {
-    /// Shapes.
-    pub config: ExpertConfig,
-    /// How the tensors are stored of which the configuration says nothing.
-    pub encoding: ExpertSetEncoding,
-    /// What it relies on of the backbone that it was fitted to.
-    pub backbone: BackboneShape,
-    /// The whole configuration of that backbone, which version 1 repeats.
-    pub backbone_config: Option<BackboneConfig>,
-    /// Digest of that backbone.
-    pub backbone_digest: Digest,
-    /// The set whose experts and routers this one uses, having none of its own.
-    pub borrowed_experts: Option<Digest>,
-    /// One label per row of the head.
-    pub labels: Vec<String>,
-    /// What logits are divided by.
-    pub temperature: f32,
-    /// What the statistics for unknown images look like, if there are any.
-    pub familiarity: Option<FamiliarityConfig>,
-    /// The part of a picture that it looks at.
-    pub view: View,
-    /// What its maker measured, free-form.
-    pub report: Value,
-    /// Terms and origin.
-    pub card: Option<Card>,
-}
-
-/// What an artifact is, as its header says.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Contents {
-    /// Everything expert sets share.
-    Backbone(Box<BackboneHeader>),
-    /// One task's head and labels, with experts and routers or the digest of the set that lends them.
-    ExpertSet(Box<ExpertSetHeader>),
-}
-
-impl Contents {
-    /// The kind in words.
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::Backbone(_) => "a backbone",
-            Self::ExpertSet(_) => "an expert set",
-        }
-    }
-}
 
 /// The header of an artifact, every shape in it checked against the configuration; tensor values have not been seen,
 /// so the digest is what the file *declares*.

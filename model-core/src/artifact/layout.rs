@@ -5,9 +5,8 @@ use std::sync::Arc;
 use half::f16;
 use safetensors::Dtype;
 
-use super::document::{BackgroundSource, CovarianceForm, FamiliarityConfig};
+use super::contents::{BackboneHeader, BackgroundSource, CovarianceForm, ExpertSetHeader, FamiliarityConfig};
 use super::error::ArtifactError;
-use super::header::{BackboneHeader, ExpertSetHeader};
 use super::pack::{BadByte, code_row_bytes, pack_codes, pack_ternary, ternary_row_bytes, unpack_codes, unpack_ternary};
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig, TernaryPacking};
 use crate::weights::{
@@ -43,7 +42,6 @@ pub(super) struct Slot<'a> {
 /// How the values of a tensor are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// Floating point.
     Float(FloatFormat),
     /// Ternary weights, packed.
     Ternary(TernaryPacking),
@@ -51,7 +49,6 @@ pub enum Encoding {
     Codes(u32),
     /// Signed codes of that many bits.
     Signed(u32),
-    /// Eight-bit weights.
     Int8,
 }
 
@@ -62,7 +59,6 @@ pub struct TensorSize {
     pub name: String,
     /// How its values are encoded.
     pub encoding: Encoding,
-    /// Values.
     pub elements: u64,
     /// Length of the first axis: output features, experts.
     pub rows: u64,
@@ -84,8 +80,8 @@ impl TensorSpec {
     }
 }
 
-/// Values of a tensor. Every axis is below 2^32 and their product far below 2^64 in a valid configuration, but it may
-/// exceed 32 bits.
+/// Values of a tensor. Every axis is below 2^32 and their product far below 2^64 in a valid configuration, but it
+/// may exceed 32 bits.
 fn count(shape: &[usize]) -> u64 {
     shape.iter().map(|&axis| axis as u64).product()
 }

@@ -3,8 +3,9 @@
 //! A *backbone* is everything expert sets share; an *expert set* is one task's experts, routers, head and labels, and
 //! names the digest of the backbone it was fitted to. Files are untrusted: [`read_backbone`] and [`read_expert_set`]
 //! check sizes, dtypes, shapes, values and the digest before they build anything, and what they return is valid.
-//! [`Header::read`] looks at the header of a file only.
+//! [`Header::read`] looks at the header of a file only. [`store_layout`] says where files lie in a model store.
 
+mod contents;
 mod digest;
 mod document;
 mod entries;
@@ -12,18 +13,20 @@ mod error;
 mod header;
 mod layout;
 mod pack;
+pub mod store_layout;
 
 use serde_json::{Map, Value, json};
 
+pub use contents::{
+    BackboneEncoding, BackboneHeader, BackgroundSource, Card, Contents, CovarianceForm, ExpertSetEncoding,
+    ExpertSetHeader, FamiliarityConfig, Fit, MAX_TEXT_BYTES, StemEncoding, View,
+};
 pub use digest::{Digest, ParseDigestError};
 use document::Document;
-pub use document::{
-    BackboneEncoding, BackgroundSource, Card, CovarianceForm, ExpertSetEncoding, FORMAT_VERSION, FamiliarityConfig,
-    Fit, StemEncoding, View,
-};
+pub use document::FORMAT_VERSION;
 pub use error::ArtifactError;
-pub use header::{BackboneHeader, Contents, ExpertSetHeader, Header, MAX_HEADER_BYTES, MAX_TEXT_BYTES};
 use header::{DIGEST_KEY, DOCUMENT_KEY, LENGTH_BYTES, RawHeader, header_bytes};
+pub use header::{Header, MAX_HEADER_BYTES};
 pub use layout::{Encoding, TensorSize};
 use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
 
@@ -123,11 +126,9 @@ impl ExpertSetArtifact {
 /// What must be known of a set to lend its experts.
 #[derive(Debug, Clone, Copy)]
 pub struct Lender<'a> {
-    /// Its identity.
     pub digest: Digest,
     /// Whether it has no experts of its own.
     pub borrows: bool,
-    /// Shapes.
     pub config: &'a ExpertConfig,
     /// Identity of its backbone.
     pub backbone_digest: Digest,
@@ -201,9 +202,6 @@ pub fn write_backbone(
 
 impl BackboneArtifact {
     /// The artifact's bytes, of the version that is written. The digest is computed anew.
-    ///
-    /// # Errors
-    /// As for [`write_backbone`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, ArtifactError> {
         backbone_bytes(&self.name, &self.weights, (&self.preprocess, self.card.as_ref()), &self.training)
     }
@@ -283,9 +281,6 @@ pub fn write_expert_set(
 
 impl ExpertSetArtifact {
     /// The artifact's bytes, of the version that is written. The digest is computed anew.
-    ///
-    /// # Errors
-    /// As for [`write_expert_set`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, ArtifactError> {
         let weights = &self.weights;
         let header = ExpertSetHeader {

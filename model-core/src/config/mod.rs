@@ -41,10 +41,8 @@ pub enum TernaryPacking {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FloatFormat {
-    /// IEEE single precision.
     #[default]
     F32,
-    /// IEEE half precision.
     F16,
 }
 
@@ -72,9 +70,7 @@ impl FloatFormat {
 pub struct SubstrateConfig {
     /// Whether all blocks have the same codes, each with scales of its own.
     pub shared: bool,
-    /// Of the codes.
     pub packing: TernaryPacking,
-    /// Of the scales.
     pub scales: FloatFormat,
 }
 
@@ -174,7 +170,6 @@ pub enum Generator {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AngleSeed {
-    /// What draws them.
     pub generator: Generator,
     /// Where the generator starts, below 2^53, so that every JSON reader takes it for the same number.
     pub seed: u64,
@@ -213,7 +208,6 @@ pub enum FeedForwardKind {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ViTConfig {
-    /// The shared half.
     pub backbone: BackboneConfig,
     /// The expert set's half.
     pub experts: ExpertConfig,
@@ -316,8 +310,8 @@ impl ExpertConfig {
         })
     }
 
-    /// What draws the angle codes of `site` (0 for `in`, 1 for `hidden`, 2 for `out`) of block `layer`, if they come from a
-    /// seed.
+    /// What draws the angle codes of `site` (0 for `in`, 1 for `hidden`, 2 for `out`) of block `layer`, if they
+    /// come from a seed.
     pub fn seeded_angles(&self, layer: usize, site: usize) -> Option<SeededAngles> {
         let AngleSeed { generator: Generator::SplitMix64, seed, spread_bits } = self.angle_seed?;
         Some(SeededAngles::new(seed, layer, site, self.angle_bits, spread_bits))

@@ -25,7 +25,6 @@ pub enum Activation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StemLayer {
-    /// Output channels.
     pub channels: usize,
     /// Square kernel side in pixels.
     pub kernel: usize,

@@ -1,7 +1,7 @@
 //! Attention of one head of one image: `softmax(q k^T / sqrt(head_dim)) v`, f32.
 
 use crate::kernels::Isa;
-use crate::kernels::dense::{Rows, RowsMut, matmul_panels, panels_len, panels_mut};
+use crate::kernels::gemm::float::{Rows, RowsMut, matmul_panels, panels_len, panels_mut};
 use crate::kernels::softmax::softmax;
 
 /// Queries whose scores are held at a time.
@@ -13,7 +13,7 @@ pub(super) struct AttentionScratch {
     keys: Vec<f32>,
     /// v^T as the weights of a product, `[head_dim, tokens]` in panels.
     values: Vec<f32>,
-    /// `[QUERIES, tokens]`.
+    /// Scores of a few queries, `[QUERIES, tokens]`.
     scores: Vec<f32>,
 }
 

@@ -1,12 +1,11 @@
 //! The half of a model that expert sets share, packed for this CPU.
 
-use super::expect_len;
-use super::linear::Linear;
 use super::moe::Substrates;
+use super::packed::PackedLayer;
 use super::stem::{Convolution, check_supported};
 use crate::artifact::{ArtifactError, BackboneArtifact, Digest, read_backbone};
 use crate::config::BackboneConfig;
-use crate::error::ModelError;
+use crate::error::{ModelError, expect_len};
 use crate::image::Preprocess;
 use crate::kernels::Isa;
 use crate::weights::{BackboneWeights, BlockWeights, Norm};
@@ -29,8 +28,8 @@ pub struct Backbone {
 #[derive(Debug)]
 pub(super) struct Block {
     pub(super) norm1: Norm,
-    pub(super) qkv: Linear,
-    pub(super) proj: Linear,
+    pub(super) qkv: PackedLayer,
+    pub(super) proj: PackedLayer,
     pub(super) norm2: Norm,
     pub(super) substrates: Substrates,
 }
@@ -147,8 +146,8 @@ impl Block {
         let d_model = config.d_model;
         Ok(Self {
             norm1: expect_norm("norm1", &weights.norm1, d_model)?,
-            qkv: Linear::int8(isa, &weights.qkv, 3 * d_model, d_model)?,
-            proj: Linear::int8(isa, &weights.proj, d_model, d_model)?,
+            qkv: PackedLayer::int8(isa, &weights.qkv, 3 * d_model, d_model)?,
+            proj: PackedLayer::int8(isa, &weights.proj, d_model, d_model)?,
             norm2: expect_norm("norm2", &weights.norm2, d_model)?,
             substrates: match lender {
                 Some(lender) => lender.with_scales(&weights.up.scale, &weights.down.scale)?,

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use super::Backbone;
-use super::expect_len;
-use super::linear::Linear;
+use super::backbone::Backbone;
 use super::moe::ExpertLayer;
+use super::packed::PackedLayer;
 use crate::artifact::{Digest, ExpertSetArtifact, Lender, read_expert_set};
 use crate::config::{BackboneConfig, ExpertConfig};
-use crate::error::ModelError;
+use crate::error::{ModelError, expect_len};
 use crate::weights::{ExpertSetWeights, Precision};
 
 /// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay
@@ -23,7 +22,7 @@ pub struct ExpertSet {
     /// Of the set itself, or of the one that lends them.
     pub(super) layers: Arc<[ExpertLayer]>,
     borrowed_experts: Option<Digest>,
-    pub(super) head: Linear,
+    pub(super) head: PackedLayer,
     pub(super) temperature: f32,
 }
 
@@ -31,8 +30,8 @@ impl ExpertSet {
     /// Reads and checks the artifact of an expert set with experts of its own for `backbone`.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] naming what is wrong with the file, or that it is bound to another backbone or borrows its
-    /// experts.
+    /// [`ModelError::Artifact`] naming what is wrong with the file, or that it is bound to another backbone
+    /// or borrows its experts.
     pub fn from_bytes(bytes: &[u8], backbone: &Backbone) -> Result<Self, ModelError> {
         Self::from_artifact(read_expert_set(bytes)?, backbone, None)
     }
@@ -41,8 +40,8 @@ impl ExpertSet {
     /// they stay where they are.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not borrow from `lender`:
-    /// [`ExpertSetArtifact::check_lender`].
+    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not
+    /// borrow from `lender`: [`ExpertSetArtifact::check_lender`].
     pub fn from_artifact(
         artifact: ExpertSetArtifact,
         backbone: &Backbone,
@@ -96,8 +95,8 @@ impl ExpertSet {
     ) -> Result<Self, ModelError> {
         let (head, classes, d_model) = (&weights.head, weights.labels.len(), backbone.config().d_model);
         let head = match head.weight.precision() {
-            Precision::Int8 => Linear::int8(backbone.isa(), head, classes, d_model)?,
-            Precision::F32 | Precision::F16 => Linear::f32(backbone.isa(), head, classes, d_model)?,
+            Precision::Int8 => PackedLayer::int8(backbone.isa(), head, classes, d_model)?,
+            Precision::F32 | Precision::F16 => PackedLayer::f32(backbone.isa(), head, classes, d_model)?,
         };
         Ok(Self {
             name,

@@ -16,23 +16,19 @@
 
 mod attention;
 mod backbone;
+pub mod bench;
 mod expert_set;
-mod linear;
+mod group;
 mod moe;
+mod packed;
 mod pool;
 mod session;
 mod stem;
 
 pub use backbone::Backbone;
 pub use expert_set::ExpertSet;
+pub use group::SessionGroup;
+pub use moe::MoeLayer;
 pub(crate) use moe::storage;
-pub use moe::{ExpertLayer, Moe, MoeScratch, Span, Substrates};
-pub use pool::{Pool, Team, Welcome};
+pub use pool::Welcome;
 pub use session::{Row, Session};
-
-use crate::error::ModelError;
-
-/// Checks one tensor's length.
-fn expect_len(what: &'static str, got: usize, expected: usize) -> Result<(), ModelError> {
-    if got == expected { Ok(()) } else { Err(ModelError::Length { what, expected, got }) }
-}

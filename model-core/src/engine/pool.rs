@@ -1,4 +1,4 @@
-//! The threads of one session.
+//! Loops shared by threads. Who waits for whom is told in [`group`](super::group).
 
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 /// Threads that share the items of one loop at a time: the caller, and either helpers of its own, which spin for a
 /// moment and then sleep between loops, or the callers of other pools of its group that have nothing better to do.
 /// Dropping it ends its own helpers.
-pub struct Pool {
+pub(super) struct Pool {
     shared: Arc<Shared>,
     own: usize,
     /// Numbers lie below this.
@@ -22,7 +22,7 @@ pub struct Pool {
 
 /// Where the callers of other pools of a group may help; clones are the same place.
 #[derive(Clone)]
-pub struct Team {
+pub(super) struct Team {
     shared: Arc<Shared>,
     group: Arc<()>,
 }
@@ -129,7 +129,7 @@ impl Drop for CloseLoop<'_> {
 
 impl Pool {
     /// A team of `threads`, all but the caller its own; zero counts as one.
-    pub fn new(threads: usize) -> Self {
+    pub(super) fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared::default());
         // Numbers must have no gaps, so the first thread that the system refuses is the last one asked for.
         let helpers = (1..threads).map_while(|thread| {
@@ -147,7 +147,7 @@ impl Pool {
     }
 
     /// `count` pools without helpers of their own whose callers may help each other.
-    pub fn group(count: usize) -> Vec<Self> {
+    pub(super) fn group(count: usize) -> Vec<Self> {
         let group = Arc::new(());
         let pool =
             |own| Self { shared: Arc::default(), own, seats: count, group: Arc::clone(&group), helpers: Vec::new() };
@@ -155,13 +155,13 @@ impl Pool {
     }
 
     /// Where others may help its caller.
-    pub fn team(&self) -> Team {
+    pub(super) fn team(&self) -> Team {
         Team { shared: Arc::clone(&self.shared), group: Arc::clone(&self.group) }
     }
 
     /// Shares another pool's loops for as long as guests are welcome there and `leave`, which is asked between loops, says
     /// no. Nothing for a pool of another group. Takes this pool exclusively, because its caller's number goes along.
-    pub fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
+    pub(super) fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
         let other = &team.shared;
         if !Arc::ptr_eq(&self.group, &team.group) || Arc::ptr_eq(&self.shared, other) {
             return;
@@ -184,12 +184,12 @@ impl Pool {
     }
 
     /// Thread numbers that loops may see lie below this.
-    pub fn seats(&self) -> usize {
+    pub(super) fn seats(&self) -> usize {
         self.seats
     }
 
     /// Threads that probably share the next loop, the caller's included: how finely to cut it.
-    pub fn threads(&self) -> usize {
+    pub(super) fn threads(&self) -> usize {
         if self.helpers.is_empty() && self.shared.open.load(Ordering::Relaxed) == 0 { 1 } else { self.seats }
     }
 
@@ -249,7 +249,7 @@ impl Drop for Welcome {
 
 impl Team {
     /// Bids guests welcome. Nobody waits for them: a loop goes on without those that have not come.
-    pub fn welcome(&self) -> Welcome {
+    pub(super) fn welcome(&self) -> Welcome {
         self.shared.open.fetch_add(1, Ordering::Release);
         Welcome(Arc::clone(&self.shared))
     }

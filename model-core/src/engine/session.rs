@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use super::attention::{AttentionScratch, Head};
-use super::backbone::Block;
-use super::linear::{Quantized, TILE};
+use super::backbone::{Backbone, Block};
+use super::expert_set::ExpertSet;
 use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
+use super::packed::{Quantized, TILE};
 use super::pool::{Parts, PerThread, Pool, Team};
-use super::{Backbone, ExpertSet, expect_len, stem};
+use super::stem;
 use crate::config::{BackboneConfig, ExpertConfig};
-use crate::error::ModelError;
+use crate::error::{ModelError, expect_len};
 use crate::kernels::combine::add_assign;
 use crate::kernels::norm::layer_norm;
 use crate::weights::{LAYER_NORM_EPS, Norm};
@@ -36,8 +37,8 @@ pub struct Session {
     backbone: Arc<Backbone>,
     max_batch: usize,
     pool: Pool,
-    /// The caller's row of each image: rows that go through the same experts are made neighbours, whichever set they are
-    /// of.
+    /// The caller's row of each image: rows that go through the same experts are made neighbours, whichever
+    /// set they are of.
     order: Vec<usize>,
     /// The batch's experts, each by the caller's row that named them first.
     sets: Vec<usize>,
@@ -118,9 +119,8 @@ impl Session {
         Self::with(backbone, max_batch, pool, own_threads, &Threads::new(backbone, own_threads))
     }
 
-    /// `count` sessions for as many callers, without threads of their own: a caller that has nothing to do may
-    /// [`help`](Session::help) another. The scratch of each thread serves in all of them.
-    pub fn group(backbone: &Arc<Backbone>, max_batch: usize, count: usize) -> Vec<Self> {
+    /// The sessions of a [`SessionGroup`](super::SessionGroup). The scratch of each thread serves in all of them.
+    pub(super) fn group(backbone: &Arc<Backbone>, max_batch: usize, count: usize) -> Vec<Self> {
         let threads = Threads::new(backbone, count);
         Pool::group(count).into_iter().map(|pool| Self::with(backbone, max_batch, pool, 1, &threads)).collect()
     }
@@ -151,13 +151,13 @@ impl Session {
     }
 
     /// Where others of its group may help.
-    pub fn team(&self) -> Team {
+    pub(super) fn team(&self) -> Team {
         self.pool.team()
     }
 
     /// Shares the forward passes of another session of its group for as long as helpers are welcome there and `leave`,
     /// which is asked every few microseconds, says no.
-    pub fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
+    pub(super) fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
         self.pool.help(team, leave);
     }
 

@@ -1,6 +1,6 @@
 //! The stem: convolutions as products over windows, channel-last.
 
-use super::linear::{Linear, Quantized, TILE};
+use super::packed::{PackedLayer, Quantized, TILE};
 use crate::config::{Activation, BackboneConfig, ConfigError, StemLayer};
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::add_assign;
@@ -15,7 +15,7 @@ pub(super) struct Convolution {
     /// Side and channels of the square input.
     input: (usize, usize),
     output_side: usize,
-    conv: Linear,
+    conv: PackedLayer,
     norm: Option<Norm>,
 }
 
@@ -28,7 +28,7 @@ impl Convolution {
     ) -> Result<Self, KernelError> {
         let window = layer.window_len(channels);
         // Pixels stay f32: their layer is small, and what it rounds away no later one brings back.
-        let pack = if first { Linear::f32 } else { Linear::int8 };
+        let pack = if first { PackedLayer::f32 } else { PackedLayer::int8 };
         let conv = pack(isa, &weights.conv, layer.channels, window)?;
         let output_side = layer.output_side(side).unwrap_or(0);
         Ok(Self { layer, input: (side, channels), output_side, conv, norm: weights.norm.clone() })
@@ -130,8 +130,8 @@ pub(super) fn check_supported(config: &BackboneConfig) -> Result<(), ConfigError
     config.stem.iter().enumerate().find_map(unsupported).map_or(Ok(()), Err)
 }
 
-/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and of
-/// a tile's output.
+/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and
+/// of a tile's output.
 pub(super) fn scratch_sizes(config: &BackboneConfig) -> (usize, usize, usize) {
     let layers = || config.stem_inputs();
     let last = config.stem.len() - 1;

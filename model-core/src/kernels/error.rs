@@ -37,7 +37,6 @@ pub enum KernelError {
     NotHalf {
         /// Position among the scales.
         index: usize,
-        /// What stands there.
         value: f32,
     },
     /// The inner dimension is so long that an i32 sum could overflow.

@@ -22,7 +22,7 @@ pub struct Isa(Kind);
 pub(super) enum Kind {
     /// The definitions, compiled for the baseline CPU.
     Scalar,
-    /// AVX2 and FMA.
+    /// AVX2 and FMA, e.g. Intel Haswell (2013).
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI.

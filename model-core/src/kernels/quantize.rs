@@ -5,9 +5,9 @@
 //! to even, and its low byte is the code.
 
 use super::error::{KernelError, expect_len};
+use super::gemm::scalar;
 use super::isa::Isa;
 use super::simd::{Simd, Work, dispatch};
-use super::ternary::scalar;
 
 /// Quantises every row of `x` `[rows, cols]` by itself: `step = max |x| / 127` (1 for a row of zeros),
 /// `code = round_half_even(x / step)`, in -127..=127. Writes `codes` `[rows, cols]` and `steps` `[rows]`.

@@ -6,7 +6,6 @@ use super::error::expect_finite;
 /// One scale per row, zero-padded. Read in runs, so that half precision is widened where a run is used.
 #[derive(Debug, Clone)]
 pub(crate) enum Scales {
-    /// Single precision.
     F32(Box<[f32]>),
     /// The bits of half-precision numbers.
     F16(Box<[u16]>),

@@ -171,6 +171,28 @@ pub(super) fn dispatch<W: Work>(isa: Isa, work: W) -> W::Output {
     }
 }
 
+/// Runs `work` compiled for the widest vectors of this CPU. Simple loops are vectorised by the compiler, once it may use
+/// the instructions; they do the same operations in the same order on every CPU.
+///
+/// `work` must be an `#[inline(always)]` closure, and so must be what it calls: anything left out of line is
+/// compiled for the baseline.
+#[inline]
+pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    dispatch(Isa::best(), Plain(work))
+}
+
+/// A closure as [`Work`] that asks for no vectors.
+struct Plain<F>(F);
+
+impl<R, F: FnOnce() -> R> Work for Plain<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> R {
+        (self.0)()
+    }
+}
+
 /// Arrays of four floats: the definition of every operation.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;

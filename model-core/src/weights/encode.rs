@@ -16,7 +16,6 @@ pub struct Encodings {
     pub stem: Option<Precision>,
     /// Of router codes: 4, 8 or 16.
     pub router_bits: Option<u32>,
-    /// Of the head.
     pub head: Option<Precision>,
 }
 

@@ -9,10 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// IEEE single precision.
     #[default]
     F32,
-    /// IEEE half precision.
     F16,
     /// Integers from -127 to 127 with a scale per row.
     Int8,
@@ -21,9 +19,7 @@ pub enum Precision {
 /// A dense matrix, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Matrix {
-    /// Values.
     F32(Vec<f32>),
-    /// Values.
     F16(Vec<f16>),
     /// `value[r, c] = codes[r, c] * scale[r]`.
     Int8 {
@@ -64,7 +60,7 @@ impl Matrix {
             Precision::F16 => Self::F16(values.iter().copied().map(f16::from_f32).collect()),
             Precision::Int8 => {
                 let cols = values.len() / rows.max(1);
-                let (codes, mut scale) = crate::kernels::linear::scalar::quantize_weight(values, rows, cols);
+                let (codes, mut scale) = crate::kernels::gemm::scalar::quantize_weight(values, rows, cols);
                 // A row of subnormal numbers has a step that rounds to zero.
                 scale.iter_mut().for_each(|scale| *scale = scale.max(f32::MIN_POSITIVE));
                 Self::Int8 { codes, scale }
@@ -81,7 +77,6 @@ impl Matrix {
         }
     }
 
-    /// Number of values.
     pub fn len(&self) -> usize {
         match self {
             Self::F32(values) => values.len(),

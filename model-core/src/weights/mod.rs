@@ -16,18 +16,18 @@ use crate::config::{BackboneConfig, ExpertConfig, FloatFormat, ViTConfig};
 /// `y = x W^T + b`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Linear {
-    /// `[out_features, in_features]`.
+    /// W, row-major `[out_features, in_features]`.
     pub weight: Matrix,
-    /// `[out_features]`.
+    /// The bias b, `[out_features]`.
     pub bias: Vec<f32>,
 }
 
 /// LayerNorm over the last axis, epsilon [`LAYER_NORM_EPS`].
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Norm {
-    /// `[features]`.
+    /// Scale of each feature, `[features]`.
     pub gamma: Vec<f32>,
-    /// `[features]`.
+    /// Shift of each feature, `[features]`.
     pub beta: Vec<f32>,
 }
 
@@ -50,8 +50,8 @@ pub struct StemWeights {
     pub conv: Linear,
     /// LayerNorm over channels, present when the layer's `norm` is set.
     pub norm: Option<Norm>,
-    /// Calibrated step of the layer's output, residual included, for an integer path that keeps it as codes times the step.
-    /// Positive and finite.
+    /// Calibrated step of the layer's output, residual included, for an integer path that keeps it as codes times the
+    /// step. Positive and finite.
     pub step: Option<f32>,
 }
 
@@ -66,16 +66,16 @@ pub struct BlockWeights {
     pub proj: Linear,
     /// Before router and experts.
     pub norm2: Norm,
-    /// Substrate `[d_ff, d_model]`.
+    /// The substrate of all experts' first product, `[d_ff, d_model]`.
     pub up: Ternary,
-    /// Substrate `[d_model, d_ff]`.
+    /// The substrate of all experts' second product, `[d_model, d_ff]`.
     pub down: Ternary,
 }
 
 /// Features of images of everything, to hold an expert set's own images against.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Background {
-    /// `[d_model]`.
+    /// Mean of each feature, `[d_model]`.
     pub mean: Vec<f32>,
     /// Lower triangle of the covariance, row by row, `[d_model (d_model + 1) / 2]`.
     pub covariance: Vec<f32>,
@@ -88,7 +88,6 @@ pub struct Background {
 /// Everything expert sets share.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackboneWeights {
-    /// Shapes.
     pub config: BackboneConfig,
     /// One per [`BackboneConfig::stem`] layer.
     pub stem: Vec<StemWeights>,
@@ -103,8 +102,8 @@ pub struct BackboneWeights {
 }
 
 impl BackboneWeights {
-    /// The first block whose ternary codes are not those of the first block, although the configuration says that all
-    /// share them.
+    /// The first block whose ternary codes are not those of the first block, although the configuration says
+    /// that all share them.
     pub fn unshared_block(&self) -> Option<usize> {
         let first = self.blocks.first().filter(|_| self.config.substrates.shared)?;
         let same = |own: &Arc<[i8]>, shared: &Arc<[i8]>| Arc::ptr_eq(own, shared) || own == shared;
@@ -137,7 +136,6 @@ pub struct ExpertLayerWeights {
 /// One task's experts, routers, head and labels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertSetWeights {
-    /// Shapes.
     pub config: ExpertConfig,
     /// One per transformer block; none where experts are borrowed.
     pub layers: Vec<ExpertLayerWeights>,
@@ -158,16 +156,16 @@ pub enum Covariance {
     Packed(Vec<f32>),
     /// `diag(diagonal) + factor^T factor`.
     Diagonal {
-        /// `[d_model]`, positive.
+        /// One value a feature, `[d_model]`, positive.
         diagonal: Vec<f32>,
-        /// `[rank, d_model]`.
+        /// The low-rank part, row-major `[rank, d_model]`.
         factor: Vec<f32>,
     },
     /// `scale * C + factor^T factor`, with the covariance C of the backbone's background.
     Background {
-        /// Positive.
+        /// What C is multiplied by; positive.
         scale: f32,
-        /// `[rank, d_model]`.
+        /// The low-rank part, row-major `[rank, d_model]`.
         factor: Vec<f32>,
     },
 }
@@ -179,7 +177,7 @@ pub struct Familiarity {
     pub format: FloatFormat,
     /// Whether the distance to the backbone's background is subtracted.
     pub relative: bool,
-    /// `[means, d_model]`.
+    /// One row a mean, `[means, d_model]`.
     pub means: Vec<f32>,
     /// Of the features about the mean of their class.
     pub covariance: Covariance,

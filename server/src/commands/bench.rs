@@ -3,8 +3,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use model_core::bench::{LayerReport, ModelReport, Options, Report, Timing};
 use model_core::config::ViTConfig;
+use model_core::engine::bench::{LayerReport, ModelReport, Options, Report, Timing};
 use model_core::kernels::Isa;
 use serde_json::json;
 
@@ -28,7 +28,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, String> {
         dense: !args.no_dense,
         isa: Isa::from_env().map_err(|error| error.to_string())?,
     };
-    let reports = model_core::bench::run(&options).map_err(|error| error.to_string())?;
+    let reports = model_core::engine::bench::run(&options).map_err(|error| error.to_string())?;
     let mut out = std::io::stdout().lock();
     let printed = if args.json {
         let document = json!({

@@ -23,7 +23,7 @@ pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
         // A panic in a forward pass fails its batch, not the thread.
         let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| {
             let backbone = batch.first().filter(|_| others_free).map(|entry| &entry.job.lease.backbone);
-            let _welcome = backbone.and_then(|backbone| backbone.value.welcome(index));
+            let _welcome = backbone.map(|backbone| backbone.value.welcome(index));
             // Made last, so that it ends first: a thread that answers a call where it is not welcome would be back at once.
             let _call =
                 backbone.map(|backbone| queue.call(HelpWanted { thread: index, backbone: Arc::clone(backbone) }));

@@ -491,7 +491,7 @@ pub fn answer_headers(headers: &mut HeaderMap, lease: &SetLease, timings: Timing
         (EXPERT_SET_GENERATION, descriptor.generation()),
         (SERVER_TIMING, timing),
     ];
-    // Set names are plain ASCII (`store::is_valid_name`), so no value is refused.
+    // Set names are plain ASCII (`store_layout::is_valid_name`), so no value is refused.
     headers.extend(values.into_iter().filter_map(|(name, value)| Some((name, HeaderValue::try_from(value).ok()?))));
 }
 

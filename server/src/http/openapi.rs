@@ -11,13 +11,13 @@ use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, on};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
+use model_core::artifact::store_layout;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 use utoipa::openapi::{RefOr, Schema};
 
 use crate::app::AppState;
 use crate::error::{ApiError, ErrorBody, ErrorCode};
-use crate::sets::store;
 
 /// Errors of a body that is read whole.
 pub const BODY_ERRORS: [ErrorCode; 5] = [
@@ -377,7 +377,7 @@ pub fn set_name_schema() -> Value {
     json!({
         "type": "string",
         "pattern": "^[A-Za-z0-9_-][A-Za-z0-9_.-]*$",
-        "maxLength": store::MAX_NAME,
+        "maxLength": store_layout::MAX_NAME,
         "examples": ["cifar100"],
     })
 }

@@ -17,11 +17,13 @@ use utoipa::ToSchema;
 use super::extract::{ApiPath, RequestContext};
 use super::openapi::{Api, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
 use super::{auth, body};
+use model_core::artifact::store_layout;
+
 use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
+use crate::sets::catalog;
 use crate::sets::registry::{Kind, SetState, SetStatus};
 use crate::sets::upload::Upload;
-use crate::sets::{catalog, store};
 
 /// The routes of this resource.
 pub fn routes(api: Api) -> Api {
@@ -300,10 +302,11 @@ fn set_vanished(name: &str) -> ApiError {
 }
 
 fn checked_version(name: &str, version: &str) -> Result<u64, ApiError> {
-    if !store::is_valid_name(name) {
-        return Err(ApiError::invalid(store::NAME_RULE));
+    if !store_layout::is_valid_name(name) {
+        return Err(ApiError::invalid(store_layout::NAME_RULE));
     }
-    store::parse_version(version).ok_or_else(|| ApiError::invalid("a version is a whole number without leading zeros"))
+    store_layout::parse_version(version)
+        .ok_or_else(|| ApiError::invalid("a version is a whole number without leading zeros"))
 }
 
 /// Streams a body to a temporary file of the store.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use model_core::artifact::store_layout;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{ApiError, ErrorCode};
@@ -148,11 +149,11 @@ impl Shared {
     }
 
     fn refresh(&self, name: &str) -> Result<(), ApiError> {
-        let Some(root) = self.root.as_ref().filter(|_| store::is_valid_name(name)) else { return Ok(()) };
+        let Some(root) = self.root.as_ref().filter(|_| store_layout::is_valid_name(name)) else { return Ok(()) };
         let mut contents = Contents::default();
         store::scan_backbones(root, &mut contents).map_err(ApiError::internal)?;
         store::scan_set(root, name, &mut contents).map_err(ApiError::internal)?;
-        let (sets, folder) = (store::sets_folder(root), store::set_folder(root, name));
+        let (sets, folder) = (store_layout::sets_folder(root), store_layout::set_folder(root, name));
         self.apply(contents, [name.to_owned()], |path| path.starts_with(&sets) && !path.starts_with(&folder));
         Ok(())
     }

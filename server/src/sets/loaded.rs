@@ -1,6 +1,6 @@
 //! The seam between server and `model-core`: files become models here, and nowhere else does the server see a tensor.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use model_core::config::BackboneConfig;
 use model_core::image::{Preprocess, RgbImage};
@@ -9,7 +9,7 @@ use crate::metrics::Metrics;
 use crate::routing_map::RoutingMap;
 use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor};
 use crate::sets::registry::{Lease, Loaded, Registry, Source};
-use model_core::engine::{self, Backbone, ExpertSet, Session, Team, Welcome};
+use model_core::engine::{self, Backbone, ExpertSet, SessionGroup, Welcome};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -30,10 +30,8 @@ pub struct ArtifactSource {
 /// A backbone with the scratch of every compute thread: loaded, accounted and dropped together.
 pub struct LoadedBackbone {
     backbone: Arc<Backbone>,
-    /// One per compute thread; each thread only ever locks its own.
-    sessions: Vec<Mutex<Session>>,
-    /// Where an idle compute thread may help each of the others.
-    teams: Vec<Team>,
+    /// The scratch of every compute thread.
+    sessions: SessionGroup,
 }
 
 /// An expert set ready to run.
@@ -96,7 +94,6 @@ impl LoadedBackbone {
         rows: &[Row<'_>],
         metrics: Option<&Metrics>,
     ) -> Result<Vec<RowOutput>, String> {
-        let session = self.sessions.get(thread).ok_or_else(|| format!("there is no scratch for thread {thread}"))?;
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
         let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
@@ -107,9 +104,7 @@ impl LoadedBackbone {
                 routing: Some(routing),
             })
             .collect();
-        let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-        session.forward(&mut engine_rows).map_err(|error| error.to_string())?;
-        drop(session);
+        self.sessions.forward(thread, &mut engine_rows).map_err(|error| error.to_string())?;
         if let Some(metrics) = metrics {
             count_expert_tokens(rows, &routing, metrics);
         }
@@ -121,15 +116,13 @@ impl LoadedBackbone {
     }
 
     /// Bids the other compute threads welcome to help in the forward passes of `thread`.
-    pub fn welcome(&self, thread: usize) -> Option<Welcome> {
-        self.teams.get(thread).map(Team::welcome)
+    pub fn welcome(&self, thread: usize) -> Welcome {
+        self.sessions.welcome(thread)
     }
 
     /// Helps compute thread `caller`, as `thread`, for as long as helpers are welcome there and `leave` says no.
     pub fn help(&self, thread: usize, caller: usize, leave: impl Fn() -> bool) {
-        if let (Some(session), Some(team)) = (self.sessions.get(thread), self.teams.get(caller)) {
-            session.lock().unwrap_or_else(PoisonError::into_inner).help(team, leave);
-        }
+        self.sessions.help(thread, caller, leave);
     }
 
     /// Shapes.
@@ -200,11 +193,9 @@ impl Source for ArtifactSource {
         if backbone.digest() != descriptor.digest {
             return Err(at(&"the file was replaced by another backbone; restart to use it"));
         }
-        let sessions = Session::group(&backbone, self.max_batch, self.compute_threads);
-        let scratch = sessions.iter().map(Session::resident_bytes).sum();
-        let teams = sessions.iter().map(Session::team).collect();
-        let sessions = sessions.into_iter().map(Mutex::new).collect();
-        Ok(Loaded { bytes: backbone.resident_bytes(), scratch, value: LoadedBackbone { backbone, sessions, teams } })
+        let sessions = SessionGroup::new(&backbone, self.max_batch, self.compute_threads);
+        let (bytes, scratch) = (backbone.resident_bytes(), sessions.resident_bytes());
+        Ok(Loaded { bytes, scratch, value: LoadedBackbone { backbone, sessions } })
     }
 
     fn load_set(
@@ -226,8 +217,7 @@ impl ArtifactSource {
         }
         let config = backbone.config();
         let (grid_side, num_layers) = (config.grid_side(), config.num_layers);
-        let growth = Session::growth(&backbone.backbone, self.max_batch, set.config());
-        let scratch = backbone.sessions.len() * growth;
+        let scratch = backbone.sessions.growth(&set);
         Ok(Loaded { bytes: set.resident_bytes(), scratch, value: LoadedSet { set, grid_side, num_layers } })
     }
 }

@@ -3,14 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use model_core::artifact::store_layout::{
+    NAME_RULE, backbones_folder, is_artifact, is_valid_name, parse_version, set_folder, sets_folder,
+};
+
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, describe_backbone, describe_set};
 
-/// Folder of the backbones.
-const BACKBONES: &str = "backbones";
-/// Folder of the expert sets.
-const SETS: &str = "expert-sets";
-/// Longest name of an expert set or backbone.
-pub const MAX_NAME: usize = 200;
 /// Version of the embedded expert set.
 const EMBEDDED_VERSION: u64 = 1;
 /// Name of the embedded expert set.
@@ -48,14 +46,6 @@ pub struct Contents {
     pub sets: Vec<SetDescriptor>,
     /// Files that are neither.
     pub broken: Vec<Broken>,
-}
-
-/// Whether a name may appear in paths, headers and metric labels: letters, digits, `-`, `_` and `.`, not starting with
-/// a dot, at most [`MAX_NAME`] characters.
-pub fn is_valid_name(name: &str) -> bool {
-    (1..=MAX_NAME).contains(&name.len())
-        && !name.starts_with('.')
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
 /// The embedded model.
@@ -98,7 +88,7 @@ pub fn scan(root: &Path) -> Result<Contents, String> {
 /// # Errors
 /// When their folder cannot be read.
 pub fn scan_backbones(root: &Path, contents: &mut Contents) -> Result<(), String> {
-    for path in artifacts(&root.join(BACKBONES))? {
+    for path in artifacts(&backbones_folder(root))? {
         let described = name_of(&path).and_then(|name| describe_backbone(&name, &Location::File(path.clone())));
         match described {
             Ok(backbone) => contents.backbones.push(backbone),
@@ -124,30 +114,6 @@ pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> Result<(), 
     Ok(())
 }
 
-/// Where the expert sets are.
-pub fn sets_folder(root: &Path) -> PathBuf {
-    root.join(SETS)
-}
-
-/// Where the versions of a set belong.
-pub fn set_folder(root: &Path, name: &str) -> PathBuf {
-    sets_folder(root).join(name)
-}
-
-/// Where a version of a set belongs.
-pub fn set_path(root: &Path, name: &str, version: u64) -> PathBuf {
-    set_folder(root, name).join(format!("{version}.safetensors"))
-}
-
-/// A version as it stands in paths and file names. Only one spelling is accepted: `01` and `1` would be two files for
-/// one version.
-pub fn parse_version(text: &str) -> Option<u64> {
-    text.parse::<u64>().ok().filter(|version| version.to_string() == text)
-}
-
-/// What a name must look like, as a sentence.
-pub const NAME_RULE: &str = "a name has 1 to 200 letters, digits, `-`, `_` or `.`, and does not start with a dot";
-
 fn name_of(path: &Path) -> Result<String, String> {
     let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|name| is_valid_name(name));
     stem.map(str::to_owned).ok_or_else(|| format!("{}: {NAME_RULE}", path.display()))
@@ -161,7 +127,7 @@ fn version_of(path: &Path) -> Result<u64, String> {
 /// The `.safetensors` files of a folder by name; none when it does not exist.
 fn artifacts(folder: &Path) -> Result<Vec<PathBuf>, String> {
     let mut paths = entries(folder)?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    paths.retain(|path| is_artifact(path));
     Ok(paths)
 }
 
@@ -179,17 +145,6 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_that_could_lead_elsewhere_are_refused() {
-        for name in ["cifar100", "a", "Site-7_v2.1", &"x".repeat(MAX_NAME)] {
-            assert!(is_valid_name(name), "{name}");
-        }
-        for name in ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "a b", "blåbær", "a:b", &"x".repeat(MAX_NAME + 1)]
-        {
-            assert!(!is_valid_name(name), "{name:?}");
-        }
-    }
 
     #[test]
     fn guarantee_13_junk_in_the_store_is_listed_not_fatal() {

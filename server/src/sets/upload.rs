@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempPath;
 use tokio::io::AsyncWriteExt;
 
-use crate::sets::store::{set_folder, set_path, sets_folder};
+use model_core::artifact::store_layout::{set_folder, set_path, sets_folder};
 
 /// Begins the names of temporary files. Starts with a dot, and does not end as artifacts do: never part of a store.
 const PREFIX: &str = ".upload-";

@@ -10,7 +10,6 @@ use super::{Outcome, Variant};
 /// How much more often one variant is right than another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Paired {
-    /// The other variant.
     pub against: Variant,
     /// Mean difference in top-1 over images and the seeds that both were trained with.
     pub difference: f64,

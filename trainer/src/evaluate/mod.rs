@@ -9,6 +9,7 @@ pub use probe::{Artifacts, LayerProbe, Probe};
 pub use report::{ClassScore, Confusion, LayerRouting, Report};
 
 use model_core::config::ViTConfig;
+use model_core::routing_map::Pairs;
 
 use crate::predict::Prediction;
 
@@ -28,7 +29,7 @@ pub struct Tally {
     top5: usize,
     cross_entropy: f64,
     bins: [Bin; BINS],
-    /// `[label, prediction]`.
+    /// Counts of images, `[label, prediction]`.
     confusion: Vec<u32>,
     layers: Vec<LayerTally>,
 }
@@ -49,16 +50,6 @@ struct LayerTally {
     neighbours: Pairs,
     /// Of patches half the grid apart.
     far: Pairs,
-}
-
-/// How pairs of patches in a certain distance were routed.
-#[derive(Debug, Clone, Copy, Default)]
-struct Pairs {
-    count: u64,
-    /// Experts that both patches chose.
-    shared: u64,
-    /// Pairs whose first choice is the same.
-    same_first: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -142,7 +133,7 @@ impl Tally {
         let n = self.images.max(1) as f64;
         let gap = |bin: &Bin| (bin.confidence - bin.right as f64).abs();
         let agreement = |of: fn(&LayerTally) -> Pairs| {
-            let sum: f64 = self.layers.iter().map(|layer| of(layer).agreement(self.top_k)).sum();
+            let sum: f64 = self.layers.iter().map(|layer| of(layer).agreement(self.top_k).unwrap_or(0.0)).sum();
             let routed = self.layers.iter().any(|layer| of(layer).count > 0);
             routed.then(|| sum / self.layers.len().max(1) as f64)
         };
@@ -162,30 +153,8 @@ impl LayerTally {
     /// `experts [side, side, top_k]`, best first.
     fn add_image(&mut self, experts: &[u16], side: usize, top_k: usize) {
         experts.iter().for_each(|&e| self.load[usize::from(e)] += 1);
-        let chosen = |y: usize, x: usize| &experts[(y * side + x) * top_k..][..top_k];
-        let half = side.div_ceil(2).max(2);
-        for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
-            for (pairs, distance) in [(&mut self.neighbours, 1), (&mut self.far, half)] {
-                for (other_y, other_x) in [(y + distance, x), (y, x + distance)] {
-                    if other_y < side && other_x < side {
-                        pairs.add(chosen(y, x), chosen(other_y, other_x));
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl Pairs {
-    fn add(&mut self, a: &[u16], b: &[u16]) {
-        self.count += 1;
-        self.shared += a.iter().filter(|e| b.contains(e)).count() as u64;
-        self.same_first += u64::from(a[0] == b[0]);
-    }
-
-    /// Share of chosen experts that the patches of a pair have in common.
-    fn agreement(&self, top_k: usize) -> f64 {
-        self.shared as f64 / (self.count * top_k as u64).max(1) as f64
+        self.neighbours += Pairs::apart(1, experts, side, top_k);
+        self.far += Pairs::apart(side.div_ceil(2).max(2), experts, side, top_k);
     }
 }
 
@@ -225,18 +194,14 @@ mod tests {
     }
 
     #[test]
-    fn agreement_counts_shared_experts_of_neighbours() {
+    fn layers_count_loads_neighbours_and_patches_half_the_grid_apart() {
         let mut layer = LayerTally { load: vec![0; 4], ..LayerTally::default() };
-        // A 2x2 grid, top-2: rows share both experts in another order, columns share one.
         layer.add_image(&[0, 1, 1, 0, 1, 2, 2, 1], 2, 2);
-        let Pairs { count, shared, same_first } = layer.neighbours;
-        assert_eq!((count, shared, same_first), (4, 6, 0));
-        assert_eq!(layer.neighbours.agreement(2), 0.75);
-        assert_eq!(layer.load, [2, 4, 2, 0]);
+        assert_eq!((&layer.load[..], layer.neighbours.shared), (&[2, 4, 2, 0][..], 6));
         assert_eq!(layer.far.count, 0, "a grid of two has no patches that are no neighbours");
         // Stripes of one column in a 4x4 grid, top-1: those two rows apart agree, and those two columns apart.
         let mut layer = LayerTally { load: vec![0; 2], ..LayerTally::default() };
         layer.add_image(&[0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1], 4, 1);
-        assert_eq!((layer.far.count, layer.far.agreement(1), layer.neighbours.agreement(1)), (16, 1.0, 0.5));
+        assert_eq!((layer.far.agreement(1), layer.neighbours.agreement(1)), (Some(1.0), Some(0.5)));
     }
 }

@@ -22,7 +22,6 @@ use super::Tally;
 pub struct Probe {
     /// Which forward pass: `integer` or `float`.
     pub path: &'static str,
-    /// Images seen.
     pub images: usize,
     /// The model as it is.
     pub top1: f64,
@@ -47,20 +46,18 @@ pub struct Probe {
 pub struct LayerProbe {
     /// Share of angle codes that differ from the start's.
     pub angles_moved: Option<f64>,
-    /// Mean cosine between the outputs of two experts for the same token, over all pairs and some tokens; none for a single
-    /// expert.
+    /// Mean cosine between the outputs of two experts for the same token, over all pairs and some tokens; none
+    /// for a single expert.
     pub expert_cosine: Option<f64>,
-    /// Number of experts that would be used if all were used alike: the exponential of the entropy of their shares of the
-    /// choices.
+    /// Number of experts that would be used if all were used alike: the exponential of the entropy of their
+    /// shares of the choices.
     pub effective_experts: f64,
 }
 
 /// A backbone and an expert set on it.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
-    /// The backbone.
     pub backbone: BackboneArtifact,
-    /// The set.
     pub set: ExpertSetArtifact,
 }
 
@@ -185,7 +182,6 @@ impl Probe {
         })
     }
 
-    /// For people.
     pub fn text(&self) -> String {
         let mut out = String::new();
         // Writing to a string cannot fail.
@@ -319,7 +315,6 @@ mod tests {
 
     const IMAGES: usize = 200;
 
-    /// Noise.
     fn dataset(model: &Artifacts) -> Dataset {
         Dataset {
             images: (0..IMAGES * 192).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 9) as u8).collect(),

@@ -91,9 +91,9 @@ impl Report {
             let total = layer.load.iter().sum::<u64>().max(1) as f64;
             let load: Vec<f64> = layer.load.iter().map(|&n| n as f64 / total).collect();
             LayerRouting {
-                agreement: layer.neighbours.agreement(tally.top_k),
-                far_agreement: layer.far.agreement(tally.top_k),
-                first_choice_agreement: layer.neighbours.same_first as f64 / layer.neighbours.count.max(1) as f64,
+                agreement: layer.neighbours.agreement(tally.top_k).unwrap_or(0.0),
+                far_agreement: layer.far.agreement(tally.top_k).unwrap_or(0.0),
+                first_choice_agreement: layer.neighbours.same_first_choice().unwrap_or(0.0),
                 peak_load: load.iter().copied().fold(0.0, f64::max) * load.len() as f64,
                 unused: layer.load.iter().filter(|&&n| n == 0).count(),
                 load,

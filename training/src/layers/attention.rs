@@ -1,4 +1,4 @@
-//! Multi-head self-attention.
+//! Multi-head self-attention over a grid of tokens.
 
 use candle_core::{Result, Tensor};
 

@@ -5,11 +5,12 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
 use super::elementwise::normal;
 use super::norm::lane_sum;
 use super::rotation::{AngleGrid, Coefficients, rotate, rotate_back};
-use super::{output, slice, tensor_like, vectorized, view};
+use super::{output, slice, tensor_like, view};
 
 /// `sum_k weights[t, k] gelu(B(angles[experts[t, k]]) h[t, k])`: `h [tokens * top_k, n]`, `angles [experts, stages, n / 2]`
 /// in radians, `weights [tokens, top_k] -> [tokens, n]`.

@@ -1,9 +1,10 @@
 //! Multi-head self-attention over fused queries, keys and values.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
 use super::routing::{softmax_gradient, softmax_row};
-use super::{output, slice, tensor_like, vectorized, view};
+use super::{output, slice, tensor_like, view};
 use crate::matmul::{Mat, Write, matmul};
 
 /// `softmax(q k^T / sqrt(head_dim)) v` per head: `qkv [batch, tokens, 3 d_model] -> [batch, tokens, d_model]`.

@@ -1,8 +1,9 @@
 //! GELU with the exact error function.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
-use super::{output, slice, tensor_like, vectorized, view};
+use super::{output, slice, tensor_like, view};
 
 /// `x Phi(x)`, Phi the normal distribution function.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {

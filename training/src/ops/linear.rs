@@ -1,8 +1,9 @@
 //! `y = x W^T + b`.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
-use super::{last_dim, output, slice, tensor_like, vectorized, view};
+use super::{last_dim, output, slice, tensor_like, view};
 use crate::matmul::{Mat, Write, matmul};
 
 /// `x [.., in] -> [.., out]` with `weight [out, in]` and `bias [out]`.

@@ -32,15 +32,6 @@ pub use routing::{combine, smoothness, softmax};
 pub use scale::scale_rows;
 pub use ternary::{Activations, fake_quantize, ternarized, ternary_linear};
 
-/// Runs `work` compiled for the widest vectors of this CPU: the loops of training are simple enough for the compiler to
-/// vectorise, once it may use the instructions. They do the same operations in the same order on every CPU.
-///
-/// `work` must be an `#[inline(always)]` closure, and so must be what it calls: anything left out of line is
-/// compiled for the baseline.
-fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
-}
-
 /// The f32 values of an op's argument.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let (start, end) =

@@ -1,9 +1,10 @@
 //! LayerNorm over the last axis, alone or with the GELU that follows it in a stem.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
 use super::elementwise::normal;
-use super::{last_dim, output, slice, tensor_like, vectorized, view};
+use super::{last_dim, output, slice, tensor_like, view};
 use model_core::weights::LAYER_NORM_EPS;
 
 /// `gamma * (x - mean) / sqrt(var + eps) + beta`, biased variance over the last axis of `x`.

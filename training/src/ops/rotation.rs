@@ -9,8 +9,9 @@ use std::f64::consts::TAU;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
-use super::{output, slice, tensor_like, vectorized, view};
+use super::{output, slice, tensor_like, view};
 
 /// Which angles an artifact can hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! What the router adds to a layer: softmax, the weighted sum over chosen experts, and the smoothness of its choices.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
 use super::elementwise::exp_nonpositive;
 use super::norm::lane_sum;
-use super::{last_dim, output, slice, tensor_like, vectorized, view};
+use super::{last_dim, output, slice, tensor_like, view};
 
 /// Softmax over the last axis.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {

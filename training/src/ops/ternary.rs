@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use model_core::kernels::vectorized;
 
-use super::{last_dim, output, slice, tensor_like, vectorized, view};
+use super::{last_dim, output, slice, tensor_like, view};
 use crate::matmul::{Mat, Write, matmul};
-use model_core::kernels::ternary::scalar::ternarize;
+use model_core::kernels::gemm::scalar::ternarize;
 
 /// How the activations of a substrate product are represented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]

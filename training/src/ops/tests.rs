@@ -171,7 +171,7 @@ fn substrate_gradients_pass_straight_through_the_rounding() {
     // held constant: grad_x = g Q(w), grad_w = g^T x.
     let (x, w) = (var(&[3, 8], 0.1), var(&[5, 8], 0.2));
     let (codes, scale) =
-        model_core::kernels::ternary::scalar::ternarize(&w.flatten_all().unwrap().to_vec1::<f32>().unwrap(), 8);
+        model_core::kernels::gemm::scalar::ternarize(&w.flatten_all().unwrap().to_vec1::<f32>().unwrap(), 8);
     let dense: Vec<f32> =
         codes.chunks_exact(8).zip(&scale).flat_map(|(r, s)| r.iter().map(move |&c| f32::from(c) * s)).collect();
     let dense = Var::from_vec(dense, (5, 8), &Device::Cpu).unwrap();

@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 use model_core::config::FeedForwardKind;
-use model_core::kernels::ternary::scalar::ternarize;
+use model_core::kernels::gemm::scalar::ternarize;
 use model_core::weights::{
     self, AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, StemWeights, Ternary,
 };

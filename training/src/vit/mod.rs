@@ -32,7 +32,7 @@ pub struct Variation<'a> {
 /// What a forward pass gives.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// `[batch, classes]`.
+    /// One row an image, `[batch, classes]`.
     pub logits: Tensor,
     /// One per block, where there are routers.
     pub routing: Vec<Routing>,

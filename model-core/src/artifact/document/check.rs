@@ -1,15 +1,16 @@
 //! Checks of what a document says, whatever its version.
 
-use super::{Card, CovarianceForm, FamiliarityConfig, Parts, View};
+use super::Parts;
+use crate::artifact::contents::{
+    BackboneHeader, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES, View,
+};
 use crate::artifact::error::ArtifactError;
-use crate::artifact::header::{BackboneHeader, Contents, ExpertSetHeader, MAX_TEXT_BYTES};
 use crate::config::{ConfigError, MAX_SIZE};
 use crate::image::Preprocess;
 
 /// Most bytes of a text of the model card.
 const MAX_CARD_BYTES: usize = 4096;
 
-/// Checks every field.
 pub(super) fn parts((name, contents, _): &Parts) -> Result<(), ArtifactError> {
     text("name", name)?;
     match contents {

@@ -6,136 +6,21 @@ mod v1;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::contents::{
+    BackboneEncoding, BackboneHeader, BackgroundSource, Card, Contents, ExpertSetEncoding, ExpertSetHeader,
+    FamiliarityConfig, View,
+};
 use super::digest::Digest;
 use super::error::ArtifactError;
-use super::header::{BackboneHeader, Contents, ExpertSetHeader};
-use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat, MAX_SIZE};
+use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, MAX_SIZE};
 use crate::image::Preprocess;
-use crate::weights::Precision;
 
 /// The version of `FORMAT.md` that is written.
 pub const FORMAT_VERSION: u32 = 2;
 
-/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240 while
-/// it is parsed.
+/// Most JSON values in a document, labels included: a value may take two bytes in the file but up to some 240
+/// while it is parsed.
 const MAX_DOCUMENT_VALUES: usize = MAX_SIZE + 4096;
-
-/// How one stem layer is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StemEncoding {
-    /// Of the convolution's weights.
-    pub weights: Precision,
-    /// Whether the step of the layer's output is stored.
-    pub calibrated: bool,
-}
-
-/// How those tensors of a backbone are stored of which its configuration says nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BackboneEncoding {
-    /// One per layer of the stem.
-    pub stem: Vec<StemEncoding>,
-    /// Of the weights of attention.
-    pub attention: Precision,
-}
-
-/// How those tensors of an expert set are stored of which its configuration says nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ExpertSetEncoding {
-    /// Of the head's weights.
-    pub head: Precision,
-}
-
-/// The images that a backbone's background was measured on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BackgroundSource {
-    /// Where they come from.
-    pub source: String,
-    /// How many they are.
-    pub images: u64,
-}
-
-/// Where an artifact comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Card {
-    /// Terms of use, an SPDX expression where there is one.
-    pub licence: String,
-    /// Where the weights come from.
-    pub origin: String,
-    /// What they learned from.
-    pub data: String,
-}
-
-/// How a picture becomes a square.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Fit {
-    /// Its largest centred square.
-    #[default]
-    Crop,
-    /// All of it, between bars of black.
-    Pad,
-    /// All of it, its sides scaled apart.
-    Stretch,
-}
-
-/// The part of a picture that a set looks at, unless a request says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct View {
-    /// Left edge, top edge, width and height, as shares of the upright picture.
-    pub crop: [f64; 4],
-    /// How that part becomes a square.
-    pub fit: Fit,
-}
-
-impl Default for View {
-    fn default() -> Self {
-        Self { crop: [0.0, 0.0, 1.0, 1.0], fit: Fit::Crop }
-    }
-}
-
-/// Forms of a set's covariance.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "form", rename_all = "snake_case", deny_unknown_fields)]
-pub enum CovarianceForm {
-    /// All of it.
-    Packed,
-    /// A diagonal and a factor.
-    Diagonal {
-        /// Rows of the factor.
-        rank: usize,
-    },
-    /// The background's, scaled, and a factor.
-    Background {
-        /// What the background's covariance is multiplied by.
-        scale: f32,
-        /// Rows of the factor.
-        rank: usize,
-    },
-}
-
-/// What the document says of a set's statistics; their tensors say the rest.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FamiliarityConfig {
-    /// Of all statistics.
-    pub format: FloatFormat,
-    /// Number of means.
-    pub means: usize,
-    /// Shape of the covariance.
-    pub covariance: CovarianceForm,
-    /// Whether the distance to the backbone's background is subtracted.
-    pub relative: bool,
-    /// Largest distance of what is known.
-    pub threshold: f32,
-    /// Share of images of other things that pass.
-    pub pass_share: f32,
-}
 
 /// The document of version 2. Field order is the order in the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,10 +3,12 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{BackboneEncoding, ExpertSetEncoding, Parts, StemEncoding, View};
+use super::Parts;
+use crate::artifact::contents::{
+    BackboneEncoding, BackboneHeader, Contents, ExpertSetEncoding, ExpertSetHeader, StemEncoding, View,
+};
 use crate::artifact::digest::Digest;
 use crate::artifact::error::ArtifactError;
-use crate::artifact::header::{BackboneHeader, Contents, ExpertSetHeader};
 use crate::config::{self, ConfigError, FloatFormat, SubstrateConfig};
 use crate::image::{Preprocess, Resize};
 use crate::weights::Precision;

@@ -55,7 +55,7 @@ pub struct Shape {
 
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
-    /// `[height, width, channels]`.
+    /// Codes of the image, `[height, width, channels]`.
     pub codes: &'a [i8],
     /// Pixels of a row.
     pub width: usize,

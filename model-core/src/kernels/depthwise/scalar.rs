@@ -1,4 +1,4 @@
-//! The definition.
+//! The definition: plain loops, never optimised.
 
 use super::{Input, Shape};
 

@@ -1,5 +1,14 @@
-//! Integer matrix products, shared by [`ternary`](super::ternary) and [`linear`](super::linear): one packed layout, one
-//! tile driver, one micro-kernel per instruction set.
+//! Matrix products `out[m, n] = sum over k of lhs[m, k] * w[n, k]` with weights packed ahead, in three formats,
+//! and [`scalar`] defines them:
+//!
+//! | weights | file | activations | used by |
+//! | --- | --- | --- | --- |
+//! | ternary, two bits or five to a byte | [`ternary`] | int8 | substrates |
+//! | int8 | [`int8`] | int8 | qkv, projection, the stem behind its first layer |
+//! | int8 | [`pointwise`] | int8, and int8 comes out | convolutions between int8 images |
+//! | f32 | [`float`] | f32 | what sees pixels, router, attention, head |
+//!
+//! Here is what the integer formats share: one packed layout, one tile driver, one micro-kernel per instruction set.
 //!
 //! ```text
 //! dot[m, n] = sum over k of lhs[m, k] * w[n, k]                       lhs int8, exact in i32
@@ -45,16 +54,26 @@ mod neon;
 mod pack;
 mod portable;
 
+pub mod float;
+pub mod int8;
+pub mod pointwise;
+pub mod scalar;
+pub mod ternary;
+
+pub use float::PackedF32;
+pub use int8::PackedInt8;
+pub use pointwise::PackedPointwise;
+pub use ternary::{PackedTernary, TernaryStorage};
+
 use std::sync::Arc;
 
 use super::error::{KernelError, expect_len};
 use super::isa::{Isa, Kind};
 use super::requantize::Requantize;
 use super::scales::Scales;
-pub(super) use pack::{pack_int8, pack_ternary, packed_bytes, unpack_ternary};
 
 /// Rows of w in a panel: one 512-bit register of 32-bit lanes.
-pub(super) const PANEL: usize = 16;
+const PANEL: usize = 16;
 
 /// Bytes of a group: four columns of a panel's rows.
 const GROUP_BYTES: usize = 4 * PANEL;
@@ -63,7 +82,7 @@ const GROUP_BYTES: usize = 4 * PANEL;
 const GROUPS: usize = 4;
 
 /// Columns of w (k) in a block of a panel: what a kernel reads of an activation row at once.
-pub(super) const K_BLOCK: usize = 4 * GROUPS;
+const K_BLOCK: usize = 4 * GROUPS;
 
 /// Most rows of a tile, over all micro-kernels.
 const MAX_TILE_ROWS: usize = 16;
@@ -86,7 +105,7 @@ type Acc = [[i32; PANEL]];
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
+enum Format {
     /// Two bits, w + 1.
     TwoBits,
     /// Five to a byte, w + 1.
@@ -97,7 +116,7 @@ pub(super) enum Format {
 
 /// A packed matrix `[rows, cols]` and the instruction set that it was packed for.
 #[derive(Debug, Clone)]
-pub(super) struct Packed {
+struct Packed {
     isa: Isa,
     format: Format,
     rows: usize,
@@ -107,32 +126,32 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    pub(super) fn isa(&self) -> Isa {
+    fn isa(&self) -> Isa {
         self.isa
     }
 
-    pub(super) fn rows(&self) -> usize {
+    fn rows(&self) -> usize {
         self.rows
     }
 
-    pub(super) fn cols(&self) -> usize {
+    fn cols(&self) -> usize {
         self.cols
     }
 
-    pub(super) fn resident_bytes(&self) -> usize {
+    fn resident_bytes(&self) -> usize {
         self.panels.len()
     }
 }
 
 /// Where the sums go.
-pub(super) enum Sink<'a> {
+enum Sink<'a> {
     /// As they are: `out[m, n]`.
     Dots(&'a mut [i32]),
     /// `out[m, n] = (f32(dot) * steps[m]) * scale[n] (+ bias[n])`.
     Scaled {
-        /// `[m, rows]`.
+        /// The product, row-major `[m, rows]`.
         out: &'a mut [f32],
-        /// `[m]`.
+        /// One for each row of `out`: `[m]`.
         steps: &'a [f32],
         /// `[rows]`, padded to whole panels.
         scale: &'a Scales,
@@ -141,11 +160,11 @@ pub(super) enum Sink<'a> {
     },
     /// int8 codes: `out[m, n] = requantize(dot, added[m, n])`.
     Requantized {
-        /// `[m, rows]`.
+        /// The product, row-major `[m, rows]`.
         out: &'a mut [i8],
         /// For as many features as `rows`.
         requantize: &'a Requantize,
-        /// `[m, rows]`.
+        /// Codes to add, row-major `[m, rows]`.
         added: Option<&'a [i8]>,
     },
 }
@@ -153,7 +172,7 @@ pub(super) enum Sink<'a> {
 /// The part of a product that one call of a micro-kernel works on: a few rows of `lhs` and a segment of k.
 #[derive(Clone, Copy)]
 struct Tile<'a> {
-    /// `[rows, cols]`.
+    /// Activations, row-major `[rows, cols]`.
     lhs: &'a [i8],
     cols: usize,
     /// The last `cols % K_BLOCK` columns of every row, zero-padded, so that no kernel reads past a row's end.
@@ -219,7 +238,7 @@ fn unsigned_int8(isa: Isa) -> bool {
 ///
 /// # Errors
 /// [`KernelError::Length`] when a slice does not match.
-pub(super) fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) -> Result<(), KernelError> {
+fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) -> Result<(), KernelError> {
     expect_len("activation codes", lhs.len(), m.saturating_mul(weights.cols))?;
     let out = match sink {
         Sink::Dots(out) => out.len(),
@@ -430,7 +449,7 @@ impl Sums<'_> {
 }
 
 /// `values` zero-padded to whole panels, as [`Sink::Scaled`] wants its bias.
-pub(super) fn pad_to_panels(values: &[f32]) -> Box<[f32]> {
+fn pad_to_panels(values: &[f32]) -> Box<[f32]> {
     let mut padded = values.to_vec();
     padded.resize(values.len().next_multiple_of(PANEL), 0.0);
     padded.into()

@@ -10,7 +10,7 @@ pub(super) const fn panel_groups(cols: usize) -> usize {
 }
 
 /// Bytes of a whole matrix.
-pub(in crate::kernels) fn packed_bytes(format: Format, rows: usize, cols: usize) -> usize {
+pub(super) fn packed_bytes(format: Format, rows: usize, cols: usize) -> usize {
     (rows.div_ceil(PANEL) * panel_groups(cols)).div_ceil(per_byte(format)) * GROUP_BYTES
 }
 
@@ -24,7 +24,7 @@ pub(super) const fn per_byte(format: Format) -> usize {
 }
 
 /// Packs ternary `codes` `[rows, cols]`, each -1, 0 or 1.
-pub(in crate::kernels) fn pack_ternary(isa: Isa, format: Format, codes: &[i8], rows: usize, cols: usize) -> Packed {
+pub(super) fn pack_ternary(isa: Isa, format: Format, codes: &[i8], rows: usize, cols: usize) -> Packed {
     let mut panels = vec![0; packed_bytes(format, rows, cols)];
     let per_byte = per_byte(format);
     for_each(rows, cols, |group, byte, at| {
@@ -43,7 +43,7 @@ pub(in crate::kernels) fn pack_ternary(isa: Isa, format: Format, codes: &[i8], r
 }
 
 /// The codes of a matrix that [`pack_ternary`] packed, `[rows, cols]`.
-pub(in crate::kernels) fn unpack_ternary(packed: &Packed) -> Vec<i8> {
+pub(super) fn unpack_ternary(packed: &Packed) -> Vec<i8> {
     let mut codes = vec![0; packed.rows * packed.cols];
     let mut groups = vec![0; packed.panels.len() * per_byte(packed.format)];
     unpack_groups(packed.format, &packed.panels, &mut groups);
@@ -54,7 +54,7 @@ pub(in crate::kernels) fn unpack_ternary(packed: &Packed) -> Vec<i8> {
 }
 
 /// Packs int8 `codes` `[rows, cols]`, as w + 128 where the kernel of `isa` wants them unsigned.
-pub(in crate::kernels) fn pack_int8(isa: Isa, codes: &[i8], rows: usize, cols: usize) -> Packed {
+pub(super) fn pack_int8(isa: Isa, codes: &[i8], rows: usize, cols: usize) -> Packed {
     let mut panels = vec![0; packed_bytes(Format::Int8, rows, cols)];
     // Adding 128 modulo 256 flips the top bit.
     let flip = if super::unsigned_int8(isa) { 0x80 } else { 0 };

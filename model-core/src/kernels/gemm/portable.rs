@@ -1,5 +1,5 @@
 //! The micro-kernel for any CPU: the same layout, plain loops. What the definitions in
-//! [`ternary::scalar`](crate::kernels::ternary::scalar) say, a block at a time.
+//! [`scalar`](super::scalar) say, a block at a time.
 
 use super::{Acc, GROUP_BYTES, GROUPS, K_BLOCK, Kernel, PANEL, Tile};
 

@@ -1,7 +1,7 @@
 //! Angle codes that a generator draws, for experts that nobody trained. `FORMAT.md`, "Angles from a seed", says the same.
 
-/// Number `n` of the stream of `seed`: SplitMix64 (Steele, Lea and Flood, 2014), any of whose numbers can be asked for
-/// alone.
+/// Number `n` of the stream of `seed`: SplitMix64 (Steele, Lea and Flood, 2014), any of whose numbers can
+/// be asked for alone.
 #[inline(always)]
 pub fn splitmix64(seed: u64, n: u64) -> u64 {
     let z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -21,8 +21,8 @@ pub struct SeededAngles {
 }
 
 impl SeededAngles {
-    /// The codes of `site` (0 for `in`, 1 for `hidden`, 2 for `out`) of block `layer`, of `bits` bits each, of which
-    /// `spread_bits` are random.
+    /// The codes of `site` (0 for `in`, 1 for `hidden`, 2 for `out`) of block `layer`, of `bits` bits each, of
+    /// which `spread_bits` are random.
     ///
     /// # Panics
     /// Unless `1 <= spread_bits <= bits <= 16`; configurations are validated before.

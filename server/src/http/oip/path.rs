@@ -1,11 +1,11 @@
 //! Paths of the protocol's models.
 
+use model_core::artifact::store_layout;
 use serde::Deserialize;
 
 use crate::app::AppState;
 use crate::error::{ApiError, ErrorCode};
 use crate::sets::registry::Target;
-use crate::sets::store;
 
 /// Which expert set a path names.
 #[derive(Debug, Deserialize)]
@@ -18,7 +18,7 @@ impl ModelPath {
     pub(super) fn version(&self) -> Result<Option<u64>, ApiError> {
         let Some(text) = &self.version else { return Ok(None) };
         let unknown = || ApiError::new(ErrorCode::SetNotFound, "a version is a whole number without leading zeros");
-        store::parse_version(text).map(Some).ok_or_else(unknown)
+        store_layout::parse_version(text).map(Some).ok_or_else(unknown)
     }
 
     pub(super) fn lookup(&self, app: &AppState) -> Result<Target, ApiError> {

@@ -1,4 +1,4 @@
-//! Dense f32 products with weights packed in panels: stem, router, attention, head.
+//! f32 products with weights packed in panels: stem, router, attention, head.
 //!
 //! `out[m, n] = sum over k of lhs[m, k] * w[n, k] (+ bias[n])`. Unlike a general GEMM, every output is one chain of
 //! multiply-adds over k in ascending order, whatever m, n and the blocking: a row's result does not depend on the rows
@@ -11,9 +11,9 @@
 
 use std::slice::ChunksExactMut;
 
-use super::error::{KernelError, expect_finite, expect_len};
-use super::isa::Isa;
-use super::simd::{Simd, Work, dispatch};
+use crate::kernels::error::{KernelError, expect_finite, expect_len};
+use crate::kernels::isa::Isa;
+use crate::kernels::simd::{Simd, Work, dispatch};
 
 /// Columns of a panel: two AVX-512 registers, four of AVX2, eight of NEON.
 pub const PANEL: usize = 32;
@@ -22,7 +22,7 @@ pub const PANEL: usize = 32;
 /// the 16 registers of AVX2.
 const MR: usize = 6;
 
-/// A dense layer `y = x W^T + b` in f32, packed in panels.
+/// A layer `y = x W^T + b` in f32, packed in panels.
 #[derive(Debug, Clone)]
 pub struct PackedF32 {
     isa: Isa,
@@ -39,10 +39,10 @@ impl PackedF32 {
     /// # Errors
     /// [`KernelError`] when lengths do not match or a value is not finite.
     pub fn pack(isa: Isa, weight: &[f32], bias: &[f32], rows: usize, cols: usize) -> Result<Self, KernelError> {
-        expect_len("dense weight", weight.len(), rows.saturating_mul(cols))?;
-        expect_len("dense bias", bias.len(), rows)?;
-        expect_finite("dense weight", weight)?;
-        expect_finite("dense bias", bias)?;
+        expect_len("f32 weight", weight.len(), rows.saturating_mul(cols))?;
+        expect_len("f32 bias", bias.len(), rows)?;
+        expect_finite("f32 weight", weight)?;
+        expect_finite("f32 bias", bias)?;
         let mut panels = vec![0.0; panels_len(rows, cols)];
         pack_panels(rows, cols, |row, col| weight[row * cols + col], &mut panels);
         let mut padded = vec![0.0; rows.next_multiple_of(PANEL)];
@@ -50,12 +50,10 @@ impl PackedF32 {
         Ok(Self { isa, rows, cols, panels: panels.into(), bias: padded.into() })
     }
 
-    /// Output features.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Input features.
     pub fn cols(&self) -> usize {
         self.cols
     }
@@ -71,8 +69,8 @@ impl PackedF32 {
     /// [`KernelError::Length`] when the slices do not hold the same whole number of rows.
     pub fn matmul(&self, lhs: &[f32], out: &mut [f32]) -> Result<(), KernelError> {
         let m = out.len().checked_div(self.rows).unwrap_or(lhs.len() / self.cols.max(1));
-        expect_len("dense input", lhs.len(), m * self.cols)?;
-        expect_len("dense product", out.len(), m * self.rows)?;
+        expect_len("f32 input", lhs.len(), m * self.cols)?;
+        expect_len("f32 product", out.len(), m * self.rows)?;
         let (lhs, out) = (Rows { data: lhs, stride: self.cols }, RowsMut { data: out, stride: self.rows });
         matmul_panels(self.isa, m, lhs, &self.panels, Some(&self.bias), self.rows, self.cols, out);
         Ok(())

@@ -1,14 +1,15 @@
 //! Convolutions whose input and output are int8, as products over windows: a 1x1 convolution's windows are the pixels
 //! themselves; of a wider one the caller gathers them.
 //!
-//! `code[m, n] = requantize(sum over k of lhs[m, k] * w[n, k])`: the products of `kernels/gemm`, and the last step of
-//! [`requantize`](super::requantize) while the sums are in cache.
+//! `code[m, n] = requantize(sum over k of lhs[m, k] * w[n, k])`: the products that all integer formats share, and the last step of
+//! [`requantize`](crate::kernels::requantize) while the sums are in cache.
 
-use super::error::{KernelError, expect_codes, expect_len};
-use super::gemm::{self, Packed, Sink};
-use super::isa::Isa;
-use super::linear::MAX_COLS;
-use super::requantize::Requantize;
+use super::int8::MAX_COLS;
+use super::pack::pack_int8;
+use super::{Packed, Sink};
+use crate::kernels::error::{KernelError, expect_codes, expect_len};
+use crate::kernels::isa::Isa;
+use crate::kernels::requantize::Requantize;
 
 /// Weights of such a convolution, packed for one instruction set.
 #[derive(Debug, Clone)]
@@ -28,7 +29,7 @@ impl PackedPointwise {
         }
         expect_len("weights of a convolution", codes.len(), requantize.features().saturating_mul(cols))?;
         expect_codes("weights of a convolution", codes)?;
-        Ok(Self { packed: gemm::pack_int8(isa, codes, requantize.features(), cols), requantize })
+        Ok(Self { packed: pack_int8(isa, codes, requantize.features(), cols), requantize })
     }
 
     /// Values of a window.
@@ -47,7 +48,7 @@ impl PackedPointwise {
     /// # Errors
     /// [`KernelError::Length`] when a slice does not match `m`.
     pub fn forward(&self, lhs: &[i8], m: usize, added: Option<&[i8]>, out: &mut [i8]) -> Result<(), KernelError> {
-        gemm::matmul(&self.packed, lhs, m, &mut Sink::Requantized { out, requantize: &self.requantize, added })
+        super::matmul(&self.packed, lhs, m, &mut Sink::Requantized { out, requantize: &self.requantize, added })
     }
 }
 
@@ -57,7 +58,7 @@ mod tests {
     use rand::{Rng, SeedableRng, rngs::SmallRng};
 
     use super::*;
-    use crate::kernels::linear::scalar::gemm_i8;
+    use crate::kernels::gemm::scalar::gemm_i8;
     use crate::kernels::requantize::tests::any_requantize;
 
     proptest! {

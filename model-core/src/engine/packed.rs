@@ -1,11 +1,11 @@
-//! A dense layer of the backbone or head, and the per-thread buffers it needs.
+//! A layer `y = x W^T + b` of the backbone or head as the engine holds it, and the per-thread buffers that the layer needs.
 
 use crate::kernels::{Isa, KernelError, PackedF32, PackedInt8, quantize_rows};
 use crate::weights::{self, Matrix};
 
-/// A dense layer as held in memory.
+/// A layer as held in memory.
 #[derive(Debug, Clone)]
-pub(super) enum Linear {
+pub(super) enum PackedLayer {
     /// int8 weights and activations: qkv, projection, and all of the stem but its first layer.
     Int8(PackedInt8),
     /// f32 throughout: what sees pixels.
@@ -42,7 +42,7 @@ impl Quantized {
     }
 }
 
-impl Linear {
+impl PackedLayer {
     pub(super) fn int8(isa: Isa, layer: &weights::Linear, rows: usize, cols: usize) -> Result<Self, KernelError> {
         Ok(Self::Int8(match &layer.weight {
             Matrix::Int8 { codes, scale } if scale.len() == rows => {

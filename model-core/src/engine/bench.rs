@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::backbone::Backbone;
+use super::expert_set::ExpertSet;
+use super::moe::MoeLayer;
+use super::session::{Row, Session};
 use crate::artifact::Digest;
 use crate::config::{BackboneConfig, ViTConfig};
-use crate::engine::{Backbone, ExpertLayer, ExpertSet, Moe, MoeScratch, Pool, Row, Session, Span, Substrates};
 use crate::error::ModelError;
 use crate::image::Preprocess;
 use crate::kernels::activation::gelu;
@@ -190,31 +193,22 @@ fn layers(
     experts: &ExpertLayerWeights,
     random: &mut SplitMix64,
 ) -> Result<(LayerReport, Option<LayerReport>), ModelError> {
-    let BackboneConfig { d_model, d_ff, .. } = config.backbone;
+    let d_model = config.backbone.d_model;
     let (tokens, top_k) = (config.backbone.num_tokens(), config.experts.top_k);
-    let substrates = Substrates::pack(options.isa, &config.backbone.shape(), &block.up, &block.down)?;
-    let layer = ExpertLayer::pack(experts, &config.experts, 0, [d_model, d_ff])?;
     let x = random.uniforms(tokens * d_model, 1.0);
-    let ordered = substrates.input_order().permute_columns(&x);
+    let (shape, substrates, experts) = (config.backbone.shape(), (&block.up, &block.down), (experts, &config.experts));
+    let mut layer = MoeLayer::new(options.isa, &shape, substrates, experts, &x, options.threads)?;
     let mut residual = vec![0.0; x.len()];
-    let mut pool = Pool::new(options.threads);
-    let mut scratch = MoeScratch::new(d_model, d_ff, tokens, pool.seats());
-    let spans = [Span { set: 0, first: 0, tokens, first_slot: 0 }];
-    let moe = Moe { substrates: &substrates, experts: |_| &layer, spans: &spans };
-    moe.plan(pool.threads(), &mut scratch);
-    let timing = time(options.duration, || {
-        moe.route(&ordered, &mut pool, &mut scratch);
-        moe.forward(&ordered, &mut residual, &mut pool, &mut scratch);
-    });
+    let timing = time(options.duration, || layer.run(&mut residual));
 
-    let ids = &scratch.ids()[..tokens * top_k];
+    let (ids, _) = layer.choices();
     let mut by_expert = vec![Vec::new(); config.experts.num_experts];
     for (slot, &id) in ids.iter().enumerate() {
         by_expert[usize::from(id)].push(slot / top_k);
     }
     let chosen = by_expert.iter().filter(|tokens| !tokens.is_empty()).count();
     let idle = (config.experts.num_experts - chosen) * angle_bytes(config);
-    let resident_bytes = substrates.resident_bytes() + layer.resident_bytes();
+    let resident_bytes = layer.resident_bytes();
     let ours = LayerReport {
         time: timing,
         gmac_per_second: layer_macs(config) as f64 / timing.median_ms / 1e6,

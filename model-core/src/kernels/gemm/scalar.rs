@@ -1,4 +1,5 @@
-//! The definition (`golden/reference.py: ternarize, quantize_activations, substrate`).
+//! The definitions of integer products and of the codes they multiply (`golden/reference.py: ternarize,
+//! quantize_activations, substrate`).
 
 /// Per-row absmean quantisation of `w` `[rows, cols]`: `scale = max(mean |row|, 1e-5)`,
 /// `code = clamp(round_half_even(w / scale), -1, 1)`. Returns (codes `[rows, cols]`, scale `[rows]`).
@@ -27,14 +28,26 @@ pub fn quantize_row(x: &[f32], codes: &mut [i8]) -> f32 {
     step
 }
 
-/// `out[m, n] = sum over k of lhs[m, k] * codes[n, k]`, exact. `lhs` is int8 `[m, k]`, `codes` ternary `[n, k]`.
-pub fn gemm_i8(lhs: &[i8], codes: &[i8], k: usize, out: &mut [i32]) {
-    out.fill(0);
-    let n = codes.len() / k.max(1);
-    for (lhs, out) in lhs.chunks_exact(k.max(1)).zip(out.chunks_exact_mut(n.max(1))) {
-        for (row, out) in codes.chunks_exact(k.max(1)).zip(out) {
-            *out = lhs.iter().zip(row).map(|(&a, &w)| i32::from(a) * i32::from(w)).sum();
+/// Per-row absmax int8 quantisation of `weight` `[rows, cols]`, each row as an activation row is quantised:
+/// returns (codes `[rows, cols]` in -127..=127, scale `[rows]`).
+pub fn quantize_weight(weight: &[f32], rows: usize, cols: usize) -> (Vec<i8>, Vec<f32>) {
+    let mut codes = vec![0; rows * cols];
+    let mut scale = vec![1.0; rows];
+    if cols > 0 {
+        for ((row, codes), scale) in weight.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)).zip(&mut scale) {
+            *scale = quantize_row(row, codes);
         }
+    }
+    (codes, scale)
+}
+
+/// `out[m, n] = sum over k of lhs[m, k] * codes[n, k]`, exact. `lhs` is int8 `[m, k]`, `codes` int8 or ternary `[n, k]`;
+/// `n = out.len() / m`.
+pub fn gemm_i8(lhs: &[i8], codes: &[i8], m: usize, k: usize, out: &mut [i32]) {
+    let n = out.len() / m.max(1);
+    for (i, out) in out.iter_mut().enumerate() {
+        let (lhs, row) = (&lhs[i / n * k..][..k], &codes[i % n * k..][..k]);
+        *out = lhs.iter().zip(row).map(|(&a, &w)| i32::from(a) * i32::from(w)).sum();
     }
 }
 

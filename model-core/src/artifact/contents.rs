@@ -1,0 +1,188 @@
+//! What an artifact is, as its document says. The types of the public interface, without reading or checking.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::digest::Digest;
+use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat};
+use crate::image::Preprocess;
+use crate::weights::Precision;
+
+/// Most bytes of a name or label.
+pub const MAX_TEXT_BYTES: usize = 255;
+
+/// What the header of a backbone says of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackboneHeader {
+    pub config: BackboneConfig,
+    /// How the tensors are stored of which the configuration says nothing.
+    pub encoding: BackboneEncoding,
+    /// How an image becomes the model's input.
+    pub preprocess: Preprocess,
+    /// What the background was measured on, if there is one.
+    pub background: Option<BackgroundSource>,
+    /// Terms and origin.
+    pub card: Option<Card>,
+}
+
+/// What the header of an expert set says of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertSetHeader {
+    pub config: ExpertConfig,
+    /// How the tensors are stored of which the configuration says nothing.
+    pub encoding: ExpertSetEncoding,
+    /// What it relies on of the backbone that it was fitted to.
+    pub backbone: BackboneShape,
+    /// The whole configuration of that backbone, which version 1 repeats.
+    pub backbone_config: Option<BackboneConfig>,
+    /// Digest of that backbone.
+    pub backbone_digest: Digest,
+    /// The set whose experts and routers this one uses, having none of its own.
+    pub borrowed_experts: Option<Digest>,
+    /// One label per row of the head.
+    pub labels: Vec<String>,
+    /// What logits are divided by.
+    pub temperature: f32,
+    /// What the statistics for unknown images look like, if there are any.
+    pub familiarity: Option<FamiliarityConfig>,
+    /// The part of a picture that it looks at.
+    pub view: View,
+    /// What its maker measured, free-form.
+    pub report: Value,
+    /// Terms and origin.
+    pub card: Option<Card>,
+}
+
+/// What an artifact is, as its header says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Contents {
+    /// Everything expert sets share.
+    Backbone(Box<BackboneHeader>),
+    /// One task's head and labels, with experts and routers or the digest of the set that lends them.
+    ExpertSet(Box<ExpertSetHeader>),
+}
+
+impl Contents {
+    /// The kind in words.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Backbone(_) => "a backbone",
+            Self::ExpertSet(_) => "an expert set",
+        }
+    }
+}
+
+/// How one stem layer is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StemEncoding {
+    /// Of the convolution's weights.
+    pub weights: Precision,
+    /// Whether the step of the layer's output is stored.
+    pub calibrated: bool,
+}
+
+/// How those tensors of a backbone are stored of which its configuration says nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackboneEncoding {
+    /// One per layer of the stem.
+    pub stem: Vec<StemEncoding>,
+    /// Of the weights of attention.
+    pub attention: Precision,
+}
+
+/// How those tensors of an expert set are stored of which its configuration says nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertSetEncoding {
+    /// Of the head's weights.
+    pub head: Precision,
+}
+
+/// The images that a backbone's background was measured on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackgroundSource {
+    /// Where they come from.
+    pub source: String,
+    /// How many they are.
+    pub images: u64,
+}
+
+/// Where an artifact comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Card {
+    /// Terms of use, an SPDX expression where there is one.
+    pub licence: String,
+    /// Where the weights come from.
+    pub origin: String,
+    /// What they learned from.
+    pub data: String,
+}
+
+/// How a picture becomes a square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fit {
+    /// Its largest centred square.
+    #[default]
+    Crop,
+    /// All of it, between bars of black.
+    Pad,
+    /// All of it, its sides scaled apart.
+    Stretch,
+}
+
+/// The part of a picture that a set looks at, unless a request says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct View {
+    /// Left edge, top edge, width and height, as shares of the upright picture.
+    pub crop: [f64; 4],
+    /// How that part becomes a square.
+    pub fit: Fit,
+}
+
+impl Default for View {
+    fn default() -> Self {
+        Self { crop: [0.0, 0.0, 1.0, 1.0], fit: Fit::Crop }
+    }
+}
+
+/// Forms of a set's covariance.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "form", rename_all = "snake_case", deny_unknown_fields)]
+pub enum CovarianceForm {
+    Packed,
+    /// A diagonal and a factor.
+    Diagonal {
+        /// Rows of the factor.
+        rank: usize,
+    },
+    /// The background's, scaled, and a factor.
+    Background {
+        /// What the background's covariance is multiplied by.
+        scale: f32,
+        /// Rows of the factor.
+        rank: usize,
+    },
+}
+
+/// What the document says of a set's statistics; their tensors say the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FamiliarityConfig {
+    /// Of all statistics.
+    pub format: FloatFormat,
+    pub means: usize,
+    /// Shape of the covariance.
+    pub covariance: CovarianceForm,
+    /// Whether the distance to the backbone's background is subtracted.
+    pub relative: bool,
+    /// Largest distance of what is known.
+    pub threshold: f32,
+    /// Share of images of other things that pass.
+    pub pass_share: f32,
+}

@@ -1,0 +1,154 @@
+//! `compare`: variants of one recipe.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
+use model_core::config::ViTConfig;
+use model_core::image::Preprocess;
+use serde_json::{Value, json};
+
+use super::shared::{drive, measure, open_options, open_train, teacher};
+use crate::checkpoint::{self, Checkpoint};
+use crate::cli::{CompareArgs, threads};
+use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
+use crate::data::{self, Dataset, Part};
+use crate::evaluate::Report;
+use crate::files::write_atomically;
+use crate::predict::{Candle, Integer, Predictor};
+use crate::recipe::Recipe;
+use crate::terminal::{print, say};
+use crate::train::{Ended, Run, Settings, averaged};
+
+/// `compare`: variants of one recipe, each with every seed.
+pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
+    let mut base = Recipe::scratch(args.model.resolve()?.0);
+    args.recipe.apply(&mut base);
+    let side = base.model.backbone.image_size;
+    let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
+    base.model.num_classes = dataset.num_classes();
+    let teacher = teacher(&args.teacher, &mut base)?;
+    let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
+    crate::files::create_folder(&args.run.out)?;
+    compare::write_memory(&args.run.out, &base.model)?;
+    let train = |folder: &str, recipe: Recipe| -> Result<Trained> {
+        say(folder);
+        let out = args.run.out.join(folder);
+        let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
+        let vit = recipe.init_model()?;
+        let settings = Settings { out: out.clone(), ..args.run.settings() };
+        let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess(), teacher.clone())?;
+        let mut finished = None;
+        let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
+            finished = Some(checkpoint.clone());
+            Ok(())
+        })?;
+        Ok((ended, finished))
+    };
+    let rates = match choose_rates(args, &base, &train)? {
+        Rates::Chosen(rates) => rates,
+        Rates::Unfinished(ended) => return Ok(ended),
+    };
+    let mut outcomes = Vec::new();
+    for &seed in &args.seeds {
+        for &variant in &args.variants {
+            let mut recipe = Recipe { seed, ..base.clone() };
+            variant.apply(&mut recipe);
+            recipe.learning_rate = rates.get(&variant).copied().unwrap_or(recipe.learning_rate);
+            let (ended, finished) = train(&format!("{}-seed-{seed}", variant.name()), recipe)?;
+            let Some(checkpoint) = finished else { return Ok(ended) };
+            outcomes.push(measure_run(variant, &checkpoint, &test, threads(args.run.threads))?);
+            // After every run, so that a long comparison can be watched.
+            let table = compare::write(&args.run.out, &outcomes)?;
+            print(&table)?;
+        }
+    }
+    Ok(Ended::Finished)
+}
+
+/// How a run ended, and its last checkpoint if it is done.
+type Trained = (Ended, Option<Checkpoint>);
+
+/// What came of [`choose_rates`].
+enum Rates {
+    /// By variant; empty where none were asked for.
+    Chosen(BTreeMap<Variant, f64>),
+    /// A trial was interrupted.
+    Unfinished(Ended),
+}
+
+/// Tries every variant at every rate of `--rates` with the first seed, and chooses by cross-entropy on the held-out images.
+/// Every trial is in `rates.json`.
+fn choose_rates(args: &CompareArgs, base: &Recipe, train: &impl Fn(&str, Recipe) -> Result<Trained>) -> Result<Rates> {
+    let mut chosen = BTreeMap::new();
+    let mut trials = Vec::new();
+    for &variant in args.variants.iter().filter(|_| !args.rates.is_empty()) {
+        let mut best = f64::INFINITY;
+        for &rate in &args.rates {
+            let seed = args.seeds.first().copied().context("--seeds is empty")?;
+            let mut recipe = Recipe { seed, epochs: args.rate_epochs, learning_rate: rate, ..base.clone() };
+            variant.apply(&mut recipe);
+            recipe.learning_rate = rate;
+            let (ended, finished) = train(&format!("rates/{}-{rate}", variant.name()), recipe)?;
+            let Some(checkpoint) = finished else { return Ok(Rates::Unfinished(ended)) };
+            let held_out = checkpoint.state.validation.context("--rates choose by held-out images; --hold-out is 0")?;
+            trials.push(json!({ "variant": variant, "learning_rate": rate, "held_out": held_out }));
+            if held_out.cross_entropy < best {
+                best = held_out.cross_entropy;
+                chosen.insert(variant, rate);
+            }
+            write_atomically(&args.run.out.join("rates.json"), serde_json::to_string_pretty(&trials)?.as_bytes())?;
+        }
+    }
+    Ok(Rates::Chosen(chosen))
+}
+
+/// Measures a finished run on the test part: through an artifact and the integer engine where it can be served.
+fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, threads: usize) -> Result<Outcome> {
+    let state = &checkpoint.state;
+    let recipe = &state.recipe;
+    let vit = averaged(recipe, &checkpoint.parameters, &checkpoint.average)?;
+    let model: Box<dyn Predictor> = if recipe.is_servable() {
+        let (backbone, set) = vit.to_weights(&state.labels)?;
+        let backbone = read_backbone(&write_backbone("run", &backbone, &state.preprocess, &Value::Null)?)?;
+        let bound_to = (&backbone.weights.config, backbone.digest);
+        let set = read_expert_set(&write_expert_set("run", &set, bound_to, &Value::Null)?)?;
+        Box::new(Integer::new(&backbone, &set)?)
+    } else {
+        Box::new(Candle { vit, quantizers: recipe.quantizers() })
+    };
+    let tally = measure(&*model, &recipe.model, test, test.len(), &state.preprocess, threads)?;
+    let scores = tally.scores();
+    let routed = scores.routing_agreement.is_some();
+    let report = Report::new(&tally, &state.labels, "", 0, 1.0);
+    Ok(Outcome {
+        variant,
+        recipe: recipe.clone(),
+        parameters: checkpoint.parameters.values().map(Vec::len).sum(),
+        top1: scores.top1,
+        top5: scores.top5,
+        right: tally.right().to_vec(),
+        routing_agreement: scores.routing_agreement,
+        far_agreement: scores.far_agreement,
+        images_per_second: state.step as f64 * recipe.batch_size as f64 / state.seconds.max(1e-9),
+        load: if routed { report.layers.into_iter().map(|layer| layer.load).collect() } else { Vec::new() },
+        sample: if routed { Some(sample(&*model, &recipe.model, test, &state.preprocess)?) } else { None },
+    })
+}
+
+/// Where the patches of the first images go.
+fn sample(model: &dyn Predictor, config: &ViTConfig, test: &Dataset, preprocess: &Preprocess) -> Result<Sample> {
+    let count = SAMPLE_IMAGES.min(test.len());
+    let images = test.images[..count * test.image_bytes()].to_vec();
+    let answer = model.predict(preprocess.normalize(&images), count)?;
+    let top_k = config.experts.top_k;
+    let first = |experts: Vec<u16>| experts.into_iter().step_by(top_k).collect();
+    Ok(Sample {
+        side: test.side,
+        images,
+        grid_side: config.backbone.grid_side(),
+        first_choices: answer.experts.into_iter().map(first).collect(),
+    })
+}

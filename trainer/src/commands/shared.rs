@@ -1,0 +1,146 @@
+//! What several commands do: open images, find a teacher, drive a run, measure a model, print.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Result, ensure};
+use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
+use model_core::config::ViTConfig;
+use model_core::image::Preprocess;
+use training::parameters::Quantizers;
+use training::vit::ViT;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::cli::{DataArgs, TeacherArgs};
+use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
+use crate::diary;
+use crate::evaluate::Tally;
+use crate::plot::learning_curve;
+use crate::predict::{Candle, Integer, Predictor, for_each_shard};
+use crate::recipe::Recipe;
+use crate::teacher::Teacher;
+use crate::terminal::say;
+use crate::train::{Ended, Run, Settings};
+
+/// Sets the parameters of `vit` that `taken` names to those of `from`.
+pub(super) fn take(vit: &ViT, from: &ViT, taken: impl Fn(&str) -> bool) -> Result<()> {
+    for (name, var) in from.parameters().all().iter().filter(|(name, _)| taken(name)) {
+        vit.parameters().set(name, &var.flatten_all()?.to_vec1::<f32>()?)?;
+    }
+    Ok(())
+}
+
+/// Shows the first `count` images of `dataset` to `model`.
+pub(super) fn measure(
+    model: &dyn Predictor,
+    config: &ViTConfig,
+    dataset: &Dataset,
+    count: usize,
+    preprocess: &Preprocess,
+    threads: usize,
+) -> Result<Tally> {
+    let indices: Vec<u32> = (0..count.min(dataset.len()) as u32).collect();
+    let mut tally = Tally::new(config);
+    for_each_shard(model, dataset, &indices, preprocess, threads, &mut |shard, answer| {
+        let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
+        tally.add(&labels, &answer);
+    })?;
+    Ok(tally)
+}
+
+pub(super) fn open_options(args: &DataArgs, side: usize, labels: LabelColumn) -> OpenOptions {
+    OpenOptions { side, labels, strict: args.strict, max_pixels: args.max_pixels }
+}
+
+/// The integer path that serves, or the float path over the artifacts' values.
+pub(super) fn predictor(
+    backbone: &BackboneArtifact,
+    set: &ExpertSetArtifact,
+    float: bool,
+) -> Result<Box<dyn Predictor>> {
+    if !float {
+        return Ok(Box::new(Integer::new(backbone, set)?));
+    }
+    let vit = ViT::from_weights(&backbone.weights, &set.weights)?.freeze(|_| true)?;
+    Ok(Box::new(Candle { vit, quantizers: Quantizers::NONE }))
+}
+
+/// Says what was left out of a data set, and what is odd about it.
+pub(super) fn say_findings(skipped: &[String], warnings: &[String]) {
+    const SHOWN: usize = 5;
+    if !skipped.is_empty() {
+        say(&format!("{} files and folders are no usable images and are skipped:", skipped.len()));
+        skipped.iter().take(SHOWN).for_each(|reason| say(&format!("  {reason}")));
+    }
+    if skipped.len() > SHOWN {
+        say(&format!("  and {} more", skipped.len() - SHOWN));
+    }
+    warnings.iter().take(SHOWN).for_each(|warning| say(&format!("warning: {warning}")));
+    if warnings.len() > SHOWN {
+        say(&format!("and {} more warnings", warnings.len() - SHOWN));
+    }
+}
+
+/// Reads the training images and says what is wrong with them.
+pub(super) fn open_train(args: &DataArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
+    let Opened { dataset, skipped, warnings } = data::open(&args.data, Part::Train, &open_options(args, side, labels))?;
+    say_findings(&skipped, &warnings);
+    say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
+    Ok(dataset)
+}
+
+/// The teacher that was asked for, entered in the recipe.
+pub(super) fn teacher(args: &TeacherArgs, recipe: &mut Recipe) -> Result<Option<Arc<Teacher>>> {
+    let (Some(backbone), Some(set)) = (&args.teacher_backbone, &args.teacher_set) else {
+        ensure!(
+            recipe.distillation.is_none(),
+            "the run learns from a teacher; give --teacher-backbone and --teacher-set again"
+        );
+        return Ok(None);
+    };
+    let teacher = Teacher::load(backbone, set)?;
+    let before = recipe.distillation.as_ref().map(|distillation| distillation.share);
+    recipe.distillation = Some(teacher.distillation(args.distil.or(before).unwrap_or(0.5)));
+    Ok(Some(Arc::new(teacher)))
+}
+
+/// The checkpoint to go on from; refuses to overwrite one by accident.
+pub(super) fn starting_point(settings: &Settings, resume: bool) -> Result<Option<Checkpoint>> {
+    if resume {
+        return Checkpoint::load(&settings.out).map(Some);
+    }
+    ensure!(
+        !settings.out.join(checkpoint::FILE_NAME).exists(),
+        "{} already holds a run; add --resume to go on with it, or choose another --out",
+        settings.out.display()
+    );
+    Ok(None)
+}
+
+/// Trains, and leaves the run folder complete.
+pub(super) fn drive(
+    mut run: Run,
+    checkpoint: Option<Checkpoint>,
+    out: &Path,
+    stop: &AtomicBool,
+    export: impl FnOnce(&Checkpoint) -> Result<()>,
+) -> Result<Ended> {
+    if let Some(checkpoint) = &checkpoint {
+        run.resume(checkpoint)?;
+        let state = &checkpoint.state;
+        say(&format!("going on from step {} of epoch {}", state.step, state.position.epoch));
+    }
+    let ended = run.train(stop)?;
+    match ended {
+        Ended::Finished => export(&run.checkpoint()?)?,
+        Ended::OutOfTime | Ended::Interrupted => {
+            say(&format!("stopped; the checkpoint is in {}; add --resume to go on", out.display()));
+        }
+    }
+    if let Err(error) = learning_curve(&out.join("curve.png"), &diary::read(out)) {
+        // The run is worth more than its picture.
+        say(&format!("warning: no learning curve: {error:#}"));
+    }
+    Ok(ended)
+}

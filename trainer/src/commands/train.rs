@@ -1,0 +1,142 @@
+//! `train`: a backbone with its first expert set.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Result, ensure};
+use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
+use model_core::image::Preprocess;
+use model_core::weights::Encodings;
+use training::vit::ViT;
+
+use super::export::export_backbone;
+use super::shared::{drive, open_train, starting_point, take, teacher};
+use crate::checkpoint::Checkpoint;
+use crate::cli::{StartArgs, TrainArgs};
+use crate::data::Dataset;
+use crate::recipe::{Origin, Recipe, angle_start};
+use crate::store::{Store, load_backbone, load_set};
+use crate::train::{Ended, Run, averaged};
+
+/// `train`: a backbone and its first expert set.
+///
+/// # Errors
+/// When the data, the configuration or a checkpoint is unusable, the loss stops being a number, or the disk is full.
+pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
+    let settings = args.run.settings();
+    let checkpoint = starting_point(&settings, args.run.resume)?;
+    let given = args.model.config.is_some() || args.model.preset.is_some();
+    let mut recipe = match &checkpoint {
+        Some(checkpoint) => {
+            let mut recipe = checkpoint.state.recipe.clone();
+            if given {
+                recipe.model = args.model.resolve()?.0;
+            }
+            recipe
+        }
+        None => Recipe::scratch(args.model.resolve()?.0),
+    };
+    let start = Start::load(&args.start)?;
+    if let Some(start) = &start {
+        start.enter(&mut recipe, checkpoint.is_none());
+    }
+    args.recipe.apply(&mut recipe);
+    let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
+    if args.model.config.is_none() {
+        // A preset is a shape for any number of classes; a configuration file says exactly what it wants.
+        recipe.model.num_classes = dataset.num_classes();
+    }
+    let teacher = teacher(&args.teacher, &mut recipe)?;
+    recipe.validate()?;
+    let (vit, preprocess) = match &start {
+        Some(start) => (start.model(&recipe, &dataset)?, start.preprocess().clone()),
+        None => (recipe.init_model()?, dataset.preprocess()),
+    };
+    let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
+    drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
+        export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names, &Encodings::default())
+    })
+}
+
+/// The trained model that `train` starts from.
+enum Start {
+    /// Its codes, which become latent parameters in the middle of what rounds to them.
+    Artifacts {
+        backbone: Box<BackboneArtifact>,
+        set: Box<ExpertSetArtifact>,
+    },
+    Run(Box<Checkpoint>),
+}
+
+impl Start {
+    fn load(args: &StartArgs) -> Result<Option<Self>> {
+        if let Some(folder) = &args.start_run {
+            let checkpoint = Checkpoint::load(folder)?;
+            ensure!(
+                !matches!(checkpoint.state.recipe.origin, Origin::Specialise { .. }),
+                "the run in {} specialised a backbone, and has no latent parameters of the backbone itself",
+                folder.display()
+            );
+            return Ok(Some(Self::Run(Box::new(checkpoint))));
+        }
+        let (Some(backbone), Some(set)) = (&args.start_backbone, &args.start_set) else { return Ok(None) };
+        let backbone = load_backbone(backbone)?;
+        let set = load_set(set, &backbone)?;
+        Ok(Some(Self::Artifacts { backbone: Box::new(backbone), set: Box::new(set) }))
+    }
+
+    /// Puts origin and shapes into `recipe`. What was held out of the run before stays held out of a new one, so that
+    /// validation sees nothing that was learnt from.
+    fn enter(&self, recipe: &mut Recipe, new: bool) {
+        let before = match self {
+            Self::Artifacts { backbone, set } => {
+                recipe.origin =
+                    Origin::Continue { backbone: backbone.digest.to_string(), start: set.digest.to_string() };
+                recipe.model = set.weights.vit_config(&backbone.weights.config);
+                let before = &backbone.training["recipe"];
+                before["seed"].as_u64().zip(before["hold_out"].as_f64())
+            }
+            Self::Run(checkpoint) => {
+                let before = &checkpoint.state.recipe;
+                recipe.origin = Origin::Run { checkpoint: checkpoint.digest().to_string() };
+                recipe.model = before.model.clone();
+                (recipe.feed_forward, recipe.activations) = (before.feed_forward, before.activations);
+                Some((before.seed, before.hold_out))
+            }
+        };
+        if let Some((seed, hold_out)) = before.filter(|_| new) {
+            (recipe.seed, recipe.hold_out) = (seed, hold_out);
+        }
+    }
+
+    fn preprocess(&self) -> &Preprocess {
+        match self {
+            Self::Artifacts { backbone, .. } => &backbone.preprocess,
+            Self::Run(checkpoint) => &checkpoint.state.preprocess,
+        }
+    }
+
+    /// With a fresh head where the classes are others.
+    fn model(&self, recipe: &Recipe, dataset: &Dataset) -> Result<ViT> {
+        match self {
+            Self::Artifacts { backbone, set } => {
+                let mut weights = set.weights.clone();
+                if weights.labels != dataset.class_names {
+                    let fresh = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
+                    (weights.head, weights.labels) = (fresh.head, fresh.labels);
+                }
+                let vit = ViT::latent_from_weights(&backbone.weights, &weights)?;
+                let start = angle_start(&set.training, vit.config())?;
+                Ok(vit.with_angle_start(start))
+            }
+            Self::Run(checkpoint) => {
+                let state = &checkpoint.state;
+                let keeps_head = state.labels == dataset.class_names;
+                let taken = |name: &str| keeps_head || !name.starts_with("head.");
+                let vit = recipe.init_model()?.with_angle_start(state.angle_start.clone());
+                take(&vit, &averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?, taken)?;
+                Ok(vit)
+            }
+        }
+    }
+}
