@@ -20,6 +20,8 @@
 //!
 //! Training, and the float reference that the engine is measured against, are the crate `training`.
 
+#![warn(clippy::too_many_lines)]
+
 pub mod artifact;
 pub mod config;
 pub mod engine;

@@ -17,6 +17,7 @@
 //! | [`cli`], [`commands`] | from arguments to files |
 
 #![forbid(unsafe_code)]
+#![warn(clippy::too_many_lines)]
 
 pub mod checkpoint;
 pub mod cli;

@@ -337,6 +337,7 @@ impl ViTConfig {
     }
 
     /// The configuration of that name, or `None`: see [`ViTConfig::PRESETS`].
+    #[expect(clippy::too_many_lines, reason = "a table of shapes with an arm for each preset")]
     pub fn preset(name: &str) -> Option<Self> {
         let experts = |num_experts, top_k, stages_in, stages_hidden, angle_bits| ExpertConfig {
             num_experts,

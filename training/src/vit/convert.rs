@@ -1,10 +1,10 @@
 //! From an artifact's weights to parameters and back.
 
 use candle_core::Result;
-use model_core::config::FeedForwardKind;
+use model_core::config::{BackboneConfig, ExpertConfig, FeedForwardKind, ViTConfig};
 use model_core::kernels::gemm::scalar::ternarize;
 use model_core::weights::{
-    self, AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, StemWeights, Ternary,
+    AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
 };
 
 use super::{ViT, invalid};
@@ -12,16 +12,16 @@ use crate::parameters::Parameters;
 use crate::quantize;
 
 impl ViT {
-    /// The values an artifact stands for. Meant for [`Quantizers::NONE`]: its substrates are already ternary.
+    /// The values an artifact stands for. Meant for [`Quantizers::NONE`](crate::parameters::Quantizers::NONE): its substrates are already ternary.
     ///
     /// # Errors
     /// When the shapes of the weights do not fit their configuration.
     pub fn from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
-        Self::from_weights_with(backbone, set, dense)
+        Self::from_weights_with(backbone, set, values)
     }
 
     /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on
-    /// from it with [`Quantizers::ALL`].
+    /// from it with [`Quantizers::ALL`](crate::parameters::Quantizers::ALL).
     pub fn latent_from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
         Self::from_weights_with(backbone, set, latent)
     }
@@ -33,73 +33,43 @@ impl ViT {
     ) -> Result<Self> {
         let config = set.vit_config(&backbone.config);
         config.validate().map_err(invalid)?;
-        let (b, e) = (&config.backbone, &config.experts);
+        let b = &config.backbone;
         if set.layers.len() != b.num_layers {
             candle_core::bail!("the set has experts for {} blocks of {}", set.layers.len(), b.num_layers);
         }
         let mut p = Parameters::default();
-        let linear = |p: &mut Parameters, name: &str, layer: &weights::Linear| -> Result<()> {
-            let out = layer.bias.len();
-            let weight = layer.weight.to_f32().into_owned();
-            p.insert(format!("{name}.weight"), weight, &[out, layer.weight.len() / out.max(1)])?;
-            p.insert(format!("{name}.bias"), layer.bias.clone(), &[out])
-        };
-        let norm = |p: &mut Parameters, name: &str, layer: &weights::Norm| -> Result<()> {
-            p.insert(format!("{name}.gamma"), layer.gamma.clone(), &[layer.gamma.len()])?;
-            p.insert(format!("{name}.beta"), layer.beta.clone(), &[layer.beta.len()])
-        };
         for (i, layer) in backbone.stem.iter().enumerate() {
-            linear(&mut p, &format!("stem.{i}.conv"), &layer.conv)?;
+            insert_linear(&mut p, &format!("stem.{i}.conv"), &layer.conv)?;
             if let Some(layer) = &layer.norm {
-                norm(&mut p, &format!("stem.{i}.norm"), layer)?;
+                insert_norm(&mut p, &format!("stem.{i}.norm"), layer)?;
             }
         }
         // Blocks that share their codes but not their scales have matrices of their own here.
         let first = &backbone.blocks[0];
         let same = |block: &BlockWeights| block.up == first.up && block.down == first.down;
         let shared = b.substrates.shared && backbone.blocks.iter().all(same);
+        let substrates_of = |p: &mut Parameters, name: &str, block: &BlockWeights| -> Result<()> {
+            p.insert(format!("{name}.up"), substrate(&block.up), &[b.d_ff, b.d_model])?;
+            p.insert(format!("{name}.down"), substrate(&block.down), &[b.d_model, b.d_ff])
+        };
         if shared {
-            p.insert("moe.up", substrate(&first.up), &[b.d_ff, b.d_model])?;
-            p.insert("moe.down", substrate(&first.down), &[b.d_model, b.d_ff])?;
+            substrates_of(&mut p, "moe", first)?;
         }
         p.insert("pos_embed", backbone.pos_embed.clone(), &[b.num_tokens(), b.d_model])?;
         for (l, (block, layer)) in backbone.blocks.iter().zip(&set.layers).enumerate() {
-            norm(&mut p, &format!("blocks.{l}.norm1"), &block.norm1)?;
-            linear(&mut p, &format!("blocks.{l}.attention.qkv"), &block.qkv)?;
-            linear(&mut p, &format!("blocks.{l}.attention.proj"), &block.proj)?;
-            norm(&mut p, &format!("blocks.{l}.norm2"), &block.norm2)?;
-            let mut matrix = |part: &str, values: Vec<f32>, shape: &[usize]| {
-                p.insert(format!("blocks.{l}.moe.{part}"), values, shape)
-            };
+            insert_norm(&mut p, &format!("blocks.{l}.norm1"), &block.norm1)?;
+            insert_linear(&mut p, &format!("blocks.{l}.attention.qkv"), &block.qkv)?;
+            insert_linear(&mut p, &format!("blocks.{l}.attention.proj"), &block.proj)?;
+            insert_norm(&mut p, &format!("blocks.{l}.norm2"), &block.norm2)?;
             if !shared {
-                matrix("up", substrate(&block.up), &[b.d_ff, b.d_model])?;
-                matrix("down", substrate(&block.down), &[b.d_model, b.d_ff])?;
+                substrates_of(&mut p, &format!("blocks.{l}.moe"), block)?;
             }
-            let rows = layer.router.chunks_exact(b.d_model).zip(&layer.router_scale);
-            let router = rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect();
-            matrix("router", router, &[e.num_experts, b.d_model])?;
-            let sites = [
-                ("in", e.stages_in, b.d_model, &layer.rotation_in),
-                ("hidden", e.stages_hidden, b.d_ff, &layer.rotation_hidden),
-                ("out", e.stages_out, b.d_model, &layer.rotation_out),
-            ];
-            for (i, (site, stages, features, AngleCodes { codes })) in sites.into_iter().enumerate() {
-                let shape = [e.num_experts, stages, features / 2];
-                let angles = match e.seeded_angles(l, i) {
-                    Some(seeded) => {
-                        quantize::angles_of_codes(&seeded.codes(shape[0], shape[1], shape[2]), e.angle_bits)
-                    }
-                    None => quantize::angles_of_codes(codes, e.angle_bits),
-                };
-                if stages > 0 || site != "out" {
-                    matrix(&format!("rotation_{site}"), angles, &shape)?;
-                }
-            }
+            insert_experts(&mut p, l, layer, &config)?;
         }
-        norm(&mut p, "norm", &backbone.norm)?;
+        insert_norm(&mut p, "norm", &backbone.norm)?;
         let scaled = |values: &[f32]| values.iter().map(|value| value / set.temperature).collect::<Vec<_>>();
         let (weight, bias) = (scaled(&set.head.weight.to_f32()), scaled(&set.head.bias));
-        linear(&mut p, "head", &weights::Linear { weight: weight.into(), bias })?;
+        insert_linear(&mut p, "head", &Linear { weight: weight.into(), bias })?;
         Self::assemble(config, FeedForwardKind::Butterfly, p)
     }
 
@@ -117,45 +87,28 @@ impl ViT {
             candle_core::bail!("artifacts hold butterfly experts, not {:?}", self.kind);
         }
         let p = &self.parameters;
-        let linear = |name: &str| -> Result<weights::Linear> {
-            Ok(weights::Linear {
-                weight: p.values(&format!("{name}.weight"))?.into(),
-                bias: p.values(&format!("{name}.bias"))?,
-            })
-        };
-        let norm = |name: &str| -> Result<weights::Norm> {
-            Ok(weights::Norm { gamma: p.values(&format!("{name}.gamma"))?, beta: p.values(&format!("{name}.beta"))? })
-        };
         let stem = b.stem.iter().enumerate().map(|(i, layer)| {
             Ok(StemWeights {
-                conv: linear(&format!("stem.{i}.conv"))?,
-                norm: if layer.norm { Some(norm(&format!("stem.{i}.norm"))?) } else { None },
+                conv: linear(p, &format!("stem.{i}.conv"))?,
+                norm: if layer.norm { Some(norm(p, &format!("stem.{i}.norm"))?) } else { None },
                 step: None,
             })
         });
-        let ternary = |name: &str, cols: usize| -> Result<Ternary> {
-            let (codes, scale) = ternarize(&p.values(name)?, cols);
-            let scale = scale.into_iter().map(|scale| b.substrates.scales.round(scale)).collect();
-            Ok(Ternary { codes: codes.into(), scale })
-        };
-        let shared = b.substrates.shared && p.values("moe.up").is_ok();
-        let shared = if shared { Some((ternary("moe.up", b.d_model)?, ternary("moe.down", b.d_ff)?)) } else { None };
+        let shared =
+            if b.substrates.shared && p.values("moe.up").is_ok() { Some(substrates(p, "moe", b)?) } else { None };
         if b.substrates.shared && shared.is_none() {
             candle_core::bail!("the blocks are to share substrates that were trained apart");
         }
         let blocks = (0..b.num_layers).map(|l| {
             let (up, down) = match &shared {
                 Some(pair) => pair.clone(),
-                None => {
-                    let own = |part: &str, cols| ternary(&format!("blocks.{l}.moe.{part}"), cols);
-                    (own("up", b.d_model)?, own("down", b.d_ff)?)
-                }
+                None => substrates(p, &format!("blocks.{l}.moe"), b)?,
             };
             Ok(BlockWeights {
-                norm1: norm(&format!("blocks.{l}.norm1"))?,
-                qkv: linear(&format!("blocks.{l}.attention.qkv"))?,
-                proj: linear(&format!("blocks.{l}.attention.proj"))?,
-                norm2: norm(&format!("blocks.{l}.norm2"))?,
+                norm1: norm(p, &format!("blocks.{l}.norm1"))?,
+                qkv: linear(p, &format!("blocks.{l}.attention.qkv"))?,
+                proj: linear(p, &format!("blocks.{l}.attention.proj"))?,
+                norm2: norm(p, &format!("blocks.{l}.norm2"))?,
                 up,
                 down,
             })
@@ -165,32 +118,13 @@ impl ViT {
             stem: stem.collect::<Result<_>>()?,
             pos_embed: p.values("pos_embed")?,
             blocks: blocks.collect::<Result<_>>()?,
-            norm: norm("norm")?,
+            norm: norm(p, "norm")?,
             background: None,
         };
-        let layers = (0..b.num_layers).map(|l| {
-            let values = |part: &str| p.values(&format!("blocks.{l}.moe.{part}"));
-            let codes = |part: &str| -> Result<AngleCodes> {
-                // Those of a seed are drawn again by whoever reads the artifact.
-                if e.angle_seed.is_some() {
-                    return Ok(AngleCodes::default());
-                }
-                Ok(AngleCodes { codes: quantize::angle_codes(&values(part)?, e.angle_bits) })
-            };
-            let (router, router_scale) =
-                quantize::router_codes(&values("router")?, b.d_model, e.router_bits, e.router_scales);
-            Ok(ExpertLayerWeights {
-                router,
-                router_scale,
-                rotation_in: codes("rotation_in")?,
-                rotation_hidden: codes("rotation_hidden")?,
-                rotation_out: if e.stages_out > 0 { codes("rotation_out")? } else { AngleCodes::default() },
-            })
-        });
         let set = ExpertSetWeights {
             config: e.clone(),
-            layers: layers.collect::<Result<_>>()?,
-            head: linear("head")?,
+            layers: (0..b.num_layers).map(|l| experts(p, &format!("blocks.{l}.moe"), b, e)).collect::<Result<_>>()?,
+            head: linear(p, "head")?,
             labels: labels.to_vec(),
             temperature: 1.0,
             familiarity: None,
@@ -199,7 +133,80 @@ impl ViT {
     }
 }
 
-fn dense(matrix: &Ternary) -> Vec<f32> {
+fn insert_linear(p: &mut Parameters, name: &str, layer: &Linear) -> Result<()> {
+    let out = layer.bias.len();
+    let weight = layer.weight.to_f32().into_owned();
+    p.insert(format!("{name}.weight"), weight, &[out, layer.weight.len() / out.max(1)])?;
+    p.insert(format!("{name}.bias"), layer.bias.clone(), &[out])
+}
+
+fn insert_norm(p: &mut Parameters, name: &str, layer: &Norm) -> Result<()> {
+    p.insert(format!("{name}.gamma"), layer.gamma.clone(), &[layer.gamma.len()])?;
+    p.insert(format!("{name}.beta"), layer.beta.clone(), &[layer.beta.len()])
+}
+
+/// Router and angles of block `l`.
+fn insert_experts(p: &mut Parameters, l: usize, layer: &ExpertLayerWeights, config: &ViTConfig) -> Result<()> {
+    let (b, e) = (&config.backbone, &config.experts);
+    let rows = layer.router.chunks_exact(b.d_model).zip(&layer.router_scale);
+    let router = rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect();
+    p.insert(format!("blocks.{l}.moe.router"), router, &[e.num_experts, b.d_model])?;
+    let sites = [
+        ("in", e.stages_in, b.d_model, &layer.rotation_in),
+        ("hidden", e.stages_hidden, b.d_ff, &layer.rotation_hidden),
+        ("out", e.stages_out, b.d_model, &layer.rotation_out),
+    ];
+    for (i, (site, stages, features, AngleCodes { codes })) in sites.into_iter().enumerate() {
+        let shape = [e.num_experts, stages, features / 2];
+        let angles = match e.seeded_angles(l, i) {
+            Some(seeded) => quantize::angles_of_codes(&seeded.codes(shape[0], shape[1], shape[2]), e.angle_bits),
+            None => quantize::angles_of_codes(codes, e.angle_bits),
+        };
+        if stages > 0 || site != "out" {
+            p.insert(format!("blocks.{l}.moe.rotation_{site}"), angles, &shape)?;
+        }
+    }
+    Ok(())
+}
+
+fn linear(p: &Parameters, name: &str) -> Result<Linear> {
+    Ok(Linear { weight: p.values(&format!("{name}.weight"))?.into(), bias: p.values(&format!("{name}.bias"))? })
+}
+
+fn norm(p: &Parameters, name: &str) -> Result<Norm> {
+    Ok(Norm { gamma: p.values(&format!("{name}.gamma"))?, beta: p.values(&format!("{name}.beta"))? })
+}
+
+fn substrates(p: &Parameters, name: &str, b: &BackboneConfig) -> Result<(Ternary, Ternary)> {
+    let ternary = |part: &str, cols: usize| -> Result<Ternary> {
+        let (codes, scale) = ternarize(&p.values(&format!("{name}.{part}"))?, cols);
+        let scale = scale.into_iter().map(|scale| b.substrates.scales.round(scale)).collect();
+        Ok(Ternary { codes: codes.into(), scale })
+    };
+    Ok((ternary("up", b.d_model)?, ternary("down", b.d_ff)?))
+}
+
+fn experts(p: &Parameters, name: &str, b: &BackboneConfig, e: &ExpertConfig) -> Result<ExpertLayerWeights> {
+    let values = |part: &str| p.values(&format!("{name}.{part}"));
+    let codes = |part: &str| -> Result<AngleCodes> {
+        // Those of a seed are drawn again by whoever reads the artifact.
+        if e.angle_seed.is_some() {
+            return Ok(AngleCodes::default());
+        }
+        Ok(AngleCodes { codes: quantize::angle_codes(&values(part)?, e.angle_bits) })
+    };
+    let (router, router_scale) = quantize::router_codes(&values("router")?, b.d_model, e.router_bits, e.router_scales);
+    Ok(ExpertLayerWeights {
+        router,
+        router_scale,
+        rotation_in: codes("rotation_in")?,
+        rotation_hidden: codes("rotation_hidden")?,
+        rotation_out: if e.stages_out > 0 { codes("rotation_out")? } else { AngleCodes::default() },
+    })
+}
+
+/// The values that codes stand for.
+fn values(matrix: &Ternary) -> Vec<f32> {
     let cols = matrix.codes.len() / matrix.scale.len().max(1);
     let rows = matrix.codes.chunks_exact(cols.max(1)).zip(&matrix.scale);
     rows.flat_map(|(row, scale)| row.iter().map(move |&code| f32::from(code) * scale)).collect()
