@@ -24,9 +24,6 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageErro
 
 /// The largest centred square of what [`decode`] gives, without ever holding two copies of the image. `stopped` is asked
 /// now and then, at least once for every 64 KiB of the file and every row of a JPEG's blocks.
-///
-/// # Errors
-/// As [`decode`], and [`ImageError::Stopped`] once `stopped` says so.
 pub fn decode_square(bytes: &[u8], limits: &DecodeLimits, stopped: &dyn Fn() -> bool) -> Result<RgbImage, ImageError> {
     let (rgb, orientation) = decode_as_stored(bytes, limits, stopped)?;
     Ok(turned::square(rgb, orientation))

@@ -23,7 +23,6 @@ pub enum ImageError {
         width: u32,
         /// Height in the header.
         height: u32,
-        /// Most pixels accepted.
         limit: u64,
     },
     /// Decoding would take more memory than allowed, at whatever scale.

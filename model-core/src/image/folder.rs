@@ -26,7 +26,6 @@ pub struct ImageFolder {
 /// The images of a class.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClassFolder {
-    /// The folder's name.
     pub name: String,
     /// In the order of their names.
     pub files: Vec<PathBuf>,
@@ -39,7 +38,6 @@ pub enum FolderError {
     /// The operating system does not give the names in it.
     #[error("listing {path}: {error}")]
     List {
-        /// The folder.
         path: PathBuf,
         /// What the operating system says.
         error: io::Error,
@@ -61,10 +59,7 @@ pub enum FileError {
     Read(#[from] io::Error),
     /// The file is larger than any image.
     #[error("it has {bytes} bytes; at most {MAX_FILE_BYTES} are read")]
-    TooLarge {
-        /// Its length.
-        bytes: u64,
-    },
+    TooLarge { bytes: u64 },
     /// The file is not an image, or not one that is decoded.
     #[error(transparent)]
     Decode(#[from] ImageError),

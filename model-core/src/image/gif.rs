@@ -8,7 +8,6 @@ use super::source::{Joined, Stopped};
 const FORMAT: &str = "GIF";
 const TRUNCATED: ImageError = ImageError::Truncated { format: FORMAT };
 
-/// Signature and screen.
 const HEADER_BYTES: usize = 13;
 const IMAGE: u8 = 0x2C;
 const EXTENSION: u8 = 0x21;

@@ -32,8 +32,8 @@ impl DecodeLimits {
 }
 
 impl Default for DecodeLimits {
-    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes, at its
-    /// own scale.
+    /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes,
+    /// at its own scale.
     fn default() -> Self {
         Self { max_pixels: 16 << 20, max_bytes: u64::MAX, detail: u32::MAX }
     }
@@ -48,9 +48,9 @@ pub struct ImageInfo {
     pub height: u32,
     /// Pixels in a row of the file for each that is decoded.
     pub reduction: u32,
-    /// No call of [`decode_square`](super::decode_square) on these bytes holds more memory than this at any moment, the
-    /// result included and the encoded bytes not. [`decode`](super::decode) holds an image twice while it turns it by a
-    /// right angle.
+    /// No call of [`decode_square`](super::decode_square) on these bytes holds more memory than this at any moment,
+    /// the result included and the encoded bytes not. [`decode`](super::decode) holds an image twice while it turns it
+    /// by a right angle.
     pub decode_bytes_upper_bound: u64,
 }
 

@@ -37,7 +37,6 @@ pub(super) struct Means {
     n: u32,
     width: u32,
     height: u32,
-    /// Rows taken.
     rows: u32,
     /// Of the squares in progress, red, green and blue.
     sums: Vec<u32>,

@@ -12,7 +12,6 @@ fn check(stopped: Stopped) -> io::Result<()> {
     if stopped() { Err(io::Error::other("decoding was stopped")) } else { Ok(()) }
 }
 
-/// Reads a slice.
 pub(super) struct Whole<'a> {
     bytes: &'a [u8],
     position: usize,

@@ -81,13 +81,11 @@ pub(super) struct Component {
     pub(super) id: u8,
     /// Sampling factors, 1 to 4.
     pub(super) h: usize,
-    /// See `h`.
     pub(super) v: usize,
     /// Its quantisation table, 0 to 3.
     pub(super) quantization: usize,
 }
 
-/// The frame header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Frame {
     pub(super) progressive: bool,
@@ -97,7 +95,6 @@ pub(super) struct Frame {
     pub(super) components: Vec<Component>,
     /// The largest sampling factors.
     pub(super) h_max: usize,
-    /// See `h_max`.
     pub(super) v_max: usize,
 }
 

@@ -6,7 +6,6 @@ use super::broken;
 /// Codes up to this length are found in one look.
 const LOOK_BITS: u32 = 9;
 
-/// A Huffman table.
 #[derive(Clone)]
 pub(super) struct Table {
     /// By the next [`LOOK_BITS`] bits: length of the code (0: longer) and its symbol.
@@ -154,7 +153,6 @@ impl<'a> Bits<'a> {
         if count > 0 && value >> (count - 1) == 0 { value - (1 << count) + 1 } else { value }
     }
 
-    /// The next symbol.
     #[inline]
     pub(super) fn symbol(&mut self, table: &Table) -> Result<u8, ImageError> {
         if self.count < 16 {

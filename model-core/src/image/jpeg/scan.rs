@@ -77,7 +77,6 @@ impl Tables {
     }
 }
 
-/// A scan header.
 pub(super) struct Scan {
     parts: Vec<Part>,
     /// The first and last coefficient in zigzag order.
@@ -162,7 +161,6 @@ impl Layout {
         self.blocks() as u64 * (8 + 2 * self.kept.len() as u64)
     }
 
-    /// Of the samples.
     pub(super) fn plane_bytes(&self) -> u64 {
         (self.blocks() * self.size * self.size) as u64
     }

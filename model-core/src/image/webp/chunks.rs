@@ -37,7 +37,6 @@ pub(super) struct Frame<'a> {
     pub(super) alpha: Option<&'a [u8]>,
 }
 
-/// A file's parts.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct File<'a> {
     /// Pixels across and down.

@@ -99,7 +99,6 @@ impl Stream<'_> {
         if (1..=11).contains(&bits) { Ok(bits) } else { Err(broken("its cache of colours has a wrong size")) }
     }
 
-    /// Five codes.
     fn codes(&mut self, cache_bits: usize) -> Result<[Code; 5], ImageError> {
         let mut alphabets = ALPHABETS;
         alphabets[0] += if cache_bits > 0 { 1 << cache_bits } else { 0 };

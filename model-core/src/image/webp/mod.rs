@@ -64,7 +64,6 @@ impl<'a> Header<'a> {
     }
 }
 
-/// Rows and tables.
 const FIXED_BYTES: u64 = 512 << 10;
 
 /// The image on a black canvas.
