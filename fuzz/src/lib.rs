@@ -25,14 +25,14 @@ pub fn answer(request: request::Builder, body: &[u8]) {
     assert!([200, 400, 404, 413, 415, 422].contains(&status), "answered {status}");
 }
 
-fn start() -> Result<(Runtime, Router), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
+fn start() -> Result<(Runtime, Router), Box<dyn std::error::Error + Send + Sync>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let router = runtime.block_on(async {
         let flags = ["butterflyvit", "--compute-threads=1", "--decode-threads=1", "--request-timeout=1h"];
-        let args = Cli::try_parse_from(flags).map_err(|error| error.to_string())?.serve;
+        let args = Cli::try_parse_from(flags)?.serve;
         let app = serve::assemble(&args)?;
         serve::make_ready(&app, &args).await?;
-        Ok::<_, String>(http::build_router(app))
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(http::build_router(app))
     })?;
     Ok((runtime, router))
 }

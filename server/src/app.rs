@@ -1,21 +1,13 @@
-//! What every handler can reach.
+//! Everything that a handler reaches.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
-
-use crate::admission::Admission;
-use crate::compute::Pipeline;
-use crate::compute::decode::Decoder;
-use crate::error::{ApiError, ErrorCode};
+use crate::classify::Classifier;
 use crate::keys::Keys;
-use crate::lifecycle::Lifecycle;
-use crate::metrics::{Metrics, saturating};
+use crate::metrics::saturating;
 use crate::sets::catalog::Catalog;
-use crate::sets::loaded::SetRegistry;
-use crate::sets::registry::{Kind, SetError};
-use crate::statistics::Statistics;
+use crate::sets::registry::Kind;
 use crate::threads::BlockingPool;
 
 /// Limits that handlers look at.
@@ -29,8 +21,6 @@ pub struct Limits {
     pub request_timeout: Duration,
     /// For a body to arrive.
     pub body_timeout: Duration,
-    /// For an expert set to be loaded.
-    pub load_wait: Duration,
     /// Largest expert set that may be uploaded.
     pub max_upload_bytes: usize,
     /// For an upload to arrive.
@@ -47,22 +37,10 @@ pub struct App {
     pub limits: Limits,
     /// Expert set of requests that name none; known once the server is ready.
     pub default_set: OnceLock<String>,
-    /// Expert sets.
-    pub registry: SetRegistry,
-    /// Images to pixels.
-    pub decoder: Decoder,
-    /// Bodies to larger bodies.
+    /// Images to labels.
+    pub classifier: Classifier,
+    /// The thread that decompresses bodies.
     pub decompression: BlockingPool,
-    /// Pixels to logits.
-    pub pipeline: Pipeline,
-    /// Who is let in.
-    pub admission: Admission,
-    /// Starting, ready, draining.
-    pub lifecycle: Lifecycle,
-    /// Metrics.
-    pub metrics: Arc<Metrics>,
-    /// What each expert set has answered.
-    pub statistics: Statistics,
     /// Keys that may classify.
     pub user_keys: Keys,
     /// Keys that may do everything.
@@ -89,29 +67,20 @@ impl std::ops::Deref for AppState {
 }
 
 impl App {
-    /// Lets a request in that costs real work.
-    ///
-    /// # Errors
-    /// 503 when starting or draining, 429 when too many are being worked on.
-    pub fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        self.lifecycle.check()?;
-        self.admission.request()
-    }
-
     /// The default set's name; empty, which names no set, until the server is ready.
     pub fn default_set(&self) -> &str {
         self.default_set.get().map_or("", String::as_str)
     }
 
     /// The set a request gets that names `name`.
-    pub fn set_name<'a>(&'a self, name: Option<&'a str>) -> &'a str {
-        name.unwrap_or_else(|| self.default_set())
+    pub fn set_name(&self, name: Option<String>) -> String {
+        name.unwrap_or_else(|| self.default_set().to_owned())
     }
 
     /// Reads the gauges of what *is* from their owners.
     pub fn refresh_metrics(&self) {
-        let (metrics, totals, budget) = (&self.metrics, self.registry.totals(), self.registry.budget());
-        let (images, bytes) = self.admission.images.held();
+        let Classifier { registry, admission, metrics, statistics, .. } = &self.classifier;
+        let (totals, budget, (images, bytes)) = (registry.totals(), registry.budget(), admission.images_held());
         metrics.queue_depth.set(saturating(images));
         metrics.sets_registered.set(saturating(totals.registered));
         metrics.sets_resident.set(saturating(totals.resident));
@@ -123,10 +92,10 @@ impl App {
             let held = if kind == Kind::Queue { bytes } else { budget.used(kind) };
             metrics.memory.with_label_values(&[kind.as_str()]).set(saturating(held));
         }
-        let sets = self.registry.list();
+        let sets = registry.list();
         let versions = sets.iter().map(|status| (status.descriptor.name.as_str(), status.descriptor.version));
-        self.statistics.forget_others(&versions.collect());
-        metrics.forget_other_sets(&self.registry.names());
+        statistics.forget_others(&versions.collect());
+        metrics.forget_other_sets(&registry.names());
         metrics.set_resident.reset();
         if metrics.per_set() {
             for status in sets.iter().filter(|status| status.resident_bytes > 0) {
@@ -134,21 +103,5 @@ impl App {
                 metrics.set_resident.with_label_values(&[status.descriptor.name.as_str(), pinned]).set(1);
             }
         }
-    }
-}
-
-impl From<SetError> for ApiError {
-    fn from(error: SetError) -> Self {
-        let code = match &error {
-            SetError::Unknown { .. } => ErrorCode::SetNotFound,
-            SetError::TooLarge { .. } => ErrorCode::SetTooLarge,
-            SetError::NoRoom { .. } | SetError::StillLoading { .. } => ErrorCode::SetLoading,
-            SetError::Failed { retry_after, .. } => {
-                return Self::new(ErrorCode::SetFailed, error.to_string()).retry_after(*retry_after);
-            }
-            SetError::NoBackbone { .. } => ErrorCode::BackboneMismatch,
-            SetError::Conflict(_) => ErrorCode::Conflict,
-        };
-        Self::new(code, error.to_string())
     }
 }

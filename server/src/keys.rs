@@ -3,12 +3,26 @@
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::{Context, bail};
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use sha2::{Digest as _, Sha256};
 
-use crate::error::{ApiError, ErrorCode};
+/// A key sends more images than it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OverRate {
+    /// It has sent too many lately.
+    #[error("this key has sent as many images as it may; try again later")]
+    Now {
+        /// When as many would pass.
+        retry_after: Duration,
+    },
+    /// A request never passes with so many.
+    #[error("these are more images than this key may ever send at once")]
+    Always,
+}
 
 /// Named keys, kept as hashes: nothing that is logged or dumped by mistake contains one.
 #[derive(Clone, Default)]
@@ -32,19 +46,15 @@ impl Caller {
     /// Counts images against what the key may send; without a rate nothing is counted.
     ///
     /// # Errors
-    /// 429, saying when to come back.
-    pub fn charge(&self, images: usize) -> Result<(), ApiError> {
+    /// [`OverRate`].
+    pub fn charge(&self, images: usize) -> Result<(), OverRate> {
         let count = u32::try_from(images).map_or(Some(NonZeroU32::MAX), NonZeroU32::new);
         let (Some(limiter), Some(count)) = (&self.0, count) else { return Ok(()) };
-        let limited = |text: &str| ApiError::new(ErrorCode::RateLimited, text);
         match limiter.check_n(count) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(until)) => {
-                let wait = until.wait_time_from(DefaultClock::default().now());
-                Err(limited("this key has sent as many images as it may; try again later").retry_after(wait))
-            }
+            Ok(Err(until)) => Err(OverRate::Now { retry_after: until.wait_time_from(DefaultClock::default().now()) }),
             // Flags are checked so that a full request passes, so this is no request that could be answered.
-            Err(_) => Err(limited("these are more images than this key may ever send at once")),
+            Err(_) => Err(OverRate::Always),
         }
     }
 }
@@ -66,7 +76,7 @@ impl Keys {
     ///
     /// # Errors
     /// A sentence that names the line, never the key.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
         let mut keys = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
             let line = line.trim();
@@ -76,7 +86,7 @@ impl Keys {
             let unnamed = format!("key-{number}");
             let (name, key) = line.split_once(':').unwrap_or((&unnamed, line));
             if key.len() < 8 {
-                return Err(format!("line {number}: a key needs at least 8 characters"));
+                bail!("line {number}: a key needs at least 8 characters");
             }
             keys.push(Key { name: name.to_owned(), hash: hash(key), caller: Caller::default() });
         }
@@ -87,15 +97,15 @@ impl Keys {
     ///
     /// # Errors
     /// A sentence that names file or variable.
-    pub fn load(file: Option<&Path>, variable: &str) -> Result<Self, String> {
+    pub fn load(file: Option<&Path>, variable: &str) -> anyhow::Result<Self> {
         let mut keys = match std::env::var(variable) {
             // Commas for those who find line breaks in an environment awkward.
-            Ok(text) => Self::parse(&text.replace(',', "\n")).map_err(|error| format!("{variable}: {error}"))?,
+            Ok(text) => Self::parse(&text.replace(',', "\n")).with_context(|| variable.to_owned())?,
             Err(_) => Self::default(),
         };
         if let Some(path) = file {
-            let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-            keys.0.extend(Self::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?.0);
+            let read = std::fs::read_to_string(path).map_err(anyhow::Error::from);
+            keys.0.extend(read.and_then(|text| Self::parse(&text)).with_context(|| path.display().to_string())?.0);
         }
         Ok(keys)
     }
@@ -139,7 +149,10 @@ mod tests {
         assert_eq!(name("secret-two"), Some("key-4"));
         assert_eq!(name("secret-three"), None);
         assert!(!format!("{keys:?}").contains("secret"));
-        assert_eq!(Keys::parse("ok-ok-ok\nshort").unwrap_err(), "line 2: a key needs at least 8 characters");
+        assert_eq!(
+            Keys::parse("ok-ok-ok\nshort").unwrap_err().to_string(),
+            "line 2: a key needs at least 8 characters"
+        );
     }
 
     #[test]
@@ -150,10 +163,9 @@ mod tests {
         let (a, b) = (&keys.find("secret-one").unwrap().caller, &keys.find("secret-two").unwrap().caller);
         assert_eq!(a.charge(30), Ok(()));
         assert_eq!(a.charge(0), Ok(()));
-        let refused = a.charge(30).unwrap_err();
-        assert_eq!(refused.code(), ErrorCode::RateLimited);
+        assert!(matches!(a.charge(30), Err(OverRate::Now { .. })));
         assert_eq!(b.charge(30), Ok(()), "another key's images are its own");
-        assert_eq!(b.charge(usize::MAX).unwrap_err().code(), ErrorCode::RateLimited);
+        assert_eq!(b.charge(usize::MAX), Err(OverRate::Always));
         assert_eq!(Caller::default().charge(usize::MAX), Ok(()));
     }
 }

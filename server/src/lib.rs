@@ -10,10 +10,11 @@
 //! | accept | [`net`]: TLS, connection limits, slow clients, graceful shutdown |
 //! | observe, route, authorise, answer or refuse | [`http`] |
 //! | everything that a handler reaches | [`app`] |
+//! | the journey from images to labels | [`classify`] |
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
 //! | admit requests, images and bytes | [`admission`] |
-//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`lifecycle`], [`memory`], [`routing_map`], [`threads`] |
+//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`lifecycle`], [`memory`], [`routing_map`], [`sentence`], [`threads`] |
 
 #![forbid(unsafe_code)]
 #![warn(clippy::unwrap_used, missing_docs)]
@@ -21,10 +22,10 @@
 
 pub mod admission;
 pub mod app;
+pub mod classify;
 pub mod commands;
 pub mod compute;
 pub mod config;
-pub mod error;
 pub mod http;
 pub mod keys;
 pub mod lifecycle;
@@ -33,6 +34,7 @@ pub mod memory;
 pub mod metrics;
 pub mod net;
 pub mod routing_map;
+pub mod sentence;
 pub mod serve;
 pub mod sets;
 pub mod statistics;

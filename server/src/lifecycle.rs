@@ -2,11 +2,20 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::error::{ApiError, ErrorCode};
-
 const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
+
+/// The server takes no requests, because it is too early or too late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotServing {
+    /// It has not finished starting.
+    #[error("the server is starting")]
+    Starting,
+    /// It finishes what it has accepted.
+    #[error("the server is shutting down")]
+    Draining,
+}
 
 /// Where the server is in its life. It only moves forward.
 #[derive(Debug, Default)]
@@ -35,12 +44,12 @@ impl Lifecycle {
     /// Refuses work unless ready.
     ///
     /// # Errors
-    /// 503, saying whether it is too early or too late.
-    pub fn check(&self) -> Result<(), ApiError> {
+    /// [`NotServing`].
+    pub fn check(&self) -> Result<(), NotServing> {
         match self.0.load(Ordering::Relaxed) {
-            STARTING => Err(ApiError::new(ErrorCode::NotReady, "the server is starting")),
+            STARTING => Err(NotServing::Starting),
             READY => Ok(()),
-            _ => Err(ApiError::new(ErrorCode::Draining, "the server is shutting down")),
+            _ => Err(NotServing::Draining),
         }
     }
 }

@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use butterflyvit::config::{self, Command};
+use butterflyvit::sentence::sentence;
 use butterflyvit::{commands, serve};
 
 /// A wrong flag, or something that is needed at start is broken.
@@ -20,18 +21,14 @@ fn main() -> ExitCode {
         Err(error) => return refuse(config::one_line(&error)),
     };
     let result = match cli.command {
-        None => serve::run(&cli.serve),
-        Some(Command::Serve(args)) => serve::run(&args),
-        Some(Command::Classify(args)) => return finish(commands::classify::run(&args)),
-        Some(Command::Inspect(args)) => return finish(commands::inspect::run(&args)),
-        Some(Command::Bench(args)) => return finish(commands::bench::run(&args)),
+        None => serve::run(&cli.serve).map(|()| ExitCode::SUCCESS),
+        Some(Command::Serve(args)) => serve::run(&args).map(|()| ExitCode::SUCCESS),
+        Some(Command::Classify(args)) => commands::classify::run(&args),
+        Some(Command::Inspect(args)) => commands::inspect::run(&args),
+        Some(Command::Bench(args)) => commands::bench::run(&args),
         Some(Command::Healthcheck(args)) => return commands::healthcheck::run(&args),
     };
-    finish(result.map(|()| ExitCode::SUCCESS))
-}
-
-fn finish(result: Result<ExitCode, String>) -> ExitCode {
-    result.unwrap_or_else(refuse)
+    result.unwrap_or_else(|error| refuse(sentence(&error)))
 }
 
 /// One line on standard error that names what is wrong.

@@ -13,7 +13,6 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use crate::error::ErrorCode;
 use crate::memory::ProcessMemory;
 
 /// Buckets in seconds for durations seen by clients: from fast hosts to the longest timeout.
@@ -38,6 +37,9 @@ pub enum ImageResult {
 }
 
 impl ImageResult {
+    /// Every result.
+    pub const ALL: [Self; 3] = [Self::Ok, Self::BadImage, Self::Failed];
+
     const fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -308,10 +310,7 @@ impl Metrics {
         let revision = option_env!("BVIT_REVISION").unwrap_or("unknown");
         let isa = Isa::from_env().unwrap_or_else(|_| Isa::best()).name();
         self.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), revision, target.as_str(), isa]).set(1.0);
-        for code in ErrorCode::ALL {
-            self.request_failures.with_label_values(&[code.as_str()]);
-        }
-        for result in [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed] {
+        for result in ImageResult::ALL {
             self.count_images(None, result, 0);
         }
     }
@@ -320,6 +319,11 @@ impl Metrics {
     pub fn declare_route(&self, route: &str) {
         self.http_requests.with_label_values(&[route, "200"]);
         self.request_duration.with_label_values(&[route]);
+    }
+
+    /// Makes the series of an error code exist before the first failure.
+    pub fn declare_failure(&self, code: &str) {
+        self.request_failures.with_label_values(&[code]);
     }
 
     /// Makes the series of a model's blocks exist before its first batch.
@@ -333,10 +337,9 @@ impl Metrics {
 
     /// Forgets the series of sets that are not registered any more.
     pub fn forget_other_sets(&self, registered: &HashSet<String>) {
-        let results = [ImageResult::Ok, ImageResult::BadImage, ImageResult::Failed];
         self.labelled_sets().retain(|set| {
             let stays = registered.contains(set);
-            for result in results.iter().filter(|_| !stays) {
+            for result in ImageResult::ALL.iter().filter(|_| !stays) {
                 // Fails only when the series does not exist, which is what is wanted.
                 let _ = self.images.remove_label_values(&[set, result.as_str()]);
             }
@@ -397,6 +400,7 @@ mod tests {
     fn everything_is_there_before_the_first_request() {
         let metrics = Metrics::new(true).unwrap();
         metrics.declare_route("/classify");
+        metrics.declare_failure("queue_full");
         let text = String::from_utf8(metrics.encode().unwrap()).unwrap();
         for name in [
             "bvit_http_requests_total{route=\"/classify\",status=\"200\"} 0",

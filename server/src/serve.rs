@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, anyhow, bail};
 use model_core::image::DecodeLimits;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
@@ -11,12 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admission::Admission;
 use crate::app::{App, AppState, Limits};
+use crate::classify::Classifier;
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
 use crate::config::{ServeArgs, threads_or_cores};
 use crate::keys::Keys;
-use crate::lifecycle::Lifecycle;
 use crate::memory::ProcessMemory;
 use crate::metrics::{Metrics, saturating};
 use crate::net::connection::{ConnectionSettings, serve};
@@ -36,6 +37,9 @@ const BACKLOG: u32 = 1024;
 /// Longest wait for a set at start, where nobody is waiting for an answer.
 const START_WAIT: Duration = Duration::from_secs(60);
 
+/// What could not be started.
+const NO_THREADS: &str = "threads";
+
 /// A setting of glibc's allocator, which reads it before `main`. Left alone, the first photo to be freed raises the size
 /// from which memory goes back to the system at once, and later ones stay in a heap per thread that does not shrink:
 /// `loadtests/load.py photos` shows a third more at the peak.
@@ -45,17 +49,16 @@ const ALLOCATOR: [(&str, &str); 1] = [("MALLOC_MMAP_THRESHOLD_", "131072")];
 /// Runs the server until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// A sentence that names what keeps it from starting.
-pub fn run(args: &ServeArgs) -> Result<(), String> {
+/// Names what keeps it from starting.
+pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     logging::init(&args.log)?;
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     if let Err(error) = model_core::restart::with_environment(&ALLOCATOR) {
         tracing::warn!(%error, "cannot start over with the allocator's setting: photos will take more memory");
     }
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let listener = listen(args.listen).map_err(|error| format!("{}: {error}", args.listen))?;
+        let listener = listen(args.listen).with_context(|| args.listen.to_string())?;
         let shutdown = shutdown_signal()?;
         let settings = connection_settings(args)?;
         if let Some(tls) = settings.tls.clone() {
@@ -65,15 +68,15 @@ pub fn run(args: &ServeArgs) -> Result<(), String> {
         if !args.registry.watch_store.is_zero() {
             tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
         }
-        let address = listener.local_addr().map_err(|error| error.to_string())?;
+        let address = listener.local_addr()?;
         tracing::info!(%address, "listening");
         // Probes are answered while models are loaded, so that whoever waits can tell starting from dead.
         let mut server = tokio::spawn(serve(listener, app.clone(), settings, shutdown));
         tokio::select! {
             ready = make_ready(&app, args) => ready?,
-            stopped = &mut server => return stopped.map_err(|error| error.to_string()),
+            stopped = &mut server => return Ok(stopped?),
         }
-        server.await.map_err(|error| error.to_string())
+        Ok(server.await?)
     })
 }
 
@@ -86,7 +89,7 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-fn connection_settings(args: &ServeArgs) -> Result<ConnectionSettings, String> {
+fn connection_settings(args: &ServeArgs) -> anyhow::Result<ConnectionSettings> {
     let max_connections = args.limits.max_connections;
     // Shells and services start programs with 1024 open files allowed; more need only be asked for.
     let wanted = max_connections as u64 + OTHER_FILES;
@@ -113,23 +116,22 @@ fn connection_settings(args: &ServeArgs) -> Result<ConnectionSettings, String> {
 /// Puts the application together: every set of the store is known, none is loaded, and requests are answered 503.
 ///
 /// # Errors
-/// A sentence that names file and reason.
-pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
-    let metrics = Arc::new(Metrics::new(args.per_set_metrics).map_err(|error| error.to_string())?);
-    http::routes().iter().for_each(|route| metrics.declare_route(route));
+/// Names the file or flag.
+pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
+    let metrics = Arc::new(Metrics::new(args.per_set_metrics)?);
+    http::declare(&metrics);
     let compute_threads = threads_or_cores(args.pipeline.compute_threads);
-    let no_threads = |error: std::io::Error| format!("threads: {error}");
     let registry = new_registry(args, compute_threads, &metrics)?;
     let catalog = Catalog::open(args.models.model_store.clone(), registry.clone())?;
     if let Some(first) = catalog.broken().first().filter(|_| args.registry.strict) {
-        return Err(first.reason.clone());
+        bail!("{}", first.reason);
     }
     let batching = QueueSettings {
         max_batch: args.pipeline.max_batch,
         max_wait: args.pipeline.max_wait,
         threads: compute_threads,
     };
-    let pipeline = Pipeline::start(batching, &metrics).map_err(no_threads)?;
+    let pipeline = Pipeline::start(batching, &metrics).context(NO_THREADS)?;
     let images = args.pipeline.image_limits(compute_threads);
     metrics.queue_capacity.set(saturating(images.images));
     let decoder = Decoder::start(
@@ -149,19 +151,20 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
             max_images: args.limits.max_images,
             request_timeout: args.limits.request_timeout,
             body_timeout: args.limits.body_timeout,
-            load_wait: args.registry.load_wait,
             max_upload_bytes: args.limits.max_upload.0,
             upload_timeout: args.limits.upload_timeout,
         },
         default_set: OnceLock::new(),
-        registry,
-        decoder: decoder.map_err(no_threads)?,
-        decompression: BlockingPool::start("inflate", 1, Priority::Normal).map_err(no_threads)?,
-        pipeline,
-        admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images),
-        lifecycle: Lifecycle::default(),
-        metrics,
-        statistics: Statistics::default(),
+        classifier: Classifier {
+            registry,
+            decoder: decoder.context(NO_THREADS)?,
+            pipeline,
+            admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images),
+            metrics,
+            statistics: Statistics::default(),
+            load_wait: args.registry.load_wait,
+        },
+        decompression: BlockingPool::start("inflate", 1, Priority::Normal).context(NO_THREADS)?,
         user_keys: user_keys(args)?,
         admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
         catalog,
@@ -173,32 +176,33 @@ pub fn assemble(args: &ServeArgs) -> Result<AppState, String> {
 /// once.
 ///
 /// # Errors
-/// A sentence that names file and reason.
-pub async fn make_ready(app: &AppState, args: &ServeArgs) -> Result<(), String> {
+/// Names the file or flag.
+pub async fn make_ready(app: &AppState, args: &ServeArgs) -> anyhow::Result<()> {
     let default = default_set(args, app).await?;
-    app.metrics.declare_layers(default.backbone.value.config().num_layers);
-    // Nobody else sets it.
+    let classifier = &app.classifier;
+    classifier.metrics.declare_layers(default.backbone.value.config().num_layers);
+    // Set nowhere else, so this cannot fail.
     let _ = app.default_set.set(default.descriptor.name.clone());
     for name in &args.registry.pin {
-        app.registry.pin(name, START_WAIT).await.map_err(|error| format!("--pin {name}: {error}"))?;
+        classifier.registry.pin(name, START_WAIT).await.with_context(|| format!("--pin {name}"))?;
     }
     warm_up(default, threads_or_cores(args.pipeline.compute_threads)).await?;
-    // Who reads the log may send requests at once.
-    app.lifecycle.set_ready();
+    // Before the log says so: a client that waits for that line may send requests at once.
+    classifier.admission.lifecycle.set_ready();
     log_start(args, app);
     Ok(())
 }
 
-fn user_keys(args: &ServeArgs) -> Result<Keys, String> {
+fn user_keys(args: &ServeArgs) -> anyhow::Result<Keys> {
     let keys = Keys::load(args.auth.user_key_file.as_deref(), "BVIT_USER_KEYS")?;
     let Some(rate) = args.auth.key_rate else { return Ok(keys) };
     if keys.is_empty() {
-        return Err("--key-rate needs user keys: --user-key-file or BVIT_USER_KEYS".into());
+        bail!("--key-rate needs user keys: --user-key-file or BVIT_USER_KEYS");
     }
     Ok(keys.with_rate(rate, args.key_burst()))
 }
 
-fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> Result<SetRegistry, String> {
+fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> anyhow::Result<SetRegistry> {
     let settings = registry::Settings {
         budget_bytes: args.registry.memory_budget.0,
         queue_bytes: args.pipeline.queue_bytes.0,
@@ -212,18 +216,17 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
         queue_bytes: args.pipeline.queue_bytes.0,
     };
     let loader = BlockingPool::start("load", args.registry.load_threads, Priority::Background);
-    let loader = loader.map_err(|error| format!("threads: {error}"))?;
-    Registry::new(source, settings, loader, metrics.sets.clone()).map_err(|_| {
+    Registry::new(source, settings, loader.context(NO_THREADS)?, metrics.sets.clone()).map_err(|_| {
         let (budget, queue) = (args.registry.memory_budget, args.pipeline.queue_bytes);
-        format!("--memory-budget {budget} does not even hold --queue-bytes {queue}")
+        anyhow!("--memory-budget {budget} does not even hold --queue-bytes {queue}")
     })
 }
 
 /// The default set, resident: the one asked for, or the first by name that loads.
-async fn default_set(args: &ServeArgs, app: &AppState) -> Result<SetLease, String> {
-    let registry = &app.registry;
+async fn default_set(args: &ServeArgs, app: &AppState) -> anyhow::Result<SetLease> {
+    let registry = &app.classifier.registry;
     if let Some(name) = &args.models.default_set {
-        return registry.load(name, None, START_WAIT).await.map_err(|error| format!("--default-set {name}: {error}"));
+        return registry.load(name, None, START_WAIT).await.with_context(|| format!("--default-set {name}"));
     }
     let mut names: Vec<String> = registry.names().into_iter().collect();
     names.sort_unstable();
@@ -235,26 +238,25 @@ async fn default_set(args: &ServeArgs, app: &AppState) -> Result<SetLease, Strin
         }
     }
     let store = args.models.model_store.as_ref().map_or("(embedded)".into(), |root| root.display().to_string());
-    Err(match first_reason {
-        Some(reason) => format!("no expert set can be loaded: {reason}"),
-        None => format!("{store}: no expert set in expert-sets/SET/VERSION.safetensors"),
-    })
+    match first_reason {
+        Some(reason) => bail!("no expert set can be loaded: {reason}"),
+        None => bail!("{store}: no expert set in expert-sets/SET/VERSION.safetensors"),
+    }
 }
 
 /// One forward pass on every compute thread's scratch, so that the first request finds memory touched and code paged in.
-async fn warm_up(lease: SetLease, compute_threads: usize) -> Result<(), String> {
+async fn warm_up(lease: SetLease, compute_threads: usize) -> anyhow::Result<()> {
     let run = move || {
         let backbone = &lease.backbone.value;
         let pixels = vec![0.0; backbone.input_bytes() / size_of::<f32>()];
         let row = [Row { set: &lease.value, pixels: &pixels, routing: false }];
         (0..compute_threads).try_for_each(|thread| backbone.forward(thread, &row, None).map(drop))
     };
-    let result = tokio::task::spawn_blocking(run).await.map_err(|error| error.to_string()).flatten();
-    result.map_err(|error| format!("the model does not run: {error}"))
+    tokio::task::spawn_blocking(run).await.map_err(anyhow::Error::from).flatten().context("the model does not run")
 }
 
 fn log_start(args: &ServeArgs, app: &AppState) {
-    let (totals, memory) = (app.registry.totals(), ProcessMemory::read());
+    let (totals, memory) = (app.classifier.registry.totals(), ProcessMemory::read());
     let budget = args.registry.memory_budget;
     let (decode, bodies) = (args.pipeline.decode_memory, args.limits.body_memory);
     match memory.cgroup_limit {
@@ -275,10 +277,10 @@ fn log_start(args: &ServeArgs, app: &AppState) {
 }
 
 /// Cancelled by the first SIGTERM or SIGINT.
-fn shutdown_signal() -> Result<CancellationToken, String> {
+fn shutdown_signal() -> anyhow::Result<CancellationToken> {
     let token = CancellationToken::new();
-    let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let cancel = token.clone();
     tokio::spawn(async move {
         tokio::select! {

@@ -38,9 +38,9 @@ impl ImageLimits {
     }
 }
 
-/// Why images were not let in.
+/// Why images got no places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum NoPlace {
     /// Too many images or bytes are on their way already.
     #[error("the queue is full; try again later")]
     Full,
@@ -107,14 +107,14 @@ impl Images {
     /// at first, `make_room` is called, which may drop permits that nobody needs any more.
     ///
     /// # Errors
-    /// [`Refused`].
+    /// [`NoPlace`].
     pub fn admit(
         &self,
         set: &str,
         count: usize,
         bytes_each: usize,
         make_room: impl FnOnce(),
-    ) -> Result<Vec<ImagePermit>, Refused> {
+    ) -> Result<Vec<ImagePermit>, NoPlace> {
         self.admit_at(Instant::now(), set, count, bytes_each, make_room)
     }
 
@@ -131,11 +131,11 @@ impl Images {
         count: usize,
         bytes_each: usize,
         make_room: impl FnOnce(),
-    ) -> Result<Vec<ImagePermit>, Refused> {
+    ) -> Result<Vec<ImagePermit>, NoPlace> {
         let ImageLimits { images, bytes, images_per_set, .. } = self.limits;
         let most = images.min(images_per_set).min(bytes.checked_div(bytes_each).unwrap_or(usize::MAX));
         if count > most {
-            return Err(Refused::TooMany { count, most });
+            return Err(NoPlace::TooMany { count, most });
         }
         if count == 0 {
             return Ok(Vec::new());
@@ -148,7 +148,7 @@ impl Images {
             if let Err(refused) = books.check(&self.limits, now, set, count, bytes_each) {
                 let of_set = books.per_set.get_mut(set);
                 // Whoever takes more than its share is no reason to keep the others short.
-                match of_set.filter(|_| refused == Refused::SetFull) {
+                match of_set.filter(|_| refused == NoPlace::SetFull) {
                     Some(of_set) => of_set.refuse(now),
                     None => books.all.refuse(now),
                 }
@@ -173,13 +173,13 @@ impl Books {
         set: &str,
         count: usize,
         bytes_each: usize,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), NoPlace> {
         let of_set = self.per_set.get(set).map_or(0, |of_set| of_set.images);
         if self.all.images + count > limits.images || self.bytes + count * bytes_each > limits.bytes {
-            return Err(Refused::Full);
+            return Err(NoPlace::Full);
         }
         if of_set + count > limits.images_per_set {
-            return Err(Refused::SetFull);
+            return Err(NoPlace::SetFull);
         }
         // Counted before this request's own images, so that one of many images is not refused for ever; and however
         // many images a set has, the other sets keep their share of the places.
@@ -187,10 +187,10 @@ impl Books {
         let busy = self.all.is_overloaded(now);
         let set_busy = self.per_set.get_mut(set).is_some_and(|of_set| of_set.is_overloaded(now));
         if (busy || set_busy) && of_set >= share {
-            return Err(Refused::SetFull);
+            return Err(NoPlace::SetFull);
         }
         let within_shares = || self.per_set.values().map(|of_set| of_set.images.min(share)).sum::<usize>();
-        if busy && within_shares() >= limits.images_when_busy { Err(Refused::Full) } else { Ok(()) }
+        if busy && within_shares() >= limits.images_when_busy { Err(NoPlace::Full) } else { Ok(()) }
     }
 }
 
@@ -253,7 +253,7 @@ mod tests {
 
     const LIMITS: ImageLimits = ImageLimits { images: 8, bytes: 1000, images_per_set: 6, images_when_busy: 4 };
 
-    fn admit(images: &Images, ms: u64, set: &str, count: usize) -> Result<Vec<ImagePermit>, Refused> {
+    fn admit(images: &Images, ms: u64, set: &str, count: usize) -> Result<Vec<ImagePermit>, NoPlace> {
         // Before the last image left, whatever the clock says, so that no pause of the machine is taken for idleness.
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
         images.admit_at(*START + Duration::from_millis(ms), set, count, 10, || ())
@@ -263,7 +263,7 @@ mod tests {
     fn guarantee_11_one_set_cannot_fill_the_queue() {
         let images = Images::new(LIMITS);
         let hot = admit(&images, 0, "hot", 6).unwrap();
-        assert_eq!(admit(&images, 0, "hot", 1).unwrap_err(), Refused::SetFull);
+        assert_eq!(admit(&images, 0, "hot", 1).unwrap_err(), NoPlace::SetFull);
         let other = admit(&images, 0, "other", 2).expect("it took more than its share, so only it is kept short");
         assert_eq!(images.held(), (8, 80));
         drop((hot, other));
@@ -274,8 +274,8 @@ mod tests {
     fn guarantee_12_limits_count_images_and_bytes_and_take_all_or_none() {
         let images = Images::new(LIMITS);
         let five = admit(&images, 0, "a", 5).unwrap();
-        assert_eq!(admit(&images, 0, "b", 4).unwrap_err(), Refused::Full);
-        assert_eq!(images.admit("b", 1, 951, || ()).unwrap_err(), Refused::Full, "bytes count too");
+        assert_eq!(admit(&images, 0, "b", 4).unwrap_err(), NoPlace::Full);
+        assert_eq!(images.admit("b", 1, 951, || ()).unwrap_err(), NoPlace::Full, "bytes count too");
         assert_eq!(images.held(), (5, 50));
         assert!(admit(&images, 0, "none", 0).unwrap().is_empty());
         assert_eq!(images.held(), (5, 50));
@@ -286,9 +286,9 @@ mod tests {
     fn what_never_fits_is_no_overload() {
         let images = Images::new(LIMITS);
         let refusals = [
-            (images.admit("a", 7, 1, || ()), Refused::TooMany { count: 7, most: 6 }),
-            (images.admit("a", 3, 400, || ()), Refused::TooMany { count: 3, most: 2 }),
-            (images.admit("a", usize::MAX, usize::MAX, || ()), Refused::TooMany { count: usize::MAX, most: 0 }),
+            (images.admit("a", 7, 1, || ()), NoPlace::TooMany { count: 7, most: 6 }),
+            (images.admit("a", 3, 400, || ()), NoPlace::TooMany { count: 3, most: 2 }),
+            (images.admit("a", usize::MAX, usize::MAX, || ()), NoPlace::TooMany { count: usize::MAX, most: 0 }),
         ];
         refusals.into_iter().for_each(|(got, expected)| assert_eq!(got.unwrap_err(), expected));
         assert!(lock(&images.books).all.overload.is_none());
@@ -299,17 +299,17 @@ mod tests {
         let images = Images::new(LIMITS);
         let mut a = admit(&images, 0, "a", 6).unwrap();
         let mut b = admit(&images, 0, "b", 2).unwrap();
-        assert_eq!(admit(&images, 0, "c", 1).unwrap_err(), Refused::Full, "the ninth");
+        assert_eq!(admit(&images, 0, "c", 1).unwrap_err(), NoPlace::Full, "the ninth");
         a.truncate(3);
         b.truncate(1);
-        assert_eq!(admit(&images, 0, "a", 1).unwrap_err(), Refused::SetFull, "three quarters of four");
-        assert_eq!(admit(&images, 0, "b", 1).unwrap_err(), Refused::Full, "four");
+        assert_eq!(admit(&images, 0, "a", 1).unwrap_err(), NoPlace::SetFull, "three quarters of four");
+        assert_eq!(admit(&images, 0, "b", 1).unwrap_err(), NoPlace::Full, "four");
         drop(b);
         let large = admit(&images, 0, "b", 5).expect("a large request is let in whole");
         assert_eq!(images.held(), (8, 80));
         drop(large);
         let d = admit(&images, 0, "d", 1).unwrap();
-        assert_eq!(admit(&images, 0, "c", 1).unwrap_err(), Refused::Full);
+        assert_eq!(admit(&images, 0, "c", 1).unwrap_err(), NoPlace::Full);
         drop((a, d));
     }
 
@@ -317,10 +317,10 @@ mod tests {
     fn in_an_overload_too_one_set_leaves_places_to_others() {
         let images = Images::new(LIMITS);
         let (hot, cold) = (admit(&images, 0, "hot", 6).unwrap(), admit(&images, 0, "cold", 2).unwrap());
-        assert_eq!(admit(&images, 0, "other", 1).unwrap_err(), Refused::Full);
+        assert_eq!(admit(&images, 0, "other", 1).unwrap_err(), NoPlace::Full);
         drop(cold);
         let other = admit(&images, 0, "other", 1).expect("six hot images count as the three of their share");
-        assert_eq!(admit(&images, 0, "third", 1).unwrap_err(), Refused::Full);
+        assert_eq!(admit(&images, 0, "third", 1).unwrap_err(), NoPlace::Full);
         drop((hot, other));
     }
 
@@ -332,7 +332,7 @@ mod tests {
             let _rest = admit(&images, 0, "a", 1).unwrap();
             let full = (admit(&images, 0, "b", 5).unwrap(), admit(&images, 0, "c", 2).unwrap());
             for _ in 0..refused {
-                assert_eq!(admit(&images, 0, "d", 1).unwrap_err(), Refused::Full);
+                assert_eq!(admit(&images, 0, "d", 1).unwrap_err(), NoPlace::Full);
             }
             drop(full);
             for _ in 0..9 {
@@ -347,7 +347,7 @@ mod tests {
     fn an_overload_ends_when_there_is_nothing_to_do() {
         let images = Images::new(LIMITS);
         let full = (admit(&images, 0, "a", 6).unwrap(), admit(&images, 0, "b", 2).unwrap());
-        assert_eq!(admit(&images, 0, "a", 1).unwrap_err(), Refused::Full);
+        assert_eq!(admit(&images, 0, "a", 1).unwrap_err(), NoPlace::Full);
         drop(full);
         assert!(images.admit_at(Instant::now() + IDLE, "a", 6, 10, || ()).is_ok());
         assert!(lock(&images.books).all.overload.is_none());

@@ -7,19 +7,78 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::error::{ApiError, ErrorCode};
-pub use images::{ImageLimits, ImagePermit, Images, Refused};
+use crate::keys::{Caller, OverRate};
+use crate::lifecycle::{Lifecycle, NotServing};
+pub use images::{ImageLimits, ImagePermit, Images, NoPlace};
 
 /// Semaphores count this many bytes as one, so that large budgets fit their counters on 32-bit machines.
 const GRAIN: usize = 1024;
 
-/// The bounds; clones share them.
-#[derive(Debug, Clone)]
+/// Why a request, its body or its images were not let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The server is starting or stopping.
+    #[error(transparent)]
+    NotServing(#[from] NotServing),
+    /// Its key has sent too many images.
+    #[error(transparent)]
+    OverRate(#[from] OverRate),
+    /// As many requests as allowed are being worked on.
+    #[error("too many requests are being worked on; try again later")]
+    Requests,
+    /// Bodies take as much memory as they may.
+    #[error("too many bytes of requests are being received; try again later")]
+    Bodies,
+    /// There are no places for its images.
+    #[error(transparent)]
+    Images(#[from] NoPlace),
+}
+
+/// The bounds.
+#[derive(Debug)]
 pub struct Admission {
+    /// Requests are let in only while the server is ready.
+    pub lifecycle: Lifecycle,
     requests: Arc<Semaphore>,
     body_bytes: Arc<Semaphore>,
-    /// Images.
-    pub images: Images,
+    images: Images,
+}
+
+/// A request that was let in, until dropped.
+#[derive(Debug)]
+pub struct Entry {
+    caller: Caller,
+    /// Images that count against the caller's rate so far.
+    charged: usize,
+    images: Images,
+    _request: OwnedSemaphorePermit,
+}
+
+impl Entry {
+    /// Counts the request's images against its caller's rate, less those that are counted already.
+    ///
+    /// # Errors
+    /// [`Refused::OverRate`].
+    pub fn charge(&mut self, images: usize) -> Result<(), Refused> {
+        self.caller.charge(images.saturating_sub(self.charged))?;
+        self.charged = self.charged.max(images);
+        Ok(())
+    }
+
+    /// Places for `count` images of `set`, each of `bytes_each` preprocessed bytes: all of them or none. When they do
+    /// not fit at first, `make_room` is called, which may drop places that are not needed any more.
+    ///
+    /// # Errors
+    /// [`Refused::Images`].
+    pub fn images(
+        &self,
+        set: &str,
+        count: usize,
+        bytes_each: usize,
+        make_room: impl FnOnce(),
+    ) -> Result<Vec<ImagePermit>, Refused> {
+        Ok(self.images.admit(set, count, bytes_each, make_room)?)
+    }
 }
 
 /// Body bytes in memory.
@@ -34,15 +93,29 @@ impl Admission {
     /// Bounds on requests, on bytes of bodies and on images.
     pub fn new(requests: usize, body_bytes: usize, images: ImageLimits) -> Self {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
-        Self { requests: semaphore(requests), body_bytes: semaphore(body_bytes / GRAIN), images: Images::new(images) }
+        Self {
+            lifecycle: Lifecycle::default(),
+            requests: semaphore(requests),
+            body_bytes: semaphore(body_bytes / GRAIN),
+            images: Images::new(images),
+        }
     }
 
-    /// Lets one request in.
+    /// Lets a request in, before any work is spent on it. It counts as one image of its caller until
+    /// [`Entry::charge`] is told how many it has.
     ///
     /// # Errors
-    /// 429 when as many as allowed are being worked on.
-    pub fn request(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        take(&self.requests, 1, "too many requests are being worked on")
+    /// [`Refused`], but for [`Refused::Images`] and [`Refused::Bodies`].
+    pub fn enter(&self, caller: &Caller) -> Result<Entry, Refused> {
+        caller.charge(1)?;
+        self.lifecycle.check()?;
+        let request = take(&self.requests, 1).ok_or(Refused::Requests)?;
+        Ok(Entry { caller: caller.clone(), charged: 1, images: self.images.clone(), _request: request })
+    }
+
+    /// Images and preprocessed bytes on their way.
+    pub fn images_held(&self) -> (usize, usize) {
+        self.images.held()
     }
 
     /// A permit for a body that grows as it arrives: bytes are counted when a client has sent them, so that announcing
@@ -50,32 +123,29 @@ impl Admission {
     ///
     /// # Errors
     /// Never in practice: zero bytes always fit.
-    pub fn body(&self) -> Result<BodyPermit, ApiError> {
-        let held = take(&self.body_bytes, 0, BODIES_FULL)?;
+    pub fn body(&self) -> Result<BodyPermit, Refused> {
+        let held = take(&self.body_bytes, 0).ok_or(Refused::Bodies)?;
         Ok(BodyPermit { source: Arc::clone(&self.body_bytes), held, bytes: 0 })
     }
 }
-
-const BODIES_FULL: &str = "too many bytes of requests are being received";
 
 impl BodyPermit {
     /// Counts `bytes` more.
     ///
     /// # Errors
-    /// 429 when they do not fit.
-    pub fn grow(&mut self, bytes: usize) -> Result<(), ApiError> {
+    /// [`Refused::Bodies`] when they do not fit.
+    pub fn grow(&mut self, bytes: usize) -> Result<(), Refused> {
         self.bytes = self.bytes.saturating_add(bytes);
         let missing = self.bytes.div_ceil(GRAIN).saturating_sub(self.held.num_permits());
         if missing > 0 {
-            self.held.merge(take(&self.source, missing, BODIES_FULL)?);
+            self.held.merge(take(&self.source, missing).ok_or(Refused::Bodies)?);
         }
         Ok(())
     }
 }
 
-fn take(semaphore: &Arc<Semaphore>, count: usize, full: &str) -> Result<OwnedSemaphorePermit, ApiError> {
-    let permit = u32::try_from(count).ok().and_then(|count| Arc::clone(semaphore).try_acquire_many_owned(count).ok());
-    permit.ok_or_else(|| ApiError::new(ErrorCode::QueueFull, format!("{full}; try again later")))
+fn take(semaphore: &Arc<Semaphore>, count: usize) -> Option<OwnedSemaphorePermit> {
+    Arc::clone(semaphore).try_acquire_many_owned(u32::try_from(count).ok()?).ok()
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::{Context, bail};
 use model_core::config::ViTConfig;
 use model_core::engine::bench::{LayerReport, ModelReport, Options, Report, Timing};
 use model_core::kernels::Isa;
@@ -13,11 +14,11 @@ use crate::config::BenchArgs;
 /// Times everything that `args` asks for and prints it.
 ///
 /// # Errors
-/// A sentence that names what cannot be timed.
-pub fn run(args: &BenchArgs) -> Result<ExitCode, String> {
-    let config = ViTConfig::preset(&args.preset).ok_or_else(|| format!("there is no preset `{}`", args.preset))?;
+/// Names what cannot be timed.
+pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+    let config = ViTConfig::preset(&args.preset).with_context(|| format!("there is no preset `{}`", args.preset))?;
     if args.threads == 0 || args.batch == 0 {
-        return Err("--threads and --batch must be at least 1".to_owned());
+        bail!("--threads and --batch must be at least 1");
     }
     let options = Options {
         config,
@@ -26,9 +27,9 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, String> {
         batch: args.batch,
         duration: args.duration,
         dense: !args.no_dense,
-        isa: Isa::from_env().map_err(|error| error.to_string())?,
+        isa: Isa::from_env()?,
     };
-    let reports = model_core::engine::bench::run(&options).map_err(|error| error.to_string())?;
+    let reports = model_core::engine::bench::run(&options)?;
     let mut out = std::io::stdout().lock();
     let printed = if args.json {
         let document = json!({
@@ -43,7 +44,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, String> {
     } else {
         print_text(&mut out, args, &options, &reports)
     };
-    printed.map_err(|error| format!("standard output: {error}"))?;
+    printed.context("standard output")?;
     Ok(ExitCode::SUCCESS)
 }
 

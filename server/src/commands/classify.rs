@@ -3,41 +3,61 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
-use model_core::image::{DecodeLimits, decode};
+use anyhow::{Context, bail};
+use model_core::image::DecodeLimits;
 use serde::Serialize;
+use tokio::time::Instant;
 
+use crate::admission::{Admission, ImageLimits};
+use crate::classify::{Classifier, Image, Prediction, Request, predictions};
+use crate::compute::Pipeline;
+use crate::compute::decode::Decoder;
+use crate::compute::queue::QueueSettings;
 use crate::config::{ClassifyArgs, ModelArgs};
-use crate::http::{Prediction, predictions};
+use crate::keys::Caller;
+use crate::metrics::Metrics;
 use crate::sets::descriptor::{BackboneDescriptor, SetDescriptor};
-use crate::sets::loaded::OfflineModel;
+use crate::sets::loaded::ArtifactSource;
+use crate::sets::registry::{self, Registry};
 use crate::sets::store;
+use crate::statistics::Statistics;
+use crate::threads::{BlockingPool, Priority};
+
+/// Longest time for one file. A file has no client that waits.
+const DAY: Duration = Duration::from_secs(86400);
 
 /// Classifies every file; one that cannot be classified is reported and makes the exit code 1.
 ///
 /// # Errors
-/// A sentence that names what is wrong with the model.
-pub fn run(args: &ClassifyArgs) -> Result<ExitCode, String> {
+/// Names what is wrong with the model.
+pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     let (backbone, set) = find(&args.models, args.set.as_deref())?;
-    let mut model = OfflineModel::load(&backbone, &set)?;
-    let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };
+    let classifier = classifier(args, backbone, set.clone())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let mut out = std::io::stdout().lock();
     let mut exit = ExitCode::SUCCESS;
-    for file in &args.files {
-        match logits(&mut model, file, &limits) {
-            Ok(logits) => print(&mut out, args, &set, &model, file, &logits)
-                .map_err(|error| format!("standard output: {error}"))?,
-            Err(reason) => {
-                eprintln!("butterflyvit: {}: {reason}", file.display());
-                exit = ExitCode::FAILURE;
+    runtime.block_on(async {
+        let lease = classifier.registry.load(&set.name, Some(set.version), DAY).await?;
+        for file in &args.files {
+            match logits(&classifier, &set, file).await {
+                Ok(logits) => {
+                    print(&mut out, args, &set, lease.value.labels(), file, &logits).context("standard output")?;
+                }
+                Err(reason) => {
+                    eprintln!("butterflyvit: {}: {reason}", file.display());
+                    exit = ExitCode::FAILURE;
+                }
             }
         }
-    }
-    Ok(exit)
+        Ok(exit)
+    })
 }
 
 /// The set asked for, or the one a server would use by default; its newest version, with its backbone.
-fn find(models: &ModelArgs, set: Option<&str>) -> Result<(BackboneDescriptor, SetDescriptor), String> {
+fn find(models: &ModelArgs, set: Option<&str>) -> anyhow::Result<(BackboneDescriptor, SetDescriptor)> {
     let mut contents = match &models.model_store {
         Some(root) => store::scan(root)?,
         None => store::embedded()?,
@@ -45,21 +65,59 @@ fn find(models: &ModelArgs, set: Option<&str>) -> Result<(BackboneDescriptor, Se
     contents.sets.sort_by(|a, b| (&a.name, b.version).cmp(&(&b.name, a.version)));
     let wanted = set.or(models.default_set.as_deref());
     let found = contents.sets.into_iter().find(|set| wanted.is_none_or(|wanted| wanted == set.name));
-    let found = found.ok_or_else(|| match (wanted, contents.broken.first()) {
-        (_, Some(broken)) => broken.reason.clone(),
-        (Some(name), None) => format!("there is no expert set `{name}`"),
-        (None, None) => "the model store holds no expert set".to_owned(),
-    })?;
+    let Some(found) = found else {
+        match (wanted, contents.broken.first()) {
+            (_, Some(broken)) => bail!("{}", broken.reason),
+            (Some(name), None) => bail!("there is no expert set `{name}`"),
+            (None, None) => bail!("the model store holds no expert set"),
+        }
+    };
     let backbone = contents.backbones.into_iter().find(|backbone| backbone.digest == found.backbone);
     let backbone = backbone
-        .ok_or_else(|| format!("{}: bound to backbone {}, which is not here", found.location, found.backbone))?;
+        .with_context(|| format!("{}: bound to backbone {}, which is not here", found.location, found.backbone))?;
     Ok((backbone, found))
 }
 
-fn logits(model: &mut OfflineModel, file: &Path, limits: &DecodeLimits) -> Result<Vec<f32>, String> {
-    let bytes = std::fs::read(file).map_err(|error| error.to_string())?;
-    let image = decode(&bytes, &limits.for_side(model.side())).map_err(|error| error.to_string())?;
-    model.logits(&image)
+/// A classifier for one caller and one set, whatever memory it takes.
+fn classifier(args: &ClassifyArgs, backbone: BackboneDescriptor, set: SetDescriptor) -> anyhow::Result<Classifier> {
+    let metrics = Arc::new(Metrics::new(false)?);
+    let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
+    let settings = registry::Settings { budget_bytes: usize::MAX, ..registry::Settings::default() };
+    let loader = BlockingPool::start("load", 1, Priority::Normal)?;
+    let registry = Registry::new(source, settings, loader, metrics.sets.clone())?;
+    registry.register_backbone(backbone);
+    registry.register(set)?;
+    let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };
+    let batching = QueueSettings { max_batch: 1, max_wait: Duration::ZERO, threads: 1 };
+    let images = ImageLimits { images: 1, bytes: usize::MAX, images_per_set: 1, images_when_busy: 1 };
+    let admission = Admission::new(1, 0, images);
+    admission.lifecycle.set_ready();
+    Ok(Classifier {
+        registry,
+        decoder: Decoder::start(1, limits.max_bytes as usize, limits, Arc::clone(&metrics))?,
+        pipeline: Pipeline::start(batching, &metrics)?,
+        admission,
+        metrics,
+        statistics: Statistics::default(),
+        load_wait: DAY,
+    })
+}
+
+/// The logits of a file, or the reason why there are none.
+async fn logits(classifier: &Classifier, set: &SetDescriptor, file: &Path) -> anyhow::Result<Vec<f32>> {
+    let bytes = std::fs::read(file)?;
+    let started = Instant::now();
+    let request = Request {
+        set: set.name.clone(),
+        version: Some(set.version),
+        images: vec![Ok(Image::Encoded(bytes.into()))],
+        routing: false,
+        started,
+        deadline: started + DAY,
+    };
+    let mut entry = classifier.admission.enter(&Caller::default())?;
+    let mut answers = classifier.answer(&mut entry, request).await?;
+    Ok(answers.images.pop().context("the image has no answer")??.logits)
 }
 
 /// A file's line of JSON. Scores have the digits that HTTP answers have, which a detour over `Value` would lengthen.
@@ -78,11 +136,11 @@ fn print(
     out: &mut impl Write,
     args: &ClassifyArgs,
     set: &SetDescriptor,
-    model: &OfflineModel,
+    labels: &[String],
     file: &Path,
     logits: &[f32],
 ) -> std::io::Result<()> {
-    let predictions = predictions(logits, model.labels(), args.top_k);
+    let predictions = predictions(logits, labels, args.top_k);
     if args.json {
         let document = Classified {
             file: &file.display().to_string(),

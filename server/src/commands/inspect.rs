@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use model_core::artifact::{Contents, Header};
 use model_core::footprint::Footprint;
 use serde_json::json;
@@ -13,23 +14,25 @@ use crate::sets::store;
 /// Prints the footprint of a file, or of the embedded artifacts.
 ///
 /// # Errors
-/// A sentence that names file and reason.
-pub fn run(args: &InspectArgs) -> Result<ExitCode, String> {
+/// Names the file.
+pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let artifacts = match &args.file {
         Some(path) => {
-            let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-            vec![(path.display().to_string(), inspect(&bytes).map_err(|error| format!("{}: {error}", path.display()))?)]
+            let name = path.display().to_string();
+            let read = std::fs::read(path).map_err(anyhow::Error::from);
+            let artifact = read.and_then(|bytes| inspect(&bytes)).with_context(|| name.clone())?;
+            vec![(name, artifact)]
         }
         None => store::embedded_bytes()
             .into_iter()
             .map(|(name, bytes)| Ok((format!("embedded {name}"), inspect(bytes)?)))
-            .collect::<Result<_, String>>()?,
+            .collect::<anyhow::Result<_>>()?,
     };
     let mut out = std::io::stdout().lock();
     for (name, artifact) in &artifacts {
         let printed =
             if args.json { print_json(&mut out, name, artifact) } else { print_text(&mut out, name, artifact) };
-        printed.map_err(|error| format!("standard output: {error}"))?;
+        printed.context("standard output")?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -40,13 +43,12 @@ struct Inspected {
 }
 
 /// Reads the whole artifact, so that what is printed is of a file that would load.
-fn inspect(bytes: &[u8]) -> Result<Inspected, String> {
-    let header = Header::from_bytes(bytes).map_err(|error| error.to_string())?;
-    let checked = match header.contents {
-        Contents::Backbone(_) => model_core::artifact::read_backbone(bytes).map(drop),
-        Contents::ExpertSet(_) => model_core::artifact::read_expert_set(bytes).map(drop),
-    };
-    checked.map_err(|error| error.to_string())?;
+fn inspect(bytes: &[u8]) -> anyhow::Result<Inspected> {
+    let header = Header::from_bytes(bytes)?;
+    match header.contents {
+        Contents::Backbone(_) => drop(model_core::artifact::read_backbone(bytes)?),
+        Contents::ExpertSet(_) => drop(model_core::artifact::read_expert_set(bytes)?),
+    }
     let footprint = Footprint::of_artifact(&header.contents, header.file_bytes);
     Ok(Inspected { header, footprint })
 }

@@ -7,9 +7,8 @@ use bytes::Bytes;
 use model_core::image::{DecodeLimits, ImageError, Preprocess, RgbImage, decode_square, probe};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
-use crate::threads::{BlockingPool, Priority};
+use crate::threads::{BlockingPool, Panicked, Priority};
 
 /// Grain of the byte budget: a semaphore counts at most 2^29 permits on 32-bit machines.
 const GRAIN: u64 = 4096;
@@ -22,6 +21,23 @@ pub struct Decoder {
     memory_grains: u32,
     limits: DecodeLimits,
     metrics: Arc<Metrics>,
+}
+
+/// Why there are no pixels.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The image is not one, or is broken or too large.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A bug.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl From<Panicked> for DecodeError {
+    fn from(panicked: Panicked) -> Self {
+        Self::Internal(panicked.to_string())
+    }
 }
 
 /// What one attempt on a decode thread came to.
@@ -55,33 +71,34 @@ impl Decoder {
     /// The model's input `[side, side, 3]`.
     ///
     /// # Errors
-    /// The status table's answer to what is wrong with the bytes.
-    pub async fn pixels(&self, encoded: Bytes, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, ApiError> {
+    /// [`DecodeError::Image`] when something is wrong with the bytes.
+    pub async fn pixels(&self, encoded: Bytes, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, DecodeError> {
         let started = Instant::now();
         let first = self.attempt(encoded.clone(), preprocess.clone(), side, None).await?;
         let result = match first {
             Attempt::Done(result) => result,
             Attempt::NeedsMemory(grains) => {
                 // Waiting is done here, not on a decode thread, so that small images pass large ones.
-                let permit = Arc::clone(&self.memory).acquire_many_owned(grains).await.map_err(ApiError::internal)?;
+                let permit = Arc::clone(&self.memory).acquire_many_owned(grains).await;
+                let permit = permit.map_err(|closed| DecodeError::Internal(closed.to_string()))?;
                 match self.attempt(encoded, preprocess, side, Some(permit)).await? {
                     Attempt::Done(result) => result,
                     Attempt::NeedsMemory(_) => {
-                        return Err(ApiError::internal("decode memory was granted but not used"));
+                        return Err(DecodeError::Internal("decode memory was granted but not used".into()));
                     }
                 }
             }
         };
         self.metrics.decode_duration.observe(started.elapsed().as_secs_f64());
-        result.map_err(|error| image_error(&error))
+        Ok(result?)
     }
 
     /// The model's input from an image that needs no decoding.
     ///
     /// # Errors
-    /// 500 only.
-    pub async fn fit(&self, image: RgbImage, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, ApiError> {
-        self.pool.run(move || preprocess.pixels(&image, side)).await.map_err(ApiError::internal)
+    /// [`DecodeError::Internal`].
+    pub async fn fit(&self, image: RgbImage, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, DecodeError> {
+        Ok(self.pool.run(move || preprocess.pixels(&image, side)).await?)
     }
 
     async fn attempt(
@@ -90,7 +107,7 @@ impl Decoder {
         preprocess: Preprocess,
         side: usize,
         permit: Option<OwnedSemaphorePermit>,
-    ) -> Result<Attempt, ApiError> {
+    ) -> Result<Attempt, DecodeError> {
         let (limits, memory, most) = (self.limits.for_side(side), Arc::clone(&self.memory), self.memory_grains);
         let work = move |gone: &dyn Fn() -> bool| {
             // Headers are read without memory of their own; decoders begin under the permit, and end with the request.
@@ -106,19 +123,6 @@ impl Decoder {
             };
             Attempt::Done(decode_square(&encoded, &limits, gone).map(|image| preprocess.pixels(&image, side)))
         };
-        self.pool.run_watched(work).await.map_err(ApiError::internal)
+        Ok(self.pool.run_watched(work).await?)
     }
-}
-
-/// What an image error means to a client.
-pub fn image_error(error: &ImageError) -> ApiError {
-    let code = match error {
-        ImageError::Empty => ErrorCode::EmptyBody,
-        ImageError::NotAnImage | ImageError::UnsupportedFormat { .. } => ErrorCode::UnsupportedMediaType,
-        ImageError::TooManyPixels { .. } | ImageError::TooMuchMemory { .. } => ErrorCode::ImageTooLarge,
-        // Nobody reads the answer.
-        ImageError::Stopped => ErrorCode::DeadlineExceeded,
-        _ => ErrorCode::UndecodableImage,
-    };
-    ApiError::new(code, error.to_string())
 }

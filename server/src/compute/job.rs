@@ -1,13 +1,13 @@
 //! What goes through the queue: images, and calls for help.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::queue::{Entry, Queue};
 use crate::admission::ImagePermit;
-use crate::sets::loaded::{ArtifactSource, RowOutput, SetLease};
+use crate::sets::loaded::{Answer, ArtifactSource, SetLease};
 use crate::sets::registry::ResidentBackbone;
 
 /// One image on its way through a compute thread.
@@ -22,17 +22,6 @@ pub struct Job {
     pub deadline: Instant,
     /// Its place, held until it is answered or dropped.
     pub permit: ImagePermit,
-}
-
-/// What a compute thread made of an image.
-#[derive(Debug)]
-pub struct Answer {
-    /// Logits and, if wanted, routing.
-    pub output: RowOutput,
-    /// Time spent waiting for a compute thread.
-    pub queued: Duration,
-    /// Time of the forward pass it was part of.
-    pub inference: Duration,
 }
 
 /// The compute thread failed; its log has the cause.

@@ -13,10 +13,11 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use crate::error::{ApiError, ErrorCode};
 use crate::metrics::Metrics;
-pub use job::{Answer, ForwardFailed, Job};
+use crate::sets::loaded::Answer;
+pub use job::{ForwardFailed, Job};
 use job::{JobQueue, QueuedJob};
+pub use queue::Closed;
 use queue::{Queue, QueueSettings};
 
 /// The queue and its compute threads.
@@ -45,8 +46,8 @@ impl Pipeline {
     /// Queues images of one request, all or none, and returns what will receive their answers.
     ///
     /// # Errors
-    /// 503 when the server is shutting down.
-    pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<oneshot::Receiver<Result<Answer, ForwardFailed>>>, ApiError> {
+    /// [`Closed`].
+    pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<oneshot::Receiver<Result<Answer, ForwardFailed>>>, Closed> {
         let enqueued = Instant::now();
         let (entries, receivers): (Vec<_>, Vec<_>) = jobs
             .into_iter()
@@ -55,8 +56,7 @@ impl Pipeline {
                 (QueuedJob { job, enqueued, reply }, receiver)
             })
             .unzip();
-        let closed = |closed| ApiError::new(ErrorCode::Draining, format!("{closed}; try again later"));
-        self.queue.push_all(entries).map_err(closed)?;
+        self.queue.push_all(entries)?;
         Ok(receivers)
     }
 

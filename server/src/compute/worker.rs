@@ -5,10 +5,14 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::job::{Answer, ForwardFailed, HelpWanted, JobQueue, QueuedJob};
+use anyhow::{anyhow, bail};
+
+use super::job::{ForwardFailed, HelpWanted, JobQueue, QueuedJob};
 use super::queue::Work;
 use crate::metrics::Metrics;
-use crate::sets::loaded::{Row, RowOutput};
+use crate::sentence::sentence;
+use crate::sets::loaded::{Answer, Row};
+use crate::statistics::milliseconds;
 
 /// Runs batches, or helps with those of others, until the queue is closed and empty.
 pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
@@ -29,22 +33,24 @@ pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
                 backbone.map(|backbone| queue.call(HelpWanted { thread: index, backbone: Arc::clone(backbone) }));
             run_batch(index, &batch, metrics)
         }));
-        let outputs = batch_result.unwrap_or_else(|_| Err("the forward pass panicked".to_owned()));
+        let outputs = batch_result.unwrap_or_else(|_| Err(anyhow!("the forward pass panicked")));
         match outputs {
-            Ok((outputs, started, inference)) => {
-                for (entry, output) in batch.into_iter().zip(outputs) {
+            Ok((answers, started, inference)) => {
+                for (entry, mut answer) in batch.into_iter().zip(answers) {
                     let QueuedJob { job, enqueued, reply } = entry;
                     job.lease.mark_served();
                     // Its place is free before the client can know.
                     drop(job);
                     let queued = started.saturating_duration_since(enqueued);
                     metrics.queue_duration.observe(queued.as_secs_f64());
+                    answer.timings.queue = milliseconds(queued);
+                    answer.timings.inference = milliseconds(inference);
                     // A client that has gone meanwhile is no error.
-                    let _ = reply.send(Ok(Answer { output, queued, inference }));
+                    let _ = reply.send(Ok(answer));
                 }
             }
             Err(cause) => {
-                tracing::error!(cause, batch_size = batch.len(), "a batch failed");
+                tracing::error!(cause = sentence(&cause), batch_size = batch.len(), "a batch failed");
                 for entry in batch {
                     let _ = entry.reply.send(Err(ForwardFailed));
                 }
@@ -53,10 +59,10 @@ pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
     }
 }
 
-type BatchOutputs = (Vec<RowOutput>, Instant, Duration);
+type BatchOutputs = (Vec<Answer>, Instant, Duration);
 
-fn run_batch(index: usize, batch: &[QueuedJob], metrics: &Metrics) -> Result<BatchOutputs, String> {
-    let Some(first) = batch.first() else { return Err("an empty batch was closed".to_owned()) };
+fn run_batch(index: usize, batch: &[QueuedJob], metrics: &Metrics) -> anyhow::Result<BatchOutputs> {
+    let Some(first) = batch.first() else { bail!("an empty batch was closed") };
     let started = Instant::now();
     let rows: Vec<Row<'_>> = batch
         .iter()

@@ -1,10 +1,17 @@
 //! Who may classify and who may manage.
 
+use std::borrow::Cow;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 
+use super::body;
+use super::error::{ApiError, ErrorCode};
 use super::extract::RequestContext;
-use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
+use crate::admission::Entry;
+use crate::app::{App, AppState};
 use crate::keys::Caller;
 
 /// `Authorization: Bearer KEY` or `X-Api-Key: KEY`.
@@ -21,44 +28,74 @@ fn missing_or_wrong(headers: &HeaderMap) -> ApiError {
     ApiError::new(ErrorCode::Unauthorized, message)
 }
 
-/// Lets classification through: without user keys anyone, with them a user or admin key.
-///
-/// # Errors
-/// 401.
-pub fn require_user(app: &AppState, headers: &HeaderMap) -> Result<Caller, ApiError> {
-    if app.user_keys.is_empty() {
-        return Ok(Caller::default());
-    }
-    let known = presented(headers).and_then(|key| app.user_keys.find(key).or_else(|| app.admin_keys.find(key)));
-    known.map(|key| key.caller.clone()).ok_or_else(|| missing_or_wrong(headers))
+/// The request of someone who may classify: without user keys anyone, with them the holder of a user or admin key. The
+/// request was let in; its body waits to be read.
+#[derive(Debug)]
+pub struct User {
+    /// The request's entry.
+    pub entry: Entry,
+    /// The request's headers.
+    pub headers: HeaderMap,
+    /// The request's body.
+    pub body: Body,
 }
 
-/// Lets management through: with admin keys one of them, without any only the loopback. Returns who it is, for the
-/// log.
-///
-/// # Errors
-/// 401 without a known key, 403 for a user's key, or from afar when no admin key is configured.
-pub fn require_admin<'a>(
-    app: &'a AppState,
-    context: &RequestContext,
-    headers: &HeaderMap,
-) -> Result<&'a str, ApiError> {
-    if app.admin_keys.is_empty() {
-        return if context.from_loopback {
-            Ok("loopback")
-        } else {
-            let message = "no admin key is configured, so management is possible from this machine only";
-            Err(ApiError::new(ErrorCode::Forbidden, message))
-        };
-    }
-    let key = presented(headers);
-    if let Some(admin) = key.and_then(|key| app.admin_keys.find(key)) {
-        return Ok(&admin.name);
-    }
-    match key {
-        Some(key) if app.user_keys.find(key).is_some() => {
-            Err(ApiError::new(ErrorCode::Forbidden, "this key may classify, not manage"))
+impl User {
+    fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        if app.user_keys.is_empty() {
+            return Ok(Caller::default());
         }
-        _ => Err(missing_or_wrong(headers)),
+        let known = presented(headers).and_then(|key| app.user_keys.find(key).or_else(|| app.admin_keys.find(key)));
+        known.map(|key| key.caller.clone()).ok_or_else(|| missing_or_wrong(headers))
+    }
+}
+
+impl FromRequest<AppState> for User {
+    type Rejection = ApiError;
+
+    /// 401 without a known key; 429 and 503 when the request is not let in, after its body was read away.
+    async fn from_request(request: Request, app: &AppState) -> Result<Self, ApiError> {
+        let (Parts { headers, .. }, body) = request.into_parts();
+        match app.classifier.admission.enter(&Self::caller(app, &headers)?) {
+            Ok(entry) => Ok(Self { entry, headers, body }),
+            Err(refused) => {
+                body::linger(body).await;
+                Err(refused.into())
+            }
+        }
+    }
+}
+
+/// Someone who may manage: with admin keys the holder of one, without any whoever is on this machine.
+#[derive(Debug)]
+pub struct Admin(
+    /// Who it is, for the log.
+    pub Cow<'static, str>,
+);
+
+impl FromRequestParts<AppState> for Admin {
+    type Rejection = ApiError;
+
+    /// 401 without a known key; 403 for a user's key, or from afar when no admin key is configured.
+    async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, ApiError> {
+        let context = RequestContext::from_request_parts(parts, app).await?;
+        if app.admin_keys.is_empty() {
+            return if context.from_loopback {
+                Ok(Self("loopback".into()))
+            } else {
+                let message = "no admin key is configured, so management is possible from this machine only";
+                Err(ApiError::new(ErrorCode::Forbidden, message))
+            };
+        }
+        let key = presented(&parts.headers);
+        if let Some(admin) = key.and_then(|key| app.admin_keys.find(key)) {
+            return Ok(Self(admin.name.clone().into()));
+        }
+        match key {
+            Some(key) if app.user_keys.find(key).is_some() => {
+                Err(ApiError::new(ErrorCode::Forbidden, "this key may classify, not manage"))
+            }
+            _ => Err(missing_or_wrong(&parts.headers)),
+        }
     }
 }

@@ -9,9 +9,9 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use tokio::time::Instant;
 
+use super::error::{ApiError, ErrorCode};
 use crate::admission::BodyPermit;
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
 
 /// How long and how much of a refused body is read away before the answer. A client that is still sending when the
 /// connection closes may never see the answer.
@@ -67,7 +67,7 @@ async fn receive_limited(
         return Err(too_large(limit));
     }
     let deadline = deadline.min(Instant::now() + app.limits.body_timeout);
-    let mut permit = app.admission.body()?;
+    let mut permit = app.classifier.admission.body()?;
     let mut received = BytesMut::new();
     loop {
         let frame = tokio::time::timeout_at(deadline, body.frame())
@@ -86,7 +86,7 @@ async fn receive_limited(
     if encoding == Encoding::Identity || bytes.is_empty() {
         return Ok(Received { bytes, _permit: permit });
     }
-    app.decompression.run(move || decompress(encoding, &bytes, limit, permit)).await.map_err(ApiError::internal)?
+    app.decompression.run(move || decompress(encoding, &bytes, limit, permit)).await?
 }
 
 fn too_large(limit: usize) -> ApiError {

@@ -4,9 +4,9 @@ use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::error::{ApiError, ErrorCode};
 use super::extract::ApiPath;
 use super::openapi::{Api, Method, Operation, Shape};
-use crate::error::{ApiError, ErrorCode};
 
 /// What a page may do: run scripts, use styles, show images and talk, all with this server only. Nothing inline, so
 /// that markup that slipped into a page would stay without effect; no way to make markup out of strings at all.

@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn the_guide_names_every_code_beside_its_status() {
-        for code in crate::error::ErrorCode::ALL {
+        for code in crate::http::error::ErrorCode::ALL {
             let row =
                 GUIDE.lines().find(|line| line.starts_with('|') && line.contains(&format!("`{}`", code.as_str())));
             assert!(row.is_some_and(|row| row.contains(code.status().as_str())), "{code:?}: {row:?}");

@@ -1,11 +1,10 @@
 //! Extractors whose refusals follow the status table instead of axum's plain text.
 
-use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{FromRequestParts, Path, Query};
 use axum::http::request::Parts;
 use tokio::time::Instant;
 
-use crate::error::{ApiError, ErrorCode};
+use super::error::ApiError;
 
 /// A path parameter.
 #[derive(Debug)]
@@ -15,10 +14,8 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned + Send> FromRequestParts<S> 
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let path = Path::from_request_parts(parts, state).await;
-        // A path that does not parse names nothing that exists.
-        path.map(|Path(value)| Self(value))
-            .map_err(|error: PathRejection| ApiError::new(ErrorCode::RouteNotFound, error.body_text()))
+        let Path(value) = Path::from_request_parts(parts, state).await?;
+        Ok(Self(value))
     }
 }
 
@@ -30,10 +27,8 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Api
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let query = Query::from_request_parts(parts, state).await;
-        query
-            .map(|Query(value)| Self(value))
-            .map_err(|error: QueryRejection| ApiError::invalid(format!("query parameters: {}", error.body_text())))
+        let Query(value) = Query::from_request_parts(parts, state).await?;
+        Ok(Self(value))
     }
 }
 

@@ -8,9 +8,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::error::ApiError;
 use super::openapi::{Api, LIFECYCLE_ERRORS, Method, Operation, Shape};
 use crate::app::AppState;
-use crate::error::ApiError;
+use crate::classify::Classifier;
 
 /// The routes of this resource.
 pub fn routes(api: Api) -> Api {
@@ -61,7 +62,7 @@ impl Ready {
 }
 
 async fn ready(State(app): State<AppState>) -> Result<Json<Ready>, ApiError> {
-    app.lifecycle.check()?;
+    app.classifier.admission.lifecycle.check()?;
     Ok(Json(Ready::YES))
 }
 
@@ -118,10 +119,11 @@ fn example() -> Value {
 
 /// For people: one look at what is running.
 async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
-    app.lifecycle.check()?;
-    let (totals, budget, (images, bytes)) = (app.registry.totals(), app.registry.budget(), app.admission.images.held());
+    let Classifier { registry, admission, .. } = &app.classifier;
+    admission.lifecycle.check()?;
+    let (totals, budget, (images, bytes)) = (registry.totals(), registry.budget(), admission.images_held());
     Ok(Json(Health {
-        status: app.lifecycle.as_str(),
+        status: admission.lifecycle.as_str(),
         version: env!("CARGO_PKG_VERSION"),
         uptime_seconds: app.started.elapsed().as_secs(),
         default_set: app.default_set().to_owned(),
@@ -138,7 +140,7 @@ async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
 
 async fn metrics(State(app): State<AppState>) -> Result<Response, ApiError> {
     app.refresh_metrics();
-    let text = app.metrics.encode().map_err(ApiError::internal)?;
+    let text = app.classifier.metrics.encode().map_err(ApiError::internal)?;
     let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
 }

@@ -1,20 +1,19 @@
 //! `POST /hf/{set}`: the answer of Hugging Face's image-classification task, a bare list, for clients written for it.
 
 use axum::Json;
-use axum::body::Body;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use super::classify::{
-    DEFAULT_TOP_K, Image, ImageAnswer, ImageRequest, Prediction, admit, answer_images, image_bodies, predictions,
-};
+use super::auth::User;
+use super::classify::{DEFAULT_TOP_K, image_bodies};
+use super::error::ApiError;
 use super::extract::{ApiPath, RequestContext};
 use super::openapi::{Api, Method, Operation, Shape};
 use super::{body, input};
 use crate::app::AppState;
-use crate::error::ApiError;
+use crate::classify::{Prediction, Request, predictions};
+use crate::sets::loaded::Answer;
 
 /// The routes of this resource.
 pub fn routes(api: Api) -> Api {
@@ -38,25 +37,23 @@ async fn classify(
     State(app): State<AppState>,
     context: RequestContext,
     set: ApiPath<String>,
-    headers: HeaderMap,
-    body: Body,
+    user: User,
 ) -> Result<Response, ApiError> {
-    let (admitted, body) = admit(&app, &headers, body).await?;
+    let User { mut entry, headers, body } = user;
     let received = body::receive(&app, &headers, body, context.deadline).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
-    let request = ImageRequest {
-        set: Some(set.0),
+    let request = Request {
+        set: set.0,
         version: None,
-        images: input.images.into_iter().map(|image| image.map(Image::Encoded)).collect(),
+        images: input.images,
         routing: false,
         started: context.started,
         deadline: context.deadline,
-        caller: admitted.caller.clone(),
     };
-    let answers = answer_images(&app, request).await?;
+    let answers = app.classifier.answer(&mut entry, request).await?;
     let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);
     let labels = answers.lease.value.labels();
-    let list = |answer: ImageAnswer| predictions(&answer.logits, labels, top_k);
+    let list = |answer: Answer| predictions(&answer.logits, labels, top_k);
     // The schema has no place for one image's error among other images' answers.
     let lists: Vec<Vec<Prediction>> =
         answers.images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;

@@ -9,14 +9,16 @@ use axum::http::{HeaderMap, header};
 use base64::Engine;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
+use model_core::image::ImageError;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde_json::{Value, json};
 use utoipa::openapi::{ArrayBuilder, ObjectBuilder, OneOfBuilder, RefOr, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::error::{ApiError, ErrorCode};
 use super::json::{Count, Object};
-use crate::error::{ApiError, ErrorCode};
+use crate::classify::{self, Image};
 
 /// Padding is optional: some encoders leave it out.
 const STANDARD: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::STANDARD, LENIENT);
@@ -27,8 +29,8 @@ const LENIENT: GeneralPurposeConfig =
 /// What a request asks for, whatever its form.
 #[derive(Debug, Default)]
 pub struct ClassifyInput {
-    /// Encoded images in request order; what is wrong with one stands in its place.
-    pub images: Vec<Result<Bytes, ApiError>>,
+    /// Images in request order; an error stands in the place of one that cannot be read.
+    pub images: Vec<Result<Image, classify::Error>>,
     /// Whether the answer is a list.
     pub is_batch: bool,
     /// Expert set named in the body.
@@ -54,7 +56,9 @@ pub async fn parse(headers: &HeaderMap, body: Bytes, max_images: usize) -> Resul
                  or `--data-binary @FILE` (`-d` changes it), or a form by `-F image=@FILE`",
             ));
         }
-        Form::Raw | Form::UrlEncoded => ClassifyInput { images: vec![Ok(body)], ..ClassifyInput::default() },
+        Form::Raw | Form::UrlEncoded => {
+            ClassifyInput { images: vec![Ok(Image::Encoded(body))], ..ClassifyInput::default() }
+        }
         Form::Json => parse_json(&body, max_images)?,
         Form::Multipart => parse_multipart(headers, body, max_images).await?,
     };
@@ -208,7 +212,7 @@ fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError>
         return Err(bad_top_k());
     }
     Ok(ClassifyInput {
-        images: request.inputs.items.iter().map(|text| decode_base64(text)).collect(),
+        images: request.inputs.items.iter().map(|text| decode_base64(text).map(Image::Encoded)).collect(),
         is_batch: request.inputs.is_list,
         set: request.model,
         top_k,
@@ -216,23 +220,21 @@ fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError>
 }
 
 /// Base64, plain or as a `data:` URL, standard or URL-safe alphabet, line breaks allowed.
-pub fn decode_base64(text: &str) -> Result<Bytes, ApiError> {
+fn decode_base64(text: &str) -> Result<Bytes, classify::Error> {
     let text = text.trim();
     let encoded = match text.get(..5).filter(|scheme| scheme.eq_ignore_ascii_case("data:")) {
         None => text,
         Some(_) => match text.split_once(',') {
             Some((media, data)) if media.to_ascii_lowercase().ends_with(";base64") => data,
-            _ => return Err(ApiError::invalid("a data: URL must be `data:<type>;base64,<data>`")),
+            _ => return Err(classify::Error::Form("a data: URL must be `data:<type>;base64,<data>`".into())),
         },
     };
     let without_breaks: Vec<u8> = encoded.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
     let engine = if without_breaks.iter().any(|byte| b"-_".contains(byte)) { &URL_SAFE } else { &STANDARD };
-    let bytes =
-        engine.decode(without_breaks).map_err(|error| ApiError::invalid(format!("the base64 is broken: {error}")))?;
-    if bytes.is_empty() {
-        return Err(ApiError::new(ErrorCode::EmptyBody, "the image is empty"));
-    }
-    Ok(bytes.into())
+    let bytes = engine
+        .decode(without_breaks)
+        .map_err(|error| classify::Error::Form(format!("the base64 is broken: {error}")))?;
+    if bytes.is_empty() { Err(ImageError::Empty.into()) } else { Ok(bytes.into()) }
 }
 
 async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) -> Result<ClassifyInput, ApiError> {
@@ -257,9 +259,9 @@ async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) ->
         } else if input.images.len() == max_images {
             return Err(too_many(max_images));
         } else if bytes.is_empty() {
-            input.images.push(Err(ApiError::new(ErrorCode::EmptyBody, "the image is empty")));
+            input.images.push(Err(ImageError::Empty.into()));
         } else {
-            input.images.push(Ok(bytes));
+            input.images.push(Ok(Image::Encoded(bytes)));
         }
     }
     input.is_batch = input.images.len() > 1;
@@ -292,6 +294,15 @@ mod tests {
         content_type.map(|value| (header::CONTENT_TYPE, HeaderValue::from_static(value))).into_iter().collect()
     }
 
+    /// The images' files, or what a client is told in their place.
+    fn files(images: Vec<Result<Image, classify::Error>>) -> Vec<Result<Bytes, ErrorCode>> {
+        let file = |image| match image {
+            Image::Encoded(file) => file,
+            other => panic!("{other:?}"),
+        };
+        images.into_iter().map(|image| image.map(file).map_err(|error| ApiError::from(error).code())).collect()
+    }
+
     async fn parse_as(content_type: Option<&'static str>, body: &[u8]) -> Result<ClassifyInput, ApiError> {
         parse(&headers(content_type), Bytes::copy_from_slice(body), 3).await
     }
@@ -309,7 +320,7 @@ mod tests {
             Some("application/x-www-form-urlencoded"),
         ] {
             let input = parse_as(content_type, b"bytes\0").await.unwrap();
-            assert_eq!(input.images, [Ok(Bytes::from_static(b"bytes\0"))], "{content_type:?}");
+            assert_eq!(files(input.images), [Ok(Bytes::from_static(b"bytes\0"))], "{content_type:?}");
             assert!(!input.is_batch);
         }
         let form = parse_as(Some("application/x-www-form-urlencoded"), b"image=@cat.jpg").await.unwrap_err();
@@ -325,14 +336,14 @@ mod tests {
     async fn json_comes_single_and_as_a_list() {
         let json = Some("application/json; charset=utf-8");
         let single = parse_as(json, br#"{"inputs":"aGk=","parameters":{"top_k":2},"model":"s"}"#).await.unwrap();
-        assert_eq!(single.images, [Ok(Bytes::from_static(b"hi"))]);
+        assert_eq!(files(single.images), [Ok(Bytes::from_static(b"hi"))]);
         assert_eq!((single.top_k, single.set.as_deref(), single.is_batch), (Some(2), Some("s"), false));
 
         let list = br#"{"inputs":["data:image/png;base64,aGk","aG\nk=","%"],"parameters":null,"extra":[1,{}]}"#;
         let list = parse_as(json, list).await.unwrap();
         assert!(list.is_batch);
-        assert_eq!(list.images[..2], [Ok(Bytes::from_static(b"hi")), Ok(Bytes::from_static(b"hi"))]);
-        assert_eq!(list.images[2].as_ref().unwrap_err().code(), ErrorCode::InvalidRequest);
+        let hi = || Ok(Bytes::from_static(b"hi"));
+        assert_eq!(files(list.images), [hi(), hi(), Err(ErrorCode::InvalidRequest)]);
     }
 
     #[tokio::test]
@@ -367,7 +378,7 @@ mod tests {
             + &part("name=\"whatever\"", "two")
             + "--b--\r\n";
         let input = parse_as(Some("multipart/form-data; boundary=b"), body.as_bytes()).await.unwrap();
-        assert_eq!(input.images, [Ok(Bytes::from_static(b"one")), Ok(Bytes::from_static(b"two"))]);
+        assert_eq!(files(input.images), [Ok(Bytes::from_static(b"one")), Ok(Bytes::from_static(b"two"))]);
         assert_eq!((input.top_k, input.set.as_deref(), input.is_batch), (Some(3), Some("flowers"), true));
 
         let too_many = part("name=\"f\"; filename=\"x\"", "x").repeat(4) + "--b--\r\n";

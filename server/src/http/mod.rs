@@ -5,6 +5,7 @@ pub mod body;
 pub mod classify;
 pub mod console;
 pub mod docs;
+pub mod error;
 pub mod extract;
 pub mod health;
 pub mod hf;
@@ -21,13 +22,13 @@ use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use classify::{Prediction, predictions};
+use error::{ApiError, ErrorCode};
 pub use extract::RequestContext;
 pub use observe::PeerAddress;
 use openapi::Api;
 
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
+use crate::metrics::Metrics;
 
 /// Every route with its description.
 fn api() -> Api {
@@ -44,9 +45,10 @@ fn api() -> Api {
     resources.into_iter().fold(Api::default(), |api, routes| routes(api))
 }
 
-/// Every route, as it appears in metrics.
-pub fn routes() -> Vec<&'static str> {
-    api().paths().to_vec()
+/// Makes the series of every route and every error code exist.
+pub fn declare(metrics: &Metrics) {
+    api().paths().iter().for_each(|path| metrics.declare_route(path));
+    ErrorCode::ALL.iter().for_each(|code| metrics.declare_failure(code.as_str()));
 }
 
 /// Every route with what surrounds it.

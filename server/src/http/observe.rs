@@ -9,9 +9,9 @@ use axum::middleware::Next;
 use axum::response::Response;
 use tokio::time::Instant;
 
+use super::error::Failure;
 use super::extract::RequestContext;
 use crate::app::AppState;
-use crate::error::Failure;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id taken from a client.
@@ -53,7 +53,7 @@ pub async fn observe(State(app): State<AppState>, mut request: Request, next: Ne
     let method = request.method().clone();
     let matched = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
 
-    let in_flight = InFlight::new(&app.metrics.requests_in_flight);
+    let in_flight = InFlight::new(&app.classifier.metrics.requests_in_flight);
     let mut response = next.run(request).await;
     drop(in_flight);
 
@@ -93,14 +93,14 @@ fn request_id(request: &Request) -> HeaderValue {
 
 fn record(app: &AppState, method: &Method, route: &str, id: &HeaderValue, response: &Response, started: Instant) {
     let (status, elapsed) = (response.status(), started.elapsed());
-    app.metrics.http_requests.with_label_values(&[route, status.as_str()]).inc();
-    app.metrics.request_duration.with_label_values(&[route]).observe(elapsed.as_secs_f64());
+    app.classifier.metrics.http_requests.with_label_values(&[route, status.as_str()]).inc();
+    app.classifier.metrics.request_duration.with_label_values(&[route]).observe(elapsed.as_secs_f64());
     let id = id.to_str().unwrap_or_default();
     let (status, duration_ms) = (status.as_u16(), elapsed.as_secs_f64() * 1e3);
     match response.extensions().get::<Failure>() {
         None => tracing::debug!(request.id = id, %method, route, status, duration_ms, "request answered"),
         Some(Failure { code, message }) => {
-            app.metrics.request_failures.with_label_values(&[code.as_str()]).inc();
+            app.classifier.metrics.request_failures.with_label_values(&[code.as_str()]).inc();
             let (code, error) = (code.as_str(), message.as_str());
             if status >= 500 {
                 tracing::warn!(request.id = id, %method, route, status, duration_ms, code, error, "request failed");

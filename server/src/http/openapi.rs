@@ -16,8 +16,8 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 use utoipa::openapi::{RefOr, Schema};
 
+use super::error::{ApiError, ErrorBody, ErrorCode};
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorBody, ErrorCode};
 
 /// Errors of a body that is read whole.
 pub const BODY_ERRORS: [ErrorCode; 5] = [

@@ -9,19 +9,20 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
+use model_core::artifact::store_layout;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
-use super::extract::{ApiPath, RequestContext};
+use super::auth::Admin;
+use super::body;
+use super::error::{ApiError, ErrorCode};
+use super::extract::ApiPath;
 use super::openapi::{Api, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
-use super::{auth, body};
-use model_core::artifact::store_layout;
-
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
-use crate::sets::catalog;
+use crate::keys::Caller;
+use crate::sets::catalog::{self, CatalogError};
 use crate::sets::registry::{Kind, SetState, SetStatus};
 use crate::sets::upload::Upload;
 
@@ -236,7 +237,7 @@ struct MemoryView {
 }
 
 async fn list(State(app): State<AppState>) -> Json<Listing> {
-    let budget = app.registry.budget();
+    let budget = app.classifier.registry.budget();
     let kinds = Kind::ALL.map(|kind| (kind.as_str(), budget.used(kind)));
     let broken = app.catalog.broken();
     let broken = broken.iter().map(|broken| {
@@ -246,7 +247,7 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
     });
     Json(Listing {
         default: app.default_set().to_owned(),
-        sets: app.registry.list().into_iter().map(SetView::from).collect(),
+        sets: app.classifier.registry.list().into_iter().map(SetView::from).collect(),
         broken: broken.collect(),
         memory: MemoryView { budget_bytes: budget.limit(), accounted_bytes: budget.total(), kinds: kinds.into() },
     })
@@ -258,26 +259,26 @@ async fn show(State(app): State<AppState>, name: ApiPath<String>) -> Result<Json
 
 /// Every version of one set.
 fn views(app: &AppState, name: &str) -> Result<Json<Vec<SetView>>, ApiError> {
-    Ok(Json(app.registry.status(name)?.into_iter().map(SetView::from).collect()))
+    Ok(Json(app.classifier.registry.status(name)?.into_iter().map(SetView::from).collect()))
 }
 
 /// Takes an expert set as `curl -T` sends it. When it replaces what is in memory it is loaded before the answer, so
 /// that every request after the answer gets the new one; should that fail, the answer says why and the old one stays.
 async fn upload(
     State(app): State<AppState>,
-    context: RequestContext,
     path: ApiPath<(String, String)>,
+    admin: Result<Admin, ApiError>,
     headers: HeaderMap,
     mut body: Body,
 ) -> Result<Response, ApiError> {
     let (name, version) = path.0;
     let checked = async {
-        let by = auth::require_admin(&app, &context, &headers)?;
-        let _admitted = app.admit()?;
+        let Admin(by) = admin?;
+        let _entry = app.classifier.admission.enter(&Caller::default())?;
         let version = checked_version(&name, &version)?;
         let upload = receive(&app, &headers, &mut body).await?;
         let is_new = app.catalog.publish(upload, &name, version).await?;
-        tracing::info!(by, set.name = name, set.version = version, "expert set uploaded");
+        tracing::info!(by = &*by, set.name = name, set.version = version, "expert set uploaded");
         Ok((version, is_new))
     };
     let (version, is_new) = match checked.await {
@@ -287,11 +288,11 @@ async fn upload(
             return Err(error);
         }
     };
-    if catalog::replaces_resident(&app.registry, &name, version) {
+    if catalog::replaces_resident(&app.classifier.registry, &name, version) {
         // The outcome is in the registry, and so in the answer.
-        let _ = app.registry.load(&name, Some(version), app.limits.load_wait).await;
+        let _ = app.classifier.registry.load(&name, Some(version), app.classifier.load_wait).await;
     }
-    let status = app.registry.status(&name)?.into_iter().find(|status| status.descriptor.version == version);
+    let status = app.classifier.registry.status(&name)?.into_iter().find(|status| status.descriptor.version == version);
     let view = SetView::from(status.ok_or_else(|| set_vanished(&name))?);
     let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(view)).into_response())
@@ -338,7 +339,7 @@ async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result
         if received > limit {
             return too_large();
         }
-        upload.write(&data).await.map_err(catalog::store_error)?;
+        upload.write(&data).await.map_err(CatalogError::from)?;
     }
     if received == 0 {
         return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an expert set"));
@@ -355,28 +356,24 @@ struct Deleted {
 
 async fn delete_set(
     State(app): State<AppState>,
-    context: RequestContext,
     name: ApiPath<String>,
-    headers: HeaderMap,
+    Admin(by): Admin,
 ) -> Result<Json<Deleted>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
-    delete(&app, by, &name.0, None).await
+    delete(&app, &by, &name.0, None).await
 }
 
 async fn delete_version(
     State(app): State<AppState>,
-    context: RequestContext,
     path: ApiPath<(String, String)>,
-    headers: HeaderMap,
+    Admin(by): Admin,
 ) -> Result<Json<Deleted>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
     let (name, version) = path.0;
     let version = checked_version(&name, &version)?;
-    delete(&app, by, &name, Some(version)).await
+    delete(&app, &by, &name, Some(version)).await
 }
 
 async fn delete(app: &AppState, by: &str, name: &str, version: Option<u64>) -> Result<Json<Deleted>, ApiError> {
-    let known = app.registry.status(name)?;
+    let known = app.classifier.registry.status(name)?;
     let is_last = known.iter().all(|status| version.is_none_or(|version| status.descriptor.version == version));
     if is_last && name == app.default_set() {
         let message = format!("expert set `{name}` answers requests that name none, so its last version stays");
@@ -389,47 +386,39 @@ async fn delete(app: &AppState, by: &str, name: &str, version: Option<u64>) -> R
 
 async fn load(
     State(app): State<AppState>,
-    context: RequestContext,
     name: ApiPath<String>,
-    headers: HeaderMap,
+    Admin(by): Admin,
 ) -> Result<Json<Vec<SetView>>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
-    load_set(&app, by, &name.0).await?;
+    load_set(&app, &by, &name.0).await?;
     views(&app, &name.0)
 }
 
 async fn unload(
     State(app): State<AppState>,
-    context: RequestContext,
     name: ApiPath<String>,
-    headers: HeaderMap,
+    Admin(by): Admin,
 ) -> Result<Json<Vec<SetView>>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
-    unload_set(&app, by, &name.0)?;
+    unload_set(&app, &by, &name.0)?;
     views(&app, &name.0)
 }
 
 async fn pin(
     State(app): State<AppState>,
-    context: RequestContext,
     name: ApiPath<String>,
-    headers: HeaderMap,
+    Admin(by): Admin,
 ) -> Result<Json<Vec<SetView>>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
-    app.registry.pin(&name.0, app.limits.load_wait).await?;
-    tracing::info!(by, set.name = name.0, "expert set pinned");
+    app.classifier.registry.pin(&name.0, app.classifier.load_wait).await?;
+    tracing::info!(by = &*by, set.name = name.0, "expert set pinned");
     views(&app, &name.0)
 }
 
 async fn unpin(
     State(app): State<AppState>,
-    context: RequestContext,
     name: ApiPath<String>,
-    headers: HeaderMap,
+    Admin(by): Admin,
 ) -> Result<Json<Vec<SetView>>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
-    app.registry.unpin(&name.0)?;
-    tracing::info!(by, set.name = name.0, "expert set unpinned");
+    app.classifier.registry.unpin(&name.0)?;
+    tracing::info!(by = &*by, set.name = name.0, "expert set unpinned");
     views(&app, &name.0)
 }
 
@@ -439,7 +428,7 @@ async fn unpin(
 /// Those of the registry; what was resident stays.
 pub async fn load_set(app: &AppState, by: &str, name: &str) -> Result<(), ApiError> {
     app.catalog.refresh(name).await?;
-    let lease = app.registry.load(name, None, app.limits.load_wait).await?;
+    let lease = app.classifier.registry.load(name, None, app.classifier.load_wait).await?;
     tracing::info!(by, set.generation = lease.descriptor.generation(), "expert set loaded");
     Ok(())
 }
@@ -449,7 +438,7 @@ pub async fn load_set(app: &AppState, by: &str, name: &str) -> Result<(), ApiErr
 /// # Errors
 /// 404; 409 when it is pinned.
 pub fn unload_set(app: &AppState, by: &str, name: &str) -> Result<(), ApiError> {
-    app.registry.unload(name)?;
+    app.classifier.registry.unload(name)?;
     tracing::info!(by, set.name = name, "expert set unloaded");
     Ok(())
 }

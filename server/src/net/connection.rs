@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
+use crate::http::error::{ApiError, ErrorCode};
 use crate::http::{PeerAddress, build_router};
 use crate::net::tls::Tls;
 
@@ -74,7 +74,7 @@ pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSet
         };
         if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
             let connection = serve_connection(stream, peer, router.clone(), settings.clone(), shutdown.clone());
-            let open = app.metrics.connections_open.clone();
+            let open = app.classifier.metrics.connections_open.clone();
             open.inc();
             connections.spawn(async move {
                 connection.await;
@@ -83,7 +83,7 @@ pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSet
             });
         } else {
             let error = ApiError::new(ErrorCode::TooManyConnections, "too many connections are open; try again later");
-            app.metrics.request_failures.with_label_values(&[error.code().as_str()]).inc();
+            app.classifier.metrics.request_failures.with_label_values(&[error.code().as_str()]).inc();
             // Over TLS saying so would take a handshake, which is the work to be saved.
             if let Ok(slot) = Arc::clone(&refusals).try_acquire_owned()
                 && settings.tls.is_none()
@@ -95,14 +95,14 @@ pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSet
             }
         }
     }
-    app.lifecycle.set_draining();
+    app.classifier.admission.lifecycle.set_draining();
     drop(listener);
     connections.close();
     tracing::info!(connections = connections.len(), "draining");
     if tokio::time::timeout(settings.drain_timeout, connections.wait()).await.is_err() {
         tracing::warn!(connections = connections.len(), "the drain timeout passed; connections are cut");
     }
-    let drained = tokio::task::spawn_blocking(move || app.pipeline.drain());
+    let drained = tokio::task::spawn_blocking(move || app.classifier.pipeline.drain());
     if tokio::time::timeout(settings.drain_timeout, drained).await.is_err() {
         tracing::warn!("the drain timeout passed; queued images are dropped");
     }

@@ -4,12 +4,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use anyhow::{Context, bail};
 use sha2::{Digest as _, Sha256};
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_util::sync::CancellationToken;
+
+use crate::sentence::sentence;
 
 /// The certificate that new connections get; clones share it.
 #[derive(Clone)]
@@ -24,8 +27,8 @@ impl Tls {
     /// Reads certificate chain and key, both in PEM.
     ///
     /// # Errors
-    /// A sentence that names file and reason, never the key.
-    pub fn load(certificate: PathBuf, key: PathBuf) -> Result<Self, String> {
+    /// Names the file, never the key.
+    pub fn load(certificate: PathBuf, key: PathBuf) -> anyhow::Result<Self> {
         let files = Arc::new(Files { certificate, key });
         let (digest, config) = files.read()?;
         Ok(Self { files, digest, current: Arc::new(RwLock::new(Arc::new(config?))) })
@@ -46,8 +49,8 @@ impl Tls {
                 () = stop.cancelled() => return,
             }
             let files = Arc::clone(&self.files);
-            let read = tokio::task::spawn_blocking(move || files.read()).await.map_err(|error| error.to_string());
-            match read.flatten() {
+            let read = tokio::task::spawn_blocking(move || files.read()).await.map_err(anyhow::Error::from);
+            match read.flatten().map_err(|error| sentence(&error)) {
                 Ok((digest, _)) if digest == seen => readable = true,
                 Ok((digest, config)) => {
                     (seen, readable) = (digest, true);
@@ -56,7 +59,10 @@ impl Tls {
                             *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
                             tracing::info!("the certificate has changed; new connections get the new one");
                         }
-                        Err(error) => tracing::warn!(error, "the new certificate cannot be used; the old one stays"),
+                        Err(error) => tracing::warn!(
+                            error = sentence(&error),
+                            "the new certificate cannot be used; the old one stays"
+                        ),
                     }
                 }
                 Err(error) if readable => {
@@ -77,29 +83,27 @@ struct Files {
 impl Files {
     /// A digest of what the files hold (their times say little: a Kubernetes secret changes behind a link), and what
     /// can be made of it.
-    fn read(&self) -> Result<([u8; 32], Result<ServerConfig, String>), String> {
-        let read = |path: &PathBuf| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
+    fn read(&self) -> anyhow::Result<([u8; 32], anyhow::Result<ServerConfig>)> {
+        let read = |path: &PathBuf| std::fs::read(path).with_context(|| path.display().to_string());
         let (certificate, key) = (read(&self.certificate)?, read(&self.key)?);
         let digest = Sha256::new().chain_update(&certificate).chain_update([0]).chain_update(&key).finalize().into();
         Ok((digest, self.config(&certificate, &key)))
     }
 
-    fn config(&self, certificate: &[u8], key: &[u8]) -> Result<ServerConfig, String> {
-        let in_certificate = |error: &dyn std::fmt::Display| format!("{}: {error}", self.certificate.display());
-        let in_key = |error: &dyn std::fmt::Display| format!("{}: {error}", self.key.display());
-        let chain: Vec<_> = CertificateDer::pem_slice_iter(certificate)
-            .collect::<Result<_, _>>()
-            .map_err(|error| in_certificate(&error))?;
+    fn config(&self, certificate: &[u8], key: &[u8]) -> anyhow::Result<ServerConfig> {
+        let in_certificate = || self.certificate.display().to_string();
+        let in_key = || self.key.display().to_string();
+        let chain: Vec<_> =
+            CertificateDer::pem_slice_iter(certificate).collect::<Result<_, _>>().with_context(in_certificate)?;
         if chain.is_empty() {
-            return Err(in_certificate(&"no certificate in PEM format"));
+            bail!("{}: no certificate in PEM format", self.certificate.display());
         }
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| in_key(&error))?;
+        let key = PrivateKeyDer::from_pem_slice(key).with_context(in_key)?;
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map_err(|error| error.to_string())?
+            .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(chain, key)
-            .map_err(|error| in_key(&error))?;
+            .with_context(in_key)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(config)
     }

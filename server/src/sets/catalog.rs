@@ -10,16 +10,61 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context;
 use model_core::artifact::store_layout;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{ApiError, ErrorCode};
+use crate::sentence::sentence;
 use crate::sets::descriptor::{Location, SetDescriptor, check_set, describe_set};
 use crate::sets::loaded::SetRegistry;
 use crate::sets::registry::{SetError, SetState};
 use crate::sets::store::{self, Broken, Contents};
 use crate::sets::upload::{self, Upload};
-use crate::threads::{BlockingPool, Priority};
+use crate::threads::{BlockingPool, Panicked, Priority};
+
+/// Why the store was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// There is no store.
+    #[error("this server runs its embedded model; start it with --model-store to change expert sets")]
+    Embedded,
+    /// The store may not be written to.
+    #[error("the model store is read-only for this server")]
+    ReadOnly,
+    /// The disk has no room.
+    #[error("the disk of the model store is full")]
+    DiskFull,
+    /// The artifact is broken.
+    #[error("{0}")]
+    Invalid(String),
+    /// The registry refuses.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// The disk fails, or the server has a bug.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl From<io::Error> for CatalogError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull,
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => Self::ReadOnly,
+            _ => Self::Internal(error.to_string()),
+        }
+    }
+}
+
+impl From<Panicked> for CatalogError {
+    fn from(panicked: Panicked) -> Self {
+        Self::Internal(panicked.to_string())
+    }
+}
+
+/// The folder of the store cannot be read.
+fn unreadable(error: anyhow::Error) -> CatalogError {
+    CatalogError::Internal(sentence(&error))
+}
 
 /// The model store beside the registry; clones share it.
 #[derive(Clone)]
@@ -40,7 +85,7 @@ impl Catalog {
     ///
     /// # Errors
     /// When the store's folder cannot be read; a broken file is only listed.
-    pub fn open(root: Option<PathBuf>, registry: SetRegistry) -> Result<Self, String> {
+    pub fn open(root: Option<PathBuf>, registry: SetRegistry) -> anyhow::Result<Self> {
         let contents = match &root {
             Some(root) => {
                 upload::remove_leftovers(root);
@@ -52,8 +97,7 @@ impl Catalog {
         for file in &broken {
             tracing::warn!(reason = file.reason, "a file of the model store is left out");
         }
-        let files =
-            BlockingPool::start("files", 1, Priority::Background).map_err(|error| format!("threads: {error}"))?;
+        let files = BlockingPool::start("files", 1, Priority::Background).context("threads")?;
         let shared = Shared { root, registry, broken: Mutex::new(broken) };
         Ok(Self { shared: Arc::new(shared), files })
     }
@@ -71,19 +115,19 @@ impl Catalog {
     /// An empty upload to write to.
     ///
     /// # Errors
-    /// 409 without a store, or when it is read-only.
-    pub async fn begin_upload(&self) -> Result<Upload, ApiError> {
-        self.change(|shared| Upload::create(shared.root()?).map_err(store_error)).await
+    /// [`CatalogError::Embedded`]; [`CatalogError::ReadOnly`]; [`CatalogError::DiskFull`].
+    pub async fn begin_upload(&self) -> Result<Upload, CatalogError> {
+        self.change(|shared| Ok(Upload::create(shared.root()?)?)).await
     }
 
     /// Checks an upload from its first byte to its last, gives it its place and registers it. Returns whether that
     /// version is new.
     ///
     /// # Errors
-    /// 422 when it is not a sound expert set for a backbone that is here; 507 when it can never fit the budget or the
-    /// disk. The store is then as before.
-    pub async fn publish(&self, mut upload: Upload, name: &str, version: u64) -> Result<bool, ApiError> {
-        upload.sync().await.map_err(store_error)?;
+    /// [`CatalogError::Invalid`] when it is not a sound expert set; [`CatalogError::Set`] when its backbone is not here,
+    /// or when it can never fit the budget; [`CatalogError::DiskFull`]. The store is then as before.
+    pub async fn publish(&self, mut upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
+        upload.sync().await?;
         let name = name.to_owned();
         self.change(move |shared| shared.publish(upload, &name, version)).await
     }
@@ -91,8 +135,8 @@ impl Catalog {
     /// Forgets a version of a set, or all of them, and deletes the files. Returns what is gone.
     ///
     /// # Errors
-    /// 404; 409 when it is pinned or the store is read-only.
-    pub async fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, ApiError> {
+    /// [`CatalogError::Set`] when it is unknown or pinned; [`CatalogError::ReadOnly`].
+    pub async fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, CatalogError> {
         let name = name.to_owned();
         self.change(move |shared| shared.delete(&name, version)).await
     }
@@ -100,8 +144,8 @@ impl Catalog {
     /// Looks again at the backbones and at one set's folder: what was changed by hand becomes known.
     ///
     /// # Errors
-    /// 500 when a folder cannot be read.
-    pub async fn refresh(&self, name: &str) -> Result<(), ApiError> {
+    /// [`CatalogError::Internal`] when a folder cannot be read.
+    pub async fn refresh(&self, name: &str) -> Result<(), CatalogError> {
         let name = name.to_owned();
         self.change(move |shared| shared.refresh(&name)).await
     }
@@ -109,24 +153,24 @@ impl Catalog {
     /// Looks again at the whole store.
     ///
     /// # Errors
-    /// 500 when a folder cannot be read.
-    pub async fn refresh_all(&self) -> Result<(), ApiError> {
+    /// [`CatalogError::Internal`] when a folder cannot be read.
+    pub async fn refresh_all(&self) -> Result<(), CatalogError> {
         self.change(Shared::refresh_all).await
     }
 
     async fn change<T: Send + 'static>(
         &self,
-        change: impl FnOnce(&Shared) -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
+        change: impl FnOnce(&Shared) -> Result<T, CatalogError> + Send + 'static,
+    ) -> Result<T, CatalogError> {
         let shared = Arc::clone(&self.shared);
-        self.files.run(move || change(&shared)).await.map_err(ApiError::internal)?
+        self.files.run(move || change(&shared)).await?
     }
 }
 
 impl Shared {
-    fn publish(&self, upload: Upload, name: &str, version: u64) -> Result<bool, ApiError> {
+    fn publish(&self, upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
         let descriptor = check_upload(&self.registry, &upload, name, version)?;
-        let path = upload.publish(self.root()?, name, version).map_err(store_error)?;
+        let path = upload.publish(self.root()?, name, version)?;
         let known = self.registry.status(name).unwrap_or_default();
         let is_new = known.iter().all(|status| status.descriptor.version != version);
         self.broken().retain(|broken| broken.path != path);
@@ -134,7 +178,7 @@ impl Shared {
         Ok(is_new)
     }
 
-    fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, ApiError> {
+    fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, CatalogError> {
         let gone = self.registry.remove(name, version)?;
         for (i, descriptor) in gone.iter().enumerate() {
             let Location::File(path) = &descriptor.location else { continue };
@@ -142,25 +186,25 @@ impl Shared {
                 for kept in &gone[i..] {
                     self.registry.register(SetDescriptor::clone(kept))?;
                 }
-                return Err(store_error(error));
+                return Err(error.into());
             }
         }
         Ok(gone)
     }
 
-    fn refresh(&self, name: &str) -> Result<(), ApiError> {
+    fn refresh(&self, name: &str) -> Result<(), CatalogError> {
         let Some(root) = self.root.as_ref().filter(|_| store_layout::is_valid_name(name)) else { return Ok(()) };
         let mut contents = Contents::default();
-        store::scan_backbones(root, &mut contents).map_err(ApiError::internal)?;
-        store::scan_set(root, name, &mut contents).map_err(ApiError::internal)?;
+        store::scan_backbones(root, &mut contents).map_err(unreadable)?;
+        store::scan_set(root, name, &mut contents).map_err(unreadable)?;
         let (sets, folder) = (store_layout::sets_folder(root), store_layout::set_folder(root, name));
         self.apply(contents, [name.to_owned()], |path| path.starts_with(&sets) && !path.starts_with(&folder));
         Ok(())
     }
 
-    fn refresh_all(&self) -> Result<(), ApiError> {
+    fn refresh_all(&self) -> Result<(), CatalogError> {
         let Some(root) = &self.root else { return Ok(()) };
-        let contents = store::scan(root).map_err(ApiError::internal)?;
+        let contents = store::scan(root).map_err(unreadable)?;
         self.apply(contents, self.registry.names(), |_| false);
         Ok(())
     }
@@ -187,9 +231,8 @@ impl Shared {
         known.extend(broken);
     }
 
-    fn root(&self) -> Result<&Path, ApiError> {
-        let message = "this server runs its embedded model; start it with --model-store to change expert sets";
-        self.root.as_deref().ok_or_else(|| ApiError::new(ErrorCode::Conflict, message))
+    fn root(&self) -> Result<&Path, CatalogError> {
+        self.root.as_deref().ok_or(CatalogError::Embedded)
     }
 
     fn broken(&self) -> MutexGuard<'_, Vec<Broken>> {
@@ -229,12 +272,16 @@ fn register(registry: &SetRegistry, contents: Contents) -> Vec<Broken> {
     broken
 }
 
-fn check_upload(registry: &SetRegistry, upload: &Upload, name: &str, version: u64) -> Result<SetDescriptor, ApiError> {
+fn check_upload(
+    registry: &SetRegistry,
+    upload: &Upload,
+    name: &str,
+    version: u64,
+) -> Result<SetDescriptor, CatalogError> {
     let location = Location::File(upload.path().to_owned());
-    let invalid = |reason: String| {
+    let invalid = |error: anyhow::Error| {
         // Where the store is on the disk is none of the client's business.
-        let reason = reason.replace(&location.to_string(), "the upload");
-        ApiError::new(ErrorCode::InvalidArtifact, reason)
+        CatalogError::Invalid(sentence(&error).replace(&location.to_string(), "the upload"))
     };
     let descriptor = describe_set(name, version, &location).map_err(invalid)?;
     // Before the file is read as a whole, which takes memory in proportion to it.
@@ -243,17 +290,4 @@ fn check_upload(registry: &SetRegistry, upload: &Upload, name: &str, version: u6
     let backbone = registry.backbone(&descriptor.backbone).ok_or_else(missing)?;
     check_set(&location, &backbone).map_err(invalid)?;
     Ok(descriptor)
-}
-
-/// What a file's failure means to whoever asked for the change.
-pub fn store_error(error: io::Error) -> ApiError {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            ApiError::new(ErrorCode::DiskFull, "the disk of the model store is full")
-        }
-        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
-            ApiError::new(ErrorCode::Conflict, "the model store is read-only for this server")
-        }
-        _ => ApiError::internal(error),
-    }
 }

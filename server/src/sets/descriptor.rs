@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use anyhow::{Context, bail};
 use model_core::artifact::{Contents, Digest, Header, read_expert_set};
 use model_core::footprint::Footprint;
 
@@ -37,10 +38,10 @@ impl Location {
     /// All of the artifact's bytes.
     ///
     /// # Errors
-    /// A sentence that names the file and the reason.
-    pub fn read(&self) -> Result<Cow<'static, [u8]>, String> {
+    /// Names the file.
+    pub fn read(&self) -> anyhow::Result<Cow<'static, [u8]>> {
         match self {
-            Self::File(path) => std::fs::read(path).map(Cow::Owned).map_err(|error| format!("{self}: {error}")),
+            Self::File(path) => std::fs::read(path).map(Cow::Owned).with_context(|| self.to_string()),
             Self::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
         }
     }
@@ -100,25 +101,25 @@ impl SetDescriptor {
     }
 }
 
-fn header(location: &Location) -> Result<Header, String> {
+fn header(location: &Location) -> anyhow::Result<Header> {
     let header = match location {
         Location::File(path) => Header::read(path),
         Location::Embedded(bytes) => Header::from_bytes(bytes),
     };
-    header.map_err(|error| format!("{location}: {error}"))
+    header.with_context(|| location.to_string())
 }
 
 /// Describes an expert set from its header, under the name and version of its place in the store.
 ///
 /// # Errors
-/// A sentence that names file and reason.
-pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
+/// Names the file.
+pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Result<SetDescriptor> {
     // Before the header is read: a file replaced in between is then seen as changed, not as known.
-    let stamp = location.stamp().map_err(|error| format!("{location}: {error}"))?;
+    let stamp = location.stamp().with_context(|| location.to_string())?;
     let header = header(location)?;
     let resident_bytes = resident_bytes(&header);
     let Contents::ExpertSet(set) = header.contents else {
-        return Err(format!("{location}: expected an expert set, found {}", header.contents.kind()));
+        bail!("{location}: expected an expert set, found {}", header.contents.kind());
     };
     Ok(SetDescriptor {
         name: name.to_owned(),
@@ -136,24 +137,24 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> Result<Set
 /// Checks an expert set's file from its first byte to its last, without keeping it.
 ///
 /// # Errors
-/// A sentence that names file and reason.
-pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> Result<(), String> {
-    let set = read_expert_set(&location.read()?).map_err(|error| format!("{location}: {error}"))?;
+/// Names the file.
+pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> anyhow::Result<()> {
+    let set = read_expert_set(&location.read()?).with_context(|| location.to_string())?;
     let Contents::Backbone(own) = header(&backbone.location)?.contents else {
-        return Err(format!("{}: the backbone is one no more", backbone.name));
+        bail!("{}: this file was a backbone when the server started and is none now", backbone.name);
     };
-    set.check_backbone(&own.config, backbone.digest).map_err(|error| format!("{location}: {error}"))
+    set.check_backbone(&own.config, backbone.digest).with_context(|| location.to_string())
 }
 
 /// Describes a backbone from its header.
 ///
 /// # Errors
-/// A sentence that names file and reason.
-pub fn describe_backbone(name: &str, location: &Location) -> Result<BackboneDescriptor, String> {
+/// Names the file.
+pub fn describe_backbone(name: &str, location: &Location) -> anyhow::Result<BackboneDescriptor> {
     let header = header(location)?;
     let resident_bytes = resident_bytes(&header);
     let Contents::Backbone(backbone) = header.contents else {
-        return Err(format!("{location}: expected a backbone, found {}", header.contents.kind()));
+        bail!("{location}: expected a backbone, found {}", header.contents.kind());
     };
     Ok(BackboneDescriptor {
         name: name.to_owned(),

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use anyhow::{Context, bail};
 use model_core::config::BackboneConfig;
-use model_core::image::{Preprocess, RgbImage};
+use model_core::image::Preprocess;
 
 use crate::metrics::Metrics;
 use crate::routing_map::RoutingMap;
 use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor};
 use crate::sets::registry::{Lease, Loaded, Registry, Source};
+use crate::statistics::Timings;
 use model_core::engine::{self, Backbone, ExpertSet, SessionGroup, Welcome};
 
 /// The registry as the server uses it.
@@ -56,11 +58,13 @@ pub struct Row<'a> {
 
 /// What the model made of an image.
 #[derive(Debug, Clone, PartialEq)]
-pub struct RowOutput {
+pub struct Answer {
     /// One per label.
     pub logits: Vec<f32>,
     /// Where its patches went, when asked for.
     pub routing: Option<RoutingMap>,
+    /// Where the time went; each stage adds its own.
+    pub timings: Timings,
 }
 
 impl LoadedSet {
@@ -87,13 +91,8 @@ impl LoadedBackbone {
     /// Runs a batch on the scratch of compute thread `thread`; rows may be of different sets of this backbone.
     ///
     /// # Errors
-    /// A sentence for the log.
-    pub fn forward(
-        &self,
-        thread: usize,
-        rows: &[Row<'_>],
-        metrics: Option<&Metrics>,
-    ) -> Result<Vec<RowOutput>, String> {
+    /// When the engine refuses a row, or there is no scratch for `thread`.
+    pub fn forward(&self, thread: usize, rows: &[Row<'_>], metrics: Option<&Metrics>) -> anyhow::Result<Vec<Answer>> {
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
         let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
@@ -104,13 +103,14 @@ impl LoadedBackbone {
                 routing: Some(routing),
             })
             .collect();
-        self.sessions.forward(thread, &mut engine_rows).map_err(|error| error.to_string())?;
+        self.sessions.forward(thread, &mut engine_rows)?;
         if let Some(metrics) = metrics {
             count_expert_tokens(rows, &routing, metrics);
         }
-        let outputs = std::iter::zip(rows, std::iter::zip(logits, routing)).map(|(row, (logits, routing))| RowOutput {
+        let outputs = std::iter::zip(rows, std::iter::zip(logits, routing)).map(|(row, (logits, routing))| Answer {
             logits,
             routing: row.routing.then(|| row.set.routing_map(&routing)),
+            timings: Timings::default(),
         });
         Ok(outputs.collect())
     }
@@ -175,23 +175,21 @@ impl Source for ArtifactSource {
     type Backbone = LoadedBackbone;
     type Set = LoadedSet;
 
-    fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
+    fn describe_set(&self, name: &str, version: u64, location: &Location) -> anyhow::Result<SetDescriptor> {
         descriptor::describe_set(name, version, location)
     }
 
-    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<LoadedBackbone>, String> {
-        let at = |error: &dyn std::fmt::Display| format!("{}: {error}", descriptor.location);
+    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<LoadedBackbone>> {
+        let location = &descriptor.location;
         let input_bytes = descriptor.image_size.pow(2) * 3 * size_of::<f32>();
         if input_bytes > self.queue_bytes {
             let (side, limit) = (descriptor.image_size, self.queue_bytes);
-            return Err(at(&format!(
-                "an image of {side} x {side} takes {input_bytes} bytes, --queue-bytes is {limit}"
-            )));
+            bail!("{location}: an image of {side} x {side} takes {input_bytes} bytes, --queue-bytes is {limit}");
         }
-        let bytes = descriptor.location.read()?;
-        let backbone = Arc::new(Backbone::from_bytes(&bytes).map_err(|error| at(&error))?);
+        let bytes = location.read()?;
+        let backbone = Arc::new(Backbone::from_bytes(&bytes).with_context(|| location.to_string())?);
         if backbone.digest() != descriptor.digest {
-            return Err(at(&"the file was replaced by another backbone; restart to use it"));
+            bail!("{location}: the file was replaced by another backbone; restart to use it");
         }
         let sessions = SessionGroup::new(&backbone, self.max_batch, self.compute_threads);
         let (bytes, scratch) = (backbone.resident_bytes(), sessions.resident_bytes());
@@ -202,62 +200,16 @@ impl Source for ArtifactSource {
         &self,
         descriptor: &SetDescriptor,
         backbone: &Arc<LoadedBackbone>,
-    ) -> Result<Loaded<LoadedSet>, String> {
-        self.load_set_on(descriptor, backbone)
-    }
-}
-
-impl ArtifactSource {
-    fn load_set_on(&self, descriptor: &SetDescriptor, backbone: &LoadedBackbone) -> Result<Loaded<LoadedSet>, String> {
-        let at = |error: &dyn std::fmt::Display| format!("{}: {error}", descriptor.location);
-        let bytes = descriptor.location.read()?;
-        let set = ExpertSet::from_bytes(&bytes, &backbone.backbone).map_err(|error| at(&error))?;
+    ) -> anyhow::Result<Loaded<LoadedSet>> {
+        let location = &descriptor.location;
+        let bytes = location.read()?;
+        let set = ExpertSet::from_bytes(&bytes, &backbone.backbone).with_context(|| location.to_string())?;
         if set.digest() != descriptor.digest {
-            return Err(at(&"the file changed while it was being loaded"));
+            bail!("{location}: the file changed while it was being loaded");
         }
         let config = backbone.config();
         let (grid_side, num_layers) = (config.grid_side(), config.num_layers);
         let scratch = backbone.sessions.growth(&set);
         Ok(Loaded { bytes: set.resident_bytes(), scratch, value: LoadedSet { set, grid_side, num_layers } })
-    }
-}
-
-/// A model for one caller, without registry or queue.
-pub struct OfflineModel {
-    set: LoadedSet,
-    backbone: LoadedBackbone,
-}
-
-impl OfflineModel {
-    /// Loads a set with its backbone.
-    ///
-    /// # Errors
-    /// A sentence that names file and reason.
-    pub fn load(backbone: &BackboneDescriptor, set: &SetDescriptor) -> Result<Self, String> {
-        let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
-        let loaded_backbone = source.load_backbone(backbone)?.value;
-        let loaded_set = source.load_set_on(set, &loaded_backbone)?.value;
-        Ok(Self { set: loaded_set, backbone: loaded_backbone })
-    }
-
-    /// One per logit.
-    pub fn labels(&self) -> &[String] {
-        self.set.labels()
-    }
-
-    /// Side of the model's input in pixels.
-    pub fn side(&self) -> usize {
-        self.backbone.config().image_size
-    }
-
-    /// The logits of an image of any size.
-    ///
-    /// # Errors
-    /// A sentence.
-    pub fn logits(&mut self, image: &RgbImage) -> Result<Vec<f32>, String> {
-        let pixels = self.backbone.preprocess().pixels(image, self.side());
-        let row = [Row { set: &self.set, pixels: &pixels, routing: false }];
-        let mut outputs = self.backbone.forward(0, &row, None)?;
-        outputs.pop().map(|output| output.logits).ok_or_else(|| "the model gave no output".to_owned())
     }
 }

@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use model_core::artifact::store_layout::{
     NAME_RULE, backbones_folder, is_artifact, is_valid_name, parse_version, set_folder, sets_folder,
 };
 
+use crate::sentence::sentence;
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, describe_backbone, describe_set};
 
 /// Version of the embedded expert set.
@@ -52,7 +54,7 @@ pub struct Contents {
 ///
 /// # Errors
 /// When it is broken, which only a broken build can be.
-pub fn embedded() -> Result<Contents, String> {
+pub fn embedded() -> anyhow::Result<Contents> {
     let backbone = describe_backbone(EMBEDDED_BACKBONE, &Location::Embedded(BACKBONE_BYTES))?;
     let set = describe_set(EMBEDDED_SET, EMBEDDED_VERSION, &Location::Embedded(SET_BYTES))?;
     Ok(Contents { backbones: vec![backbone], sets: vec![set], broken: Vec::new() })
@@ -67,9 +69,9 @@ pub fn embedded_bytes() -> [(&'static str, &'static [u8]); 2] {
 ///
 /// # Errors
 /// When the folder itself cannot be read. A broken file is not an error; it is listed.
-pub fn scan(root: &Path) -> Result<Contents, String> {
+pub fn scan(root: &Path) -> anyhow::Result<Contents> {
     let mut contents = Contents::default();
-    fs::read_dir(root).map_err(|error| format!("{}: {error}", root.display()))?;
+    fs::read_dir(root).with_context(|| root.display().to_string())?;
     scan_backbones(root, &mut contents)?;
     for folder in entries(&sets_folder(root))?.into_iter().filter(|path| path.is_dir()) {
         match folder.file_name().and_then(|name| name.to_str()).filter(|name| is_valid_name(name)) {
@@ -87,12 +89,12 @@ pub fn scan(root: &Path) -> Result<Contents, String> {
 ///
 /// # Errors
 /// When their folder cannot be read.
-pub fn scan_backbones(root: &Path, contents: &mut Contents) -> Result<(), String> {
+pub fn scan_backbones(root: &Path, contents: &mut Contents) -> anyhow::Result<()> {
     for path in artifacts(&backbones_folder(root))? {
         let described = name_of(&path).and_then(|name| describe_backbone(&name, &Location::File(path.clone())));
         match described {
             Ok(backbone) => contents.backbones.push(backbone),
-            Err(reason) => contents.broken.push(Broken { path, reason }),
+            Err(error) => contents.broken.push(Broken { path, reason: sentence(&error) }),
         }
     }
     Ok(())
@@ -102,40 +104,40 @@ pub fn scan_backbones(root: &Path, contents: &mut Contents) -> Result<(), String
 ///
 /// # Errors
 /// When its folder cannot be read.
-pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> Result<(), String> {
+pub fn scan_set(root: &Path, name: &str, contents: &mut Contents) -> anyhow::Result<()> {
     for path in artifacts(&set_folder(root, name))? {
         let described =
             version_of(&path).and_then(|version| describe_set(name, version, &Location::File(path.clone())));
         match described {
             Ok(set) => contents.sets.push(set),
-            Err(reason) => contents.broken.push(Broken { path, reason }),
+            Err(error) => contents.broken.push(Broken { path, reason: sentence(&error) }),
         }
     }
     Ok(())
 }
 
-fn name_of(path: &Path) -> Result<String, String> {
+fn name_of(path: &Path) -> anyhow::Result<String> {
     let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|name| is_valid_name(name));
-    stem.map(str::to_owned).ok_or_else(|| format!("{}: {NAME_RULE}", path.display()))
+    stem.map(str::to_owned).with_context(|| format!("{}: {NAME_RULE}", path.display()))
 }
 
-fn version_of(path: &Path) -> Result<u64, String> {
+fn version_of(path: &Path) -> anyhow::Result<u64> {
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-    parse_version(stem).ok_or_else(|| format!("{}: the file name must be a whole version number", path.display()))
+    parse_version(stem).with_context(|| format!("{}: the file name must be a whole version number", path.display()))
 }
 
 /// The `.safetensors` files of a folder by name; none when it does not exist.
-fn artifacts(folder: &Path) -> Result<Vec<PathBuf>, String> {
+fn artifacts(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut paths = entries(folder)?;
     paths.retain(|path| is_artifact(path));
     Ok(paths)
 }
 
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, String> {
+fn entries(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let read = match fs::read_dir(folder) {
         Ok(read) => read,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(format!("{}: {error}", folder.display())),
+        Err(error) => return Err(error).with_context(|| folder.display().to_string()),
     };
     let mut paths: Vec<PathBuf> = read.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect();
     paths.sort();

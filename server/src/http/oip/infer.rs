@@ -1,6 +1,5 @@
 //! `infer`: tensors in JSON or binary to images, logits to tensors in JSON or binary.
 
-use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -15,15 +14,17 @@ use utoipa::openapi::schema::SchemaType;
 use utoipa::openapi::{ArrayBuilder, ObjectBuilder, RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::super::auth::User;
 use super::super::body;
-use super::super::classify::{IMAGE_ERRORS, Image, ImageAnswers, ImageRequest, admit, answer_images, predictions};
+use super::super::classify::{EXPERT_SET_GENERATION, IMAGE_ERRORS};
+use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::{ApiPath, RequestContext};
 use super::super::input::EXAMPLE_IMAGE;
 use super::super::json::{Count, Object};
 use super::super::openapi::{BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Operation, Shape};
 use super::path::ModelPath;
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
+use crate::classify::{Answers, Image, Prediction, Request, predictions};
 
 /// Encoded images, BYTES `[n]`; base64 when they come in JSON.
 const IMAGE: &str = "image";
@@ -271,27 +272,22 @@ pub(super) async fn infer(
     State(app): State<AppState>,
     context: RequestContext,
     path: ApiPath<ModelPath>,
-    headers: HeaderMap,
-    body: Body,
+    user: User,
 ) -> Result<Response, ApiError> {
-    let (admitted, body) = admit(&app, &headers, body).await?;
+    let User { mut entry, headers, body } = user;
     let version = path.0.version()?;
     let received = body::receive(&app, &headers, body, context.deadline).await?;
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
     let images = images(&mut request.inputs, binary, app.limits.max_images)?;
-    let answers = answer_images(
-        &app,
-        ImageRequest {
-            set: Some(path.0.set.clone()),
-            version,
-            images: images.into_iter().map(Ok).collect(),
-            routing: false,
-            started: context.started,
-            deadline: context.deadline,
-            caller: admitted.caller.clone(),
-        },
-    )
-    .await?;
+    let images = Request {
+        set: path.0.set,
+        version,
+        images: images.into_iter().map(Ok).collect(),
+        routing: false,
+        started: context.started,
+        deadline: context.deadline,
+    };
+    let answers = app.classifier.answer(&mut entry, images).await?;
     drop(received);
     respond(&request, answers)
 }
@@ -315,7 +311,7 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
     let parse = move || serde_json::from_slice(&json);
     let parsed = match length {
         0..=INLINE_JSON_BYTES => parse(),
-        _ => app.decompression.run(parse).await.map_err(ApiError::internal)?,
+        _ => app.decompression.run(parse).await?,
     };
     let Object(request) = parsed.map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))?;
     Ok((request, binary))
@@ -495,8 +491,8 @@ impl Tensor {
     }
 }
 
-fn respond(request: &InferRequest, answers: ImageAnswers) -> Result<Response, ApiError> {
-    let ImageAnswers { lease, images } = answers;
+fn respond(request: &InferRequest, answers: Answers) -> Result<Response, ApiError> {
+    let Answers { lease, images } = answers;
     // The protocol has no place for one image's error among other images' answers.
     let logits: Vec<Vec<f32>> =
         images.into_iter().map(|image| image.map(|answer| answer.logits)).collect::<Result<_, _>>()?;
@@ -534,7 +530,7 @@ fn respond(request: &InferRequest, answers: ImageAnswers) -> Result<Response, Ap
         response.headers_mut().insert(HEADER_LENGTH, length);
     }
     let generation = HeaderValue::try_from(lease.descriptor.generation()).map_err(ApiError::internal)?;
-    response.headers_mut().insert(super::super::classify::EXPERT_SET_GENERATION, generation);
+    response.headers_mut().insert(EXPERT_SET_GENERATION, generation);
     Ok(response)
 }
 
@@ -559,7 +555,7 @@ fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Res
                 let message = format!("label `{label}` contains `:`, which separates fields of a classification");
                 return Err(ApiError::invalid(message));
             }
-            let line = |logits: &[f32], found: super::super::classify::Prediction| {
+            let line = |logits: &[f32], found: Prediction| {
                 let value = if output.name == LOGITS { logits[found.index] } else { found.score };
                 format!("{value}:{}:{}", found.index, found.label)
             };

@@ -16,13 +16,14 @@ use utoipa::ToSchema;
 
 use path::ModelPath;
 
+use super::auth::Admin;
+use super::error::{ApiError, ErrorCode};
 use super::extract::{ApiPath, RequestContext};
 use super::health::Ready;
 use super::json::Object;
 use super::openapi::{Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
-use super::{auth, body, sets};
+use super::{body, sets};
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
 use crate::sets::registry::{SetState, SetStatus};
 
 /// The routes of this resource; health is in [`super::health`].
@@ -217,8 +218,13 @@ async fn server() -> Json<Server> {
 
 async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Metadata>, ApiError> {
     let target = path.0.lookup(&app)?;
-    let versions: Vec<String> =
-        app.registry.status(&path.0.set)?.iter().map(|status| status.descriptor.version.to_string()).collect();
+    let versions: Vec<String> = app
+        .classifier
+        .registry
+        .status(&path.0.set)?
+        .iter()
+        .map(|status| status.descriptor.version.to_string())
+        .collect();
     let side = dimension(target.backbone.image_size);
     let outputs = vec![ANY, dimension(target.set.num_classes)];
     Ok(Json(Metadata {
@@ -248,9 +254,9 @@ async fn config(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result
 }
 
 async fn ready(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Ready>, ApiError> {
-    app.lifecycle.check()?;
+    app.classifier.admission.lifecycle.check()?;
     let version = path.0.lookup(&app)?.set.version;
-    let statuses = app.registry.status(&path.0.set)?;
+    let statuses = app.classifier.registry.status(&path.0.set)?;
     match statuses.iter().find(|status| status.descriptor.version == version) {
         Some(status) if status.ready => Ok(Json(Ready::YES)),
         Some(status) if status.state == SetState::Loading => {
@@ -278,7 +284,7 @@ async fn index(
     body: Body,
 ) -> Result<Json<Vec<IndexEntry>>, ApiError> {
     let request: IndexRequest = read(&app, &context, &headers, body).await?;
-    let statuses = app.registry.list();
+    let statuses = app.classifier.registry.list();
     Ok(Json(statuses.iter().filter(|status| status.ready || !request.ready).map(index_entry).collect()))
 }
 
@@ -331,27 +337,21 @@ async fn load(
     State(app): State<AppState>,
     context: RequestContext,
     set: ApiPath<String>,
+    Admin(by): Admin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Done>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
     let request: RepositoryRequest = read(&app, &context, &headers, body).await?;
     if let Some(name) = request.parameters.keys().find(|name| *name == "config" || name.starts_with("file:")) {
         let message = format!("`{name}` cannot be given with a load; upload expert sets with PUT /sets/NAME/VERSION");
         return Err(ApiError::invalid(message));
     }
-    sets::load_set(&app, by, &set.0).await?;
+    sets::load_set(&app, &by, &set.0).await?;
     Ok(Json(Done {}))
 }
 
-async fn unload(
-    State(app): State<AppState>,
-    context: RequestContext,
-    set: ApiPath<String>,
-    headers: HeaderMap,
-) -> Result<Json<Done>, ApiError> {
-    let by = auth::require_admin(&app, &context, &headers)?;
-    sets::unload_set(&app, by, &set.0)?;
+async fn unload(State(app): State<AppState>, set: ApiPath<String>, Admin(by): Admin) -> Result<Json<Done>, ApiError> {
+    sets::unload_set(&app, &by, &set.0)?;
     Ok(Json(Done {}))
 }
 

@@ -3,8 +3,8 @@
 use model_core::artifact::store_layout;
 use serde::Deserialize;
 
+use super::super::error::{ApiError, ErrorCode};
 use crate::app::AppState;
-use crate::error::{ApiError, ErrorCode};
 use crate::sets::registry::Target;
 
 /// Which expert set a path names.
@@ -22,6 +22,6 @@ impl ModelPath {
     }
 
     pub(super) fn lookup(&self, app: &AppState) -> Result<Target, ApiError> {
-        Ok(app.registry.lookup(&self.set, self.version()?)?)
+        Ok(app.classifier.registry.lookup(&self.set, self.version()?)?)
     }
 }

@@ -6,11 +6,11 @@ use serde::Serialize;
 use serde_json::json;
 use utoipa::ToSchema;
 
+use super::super::error::ApiError;
 use super::super::extract::ApiPath;
 use super::super::openapi::{Operation, Shape};
 use super::path::ModelPath;
 use crate::app::AppState;
-use crate::error::ApiError;
 use crate::sets::registry::SetStatus;
 use crate::statistics::{CountAndTime, SetStatistics};
 
@@ -42,7 +42,7 @@ pub(super) fn describe(id: &'static str, summary: &'static str) -> Operation {
 
 /// All versions of all sets.
 pub(super) async fn all(State(app): State<AppState>) -> Json<ModelStatistics> {
-    document(&app, &app.registry.list())
+    document(&app, &app.classifier.registry.list())
 }
 
 /// One version, or all versions of a set.
@@ -51,7 +51,7 @@ pub(super) async fn model(
     path: ApiPath<ModelPath>,
 ) -> Result<Json<ModelStatistics>, ApiError> {
     path.0.lookup(&app)?;
-    let mut statuses = app.registry.status(&path.0.set)?;
+    let mut statuses = app.classifier.registry.status(&path.0.set)?;
     if let Some(version) = path.0.version()? {
         statuses.retain(|status| status.descriptor.version == version);
     }
@@ -61,7 +61,7 @@ pub(super) async fn model(
 fn document(app: &AppState, statuses: &[SetStatus]) -> Json<ModelStatistics> {
     let entry = |status: &SetStatus| {
         let (name, version) = (&status.descriptor.name, status.descriptor.version);
-        let statistics = app.statistics.of(name, version);
+        let statistics = app.classifier.statistics.of(name, version);
         NamedStatistics { name: name.clone(), version: version.to_string(), statistics, batch_stats: [] }
     };
     Json(ModelStatistics { model_stats: statuses.iter().map(entry).collect() })

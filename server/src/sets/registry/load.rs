@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use anyhow::Context;
 use model_core::artifact::Digest;
 use tokio::sync::watch;
 
@@ -12,7 +13,9 @@ use super::{
     Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetError, Slot,
     Source, State, sync, unknown,
 };
+use crate::sentence::sentence;
 use crate::sets::descriptor::SetDescriptor;
+use crate::threads::Panicked;
 
 /// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
 const ROOM_POLL: Duration = Duration::from_millis(20);
@@ -106,7 +109,7 @@ impl<S: Source> Inner<S> {
             Arc::clone(&slot.descriptor)
         };
         let location = known.location.clone();
-        let stamp = move || location.stamp().map_err(|error| format!("{location}: {error}"));
+        let stamp = move || location.stamp().with_context(|| location.to_string());
         let stamp = sync::run_blocking(&self.loader, stamp).await;
         let stamp = flatten(stamp);
         if let Some(slot) = self.lock().slot_mut(key).filter(|slot| slot.load_id == load_id) {
@@ -363,6 +366,7 @@ impl<S: Source> Drop for LoadGuard<S> {
     }
 }
 
-fn flatten<T>(result: Result<Result<T, String>, crate::threads::Panicked>) -> Result<T, String> {
-    result.unwrap_or_else(|panicked| Err(panicked.to_string()))
+/// The outcome of blocking work, or the reason why there is none.
+fn flatten<T>(result: Result<anyhow::Result<T>, Panicked>) -> Result<T, String> {
+    result.map_err(anyhow::Error::from).flatten().map_err(|error| sentence(&error))
 }

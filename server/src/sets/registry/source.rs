@@ -26,19 +26,19 @@ pub trait Source: Send + Sync + 'static {
     /// Reads the header of a set's file again. Blocking.
     ///
     /// # Errors
-    /// A sentence that names file and reason.
-    fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String>;
+    /// Names the file.
+    fn describe_set(&self, name: &str, version: u64, location: &Location) -> anyhow::Result<SetDescriptor>;
 
     /// Reads and decodes a backbone. Blocking.
     ///
     /// # Errors
-    /// A sentence that names file and reason.
-    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<Self::Backbone>, String>;
+    /// Names the file.
+    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<Self::Backbone>>;
 
     /// Reads and decodes an expert set. Blocking.
     ///
     /// # Errors
-    /// A sentence that names file and reason.
+    /// Names the file.
     fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>)
-    -> Result<Loaded<Self::Set>, String>;
+    -> anyhow::Result<Loaded<Self::Set>>;
 }

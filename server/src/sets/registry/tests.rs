@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use anyhow::{Context, bail};
 use model_core::artifact::Digest;
 use proptest::prelude::*;
 
@@ -39,18 +40,18 @@ impl Source for Fake {
     type Backbone = ();
     type Set = usize;
 
-    fn describe_set(&self, name: &str, version: u64, location: &Location) -> Result<SetDescriptor, String> {
-        let bytes = std::fs::read_to_string(location.to_string()).map_err(|error| error.to_string())?;
-        let size = bytes.trim().parse().map_err(|error| format!("{location}: {error}"))?;
+    fn describe_set(&self, name: &str, version: u64, location: &Location) -> anyhow::Result<SetDescriptor> {
+        let bytes = std::fs::read_to_string(location.to_string())?;
+        let size = bytes.trim().parse().with_context(|| location.to_string())?;
         Ok(SetDescriptor { location: location.clone(), stamp: location.stamp().unwrap(), ..set(name, version, size) })
     }
 
-    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> Result<Loaded<()>, String> {
+    fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<()>> {
         self.backbone_loads.fetch_add(1, Ordering::SeqCst);
         Ok(Loaded { value: (), bytes: descriptor.resident_bytes, scratch: 10 })
     }
 
-    fn load_set(&self, descriptor: &SetDescriptor, _: &Arc<()>) -> Result<Loaded<usize>, String> {
+    fn load_set(&self, descriptor: &SetDescriptor, _: &Arc<()>) -> anyhow::Result<Loaded<usize>> {
         self.loads.fetch_add(1, Ordering::SeqCst);
         let started = Instant::now();
         let waiting = |delay: &Duration| started.elapsed() < *delay;
@@ -58,7 +59,7 @@ impl Source for Fake {
             std::thread::sleep(Duration::from_millis(1));
         }
         if let Some(reason) = self.failing.lock().unwrap().get(&descriptor.name) {
-            return Err(reason.clone());
+            bail!("{reason}");
         }
         let scratch = self.growth.lock().unwrap().get(&descriptor.name).copied().unwrap_or(0);
         Ok(Loaded { value: descriptor.resident_bytes, bytes: descriptor.resident_bytes, scratch })

@@ -1,4 +1,5 @@
-//! The one error type of the API and the one table from error codes to HTTP statuses.
+//! The one error type of the API, the one table from error codes to HTTP statuses, and what every error of the rooms
+//! below becomes.
 //!
 //! Every answer that is not a success goes through [`ApiError`], framework rejections and unknown routes included, as
 //! `{"error": "<sentence>", "error_type": "<code>"}`. `error` stays a flat string: Open Inference Protocol clients
@@ -7,10 +8,20 @@
 use std::time::Duration;
 
 use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use model_core::image::ImageError;
 use serde::Serialize;
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+
+use crate::admission::{NoPlace, Refused};
+use crate::classify;
+use crate::keys::OverRate;
+use crate::lifecycle::NotServing;
+use crate::sets::catalog::CatalogError;
+use crate::sets::registry::SetError;
+use crate::threads::Panicked;
 
 /// Declares [`ErrorCode`] from the table below, each row's doc comment being also its explanation in the API's
 /// documentation.
@@ -200,6 +211,109 @@ pub struct Failure {
     pub code: ErrorCode,
     /// The sentence the client got.
     pub message: String,
+}
+
+impl From<NotServing> for ApiError {
+    fn from(error: NotServing) -> Self {
+        let code = match error {
+            NotServing::Starting => ErrorCode::NotReady,
+            NotServing::Draining => ErrorCode::Draining,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<Refused> for ApiError {
+    fn from(error: Refused) -> Self {
+        match error {
+            Refused::NotServing(error) => error.into(),
+            Refused::OverRate(OverRate::Now { retry_after }) => {
+                Self::new(ErrorCode::RateLimited, error.to_string()).retry_after(retry_after)
+            }
+            Refused::OverRate(OverRate::Always) => Self::new(ErrorCode::RateLimited, error.to_string()),
+            Refused::Images(NoPlace::TooMany { .. }) => Self::new(ErrorCode::BatchTooLarge, error.to_string()),
+            Refused::Requests | Refused::Bodies | Refused::Images(NoPlace::Full | NoPlace::SetFull) => {
+                Self::new(ErrorCode::QueueFull, error.to_string())
+            }
+        }
+    }
+}
+
+impl From<SetError> for ApiError {
+    fn from(error: SetError) -> Self {
+        let code = match &error {
+            SetError::Unknown { .. } => ErrorCode::SetNotFound,
+            SetError::TooLarge { .. } => ErrorCode::SetTooLarge,
+            SetError::NoRoom { .. } | SetError::StillLoading { .. } => ErrorCode::SetLoading,
+            SetError::Failed { retry_after, .. } => {
+                return Self::new(ErrorCode::SetFailed, error.to_string()).retry_after(*retry_after);
+            }
+            SetError::NoBackbone { .. } => ErrorCode::BackboneMismatch,
+            SetError::Conflict(_) => ErrorCode::Conflict,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<CatalogError> for ApiError {
+    fn from(error: CatalogError) -> Self {
+        let code = match error {
+            CatalogError::Embedded | CatalogError::ReadOnly => ErrorCode::Conflict,
+            CatalogError::DiskFull => ErrorCode::DiskFull,
+            CatalogError::Invalid(_) => ErrorCode::InvalidArtifact,
+            CatalogError::Set(error) => return error.into(),
+            CatalogError::Internal(cause) => return Self::internal(cause),
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<ImageError> for ApiError {
+    fn from(error: ImageError) -> Self {
+        let code = match error {
+            ImageError::Empty => ErrorCode::EmptyBody,
+            ImageError::NotAnImage | ImageError::UnsupportedFormat { .. } => ErrorCode::UnsupportedMediaType,
+            ImageError::TooManyPixels { .. } | ImageError::TooMuchMemory { .. } => ErrorCode::ImageTooLarge,
+            // Nobody reads the answer.
+            ImageError::Stopped => ErrorCode::DeadlineExceeded,
+            _ => ErrorCode::UndecodableImage,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<classify::Error> for ApiError {
+    fn from(error: classify::Error) -> Self {
+        let code = match error {
+            classify::Error::Refused(error) => return error.into(),
+            classify::Error::Set(error) => return error.into(),
+            classify::Error::Image(error) => return error.into(),
+            classify::Error::Internal(cause) => return Self::internal(cause),
+            classify::Error::Form(_) | classify::Error::Side { .. } => ErrorCode::InvalidRequest,
+            classify::Error::Deadline => ErrorCode::DeadlineExceeded,
+            classify::Error::Closed(_) => ErrorCode::Draining,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<Panicked> for ApiError {
+    fn from(error: Panicked) -> Self {
+        Self::internal(error)
+    }
+}
+
+impl From<PathRejection> for ApiError {
+    /// A path that does not parse names nothing that exists.
+    fn from(error: PathRejection) -> Self {
+        Self::new(ErrorCode::RouteNotFound, error.body_text())
+    }
+}
+
+impl From<QueryRejection> for ApiError {
+    fn from(error: QueryRejection) -> Self {
+        Self::invalid(format!("query parameters: {}", error.body_text()))
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,275 @@
+//! The journey of images from a request to their labels. Every front end, the command line among them, hands its images
+//! to [`Classifier::answer`] and shows the answers in its own form.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use model_core::image::{ImageError, RgbImage};
+use serde::Serialize;
+use tokio::sync::oneshot::error::RecvError;
+use tokio::time::{Instant, timeout_at};
+use utoipa::ToSchema;
+
+use crate::admission::{Admission, Entry, Refused};
+use crate::compute::decode::{DecodeError, Decoder};
+use crate::compute::{Closed, ForwardFailed, Job, Pipeline};
+use crate::metrics::{ImageResult, Metrics};
+use crate::sets::loaded::{Answer, SetLease, SetRegistry};
+use crate::sets::registry::SetError;
+use crate::statistics::{Statistics, milliseconds};
+
+/// What classifies: expert sets, and what images pass through on their way to one.
+pub struct Classifier {
+    /// Expert sets.
+    pub registry: SetRegistry,
+    /// Images to pixels.
+    pub decoder: Decoder,
+    /// Pixels to logits.
+    pub pipeline: Pipeline,
+    /// Bounds on requests, images and bytes.
+    pub admission: Admission,
+    /// Counters and gauges.
+    pub metrics: Arc<Metrics>,
+    /// What each expert set has answered.
+    pub statistics: Statistics,
+    /// Longest wait for an expert set to be loaded.
+    pub load_wait: Duration,
+}
+
+/// Images to classify with one expert set.
+#[derive(Debug)]
+pub struct Request {
+    /// The expert set.
+    pub set: String,
+    /// Its version; the current one when absent.
+    pub version: Option<u64>,
+    /// The images; an error stands in the place of an image that could not be read.
+    pub images: Vec<Result<Image, Error>>,
+    /// Whether routing maps are wanted.
+    pub routing: bool,
+    /// When the request began.
+    pub started: Instant,
+    /// When the answer must be there.
+    pub deadline: Instant,
+}
+
+/// An image to classify.
+#[derive(Debug)]
+pub enum Image {
+    /// A file: JPEG, PNG and so on.
+    Encoded(Bytes),
+    /// Decoded, of any size.
+    Rgb(RgbImage),
+    /// The model's input `[side, side, 3]`.
+    Prepared(Vec<f32>),
+}
+
+/// The answers to a [`Request`].
+pub struct Answers {
+    /// The expert set that answered.
+    pub lease: SetLease,
+    /// One for each image, in the request's order.
+    pub images: Vec<Result<Answer, Error>>,
+}
+
+/// Why a request, or one of its images, was not answered.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no place for the request, or its images.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The expert set is not to be had.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// The image is not one, or is broken or too large.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The image came in a form that cannot be read.
+    #[error("{0}")]
+    Form(String),
+    /// Prepared pixels are not of the model's size.
+    #[error("expert set `{set}` takes {side}x{side} pixels")]
+    Side {
+        /// The expert set.
+        set: String,
+        /// Pixels along one side of its input.
+        side: usize,
+    },
+    /// The deadline passed.
+    #[error("the request could not be answered in time")]
+    Deadline,
+    /// The server is shutting down.
+    #[error("{0}; try again later")]
+    Closed(#[from] Closed),
+    /// A bug.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl From<DecodeError> for Error {
+    fn from(error: DecodeError) -> Self {
+        match error {
+            DecodeError::Image(error) => Self::Image(error),
+            DecodeError::Internal(cause) => Self::Internal(cause.to_owned()),
+        }
+    }
+}
+
+impl Error {
+    /// How an image fared that got this error.
+    fn image_result(&self) -> ImageResult {
+        match self {
+            Self::Image(ImageError::Stopped)
+            | Self::Refused(_)
+            | Self::Set(_)
+            | Self::Deadline
+            | Self::Closed(_)
+            | Self::Internal(_) => ImageResult::Failed,
+            Self::Image(_) | Self::Form(_) | Self::Side { .. } => ImageResult::BadImage,
+        }
+    }
+}
+
+impl Classifier {
+    /// Answers the images of a request that was let in: finds their expert set, decodes them, and runs the model.
+    ///
+    /// # Errors
+    /// What stops the request as a whole; the error of one image stands in its place.
+    pub async fn answer(&self, entry: &mut Entry, request: Request) -> Result<Answers, Error> {
+        let (set, version, count) = (request.set.clone(), request.version, request.images.len());
+        let (started, deadline) = (request.started, request.deadline);
+        let answers = timeout_at(deadline, self.answer_in_time(entry, request)).await;
+        let answers = answers.unwrap_or(Err(Error::Deadline));
+        let elapsed = milliseconds(started.elapsed());
+        match &answers {
+            Ok(Answers { lease, images }) => {
+                self.count(&set, images);
+                let timings = images.iter().map(|image| image.as_ref().ok().map(|answer| answer.timings));
+                self.statistics.record(&set, lease.descriptor.version, timings, elapsed);
+            }
+            Err(_) => {
+                // Labels made by clients would grow memory without end.
+                let registered = self.registry.lookup(&set, None).is_ok().then_some(set.as_str());
+                self.metrics.count_images(registered, ImageResult::Failed, count);
+                if let Ok(target) = self.registry.lookup(&set, version) {
+                    self.statistics.record_failure(&set, target.set.version, elapsed);
+                }
+            }
+        }
+        answers
+    }
+
+    async fn answer_in_time(&self, entry: &mut Entry, request: Request) -> Result<Answers, Error> {
+        let Request { set, version, images, routing, started, deadline } = request;
+        entry.charge(images.len())?;
+        let wait = self.load_wait.min(deadline.saturating_duration_since(Instant::now()));
+        let lease = self.registry.acquire(&set, version, wait).await?;
+        // Places that are still taken for clients who have gone are given up first.
+        let places =
+            entry.images(&set, images.len(), lease.backbone.value.input_bytes(), || self.pipeline.drop_dead())?;
+
+        let prepared = join_all(images.into_iter().map(|image| self.prepare(&lease, image))).await;
+
+        let mut jobs = Vec::new();
+        let mut slots = Vec::with_capacity(prepared.len());
+        for (image, permit) in prepared.into_iter().zip(places) {
+            slots.push(image.map(|(pixels, decode)| {
+                jobs.push(Job { lease: lease.clone(), pixels, routing, deadline: deadline.into_std(), permit });
+                decode
+            }));
+        }
+        let mut receivers = self.pipeline.submit(jobs)?.into_iter();
+
+        let mut answers = Vec::with_capacity(slots.len());
+        for slot in slots {
+            answers.push(match slot {
+                Ok(decode) => match receivers.next() {
+                    Some(receiver) => finish(receiver.await, decode, started),
+                    None => Err(Error::Internal("an image has no receiver".into())),
+                },
+                Err(error) => Err(error),
+            });
+        }
+        Ok(Answers { lease, images: answers })
+    }
+
+    /// The model's input, with the time it took.
+    async fn prepare(&self, lease: &SetLease, image: Result<Image, Error>) -> Result<(Vec<f32>, Duration), Error> {
+        let started = Instant::now();
+        let model = &lease.backbone.value;
+        let side = model.config().image_size;
+        let pixels = match image? {
+            Image::Encoded(bytes) => self.decoder.pixels(bytes, model.preprocess().clone(), side).await?,
+            Image::Rgb(image) => self.decoder.fit(image, model.preprocess().clone(), side).await?,
+            Image::Prepared(pixels) if pixels.len() == side * side * 3 => pixels,
+            Image::Prepared(_) => return Err(Error::Side { set: lease.descriptor.name.clone(), side }),
+        };
+        Ok((pixels, started.elapsed()))
+    }
+
+    fn count(&self, set: &str, images: &[Result<Answer, Error>]) {
+        let result =
+            |image: &Result<Answer, Error>| image.as_ref().map_or_else(Error::image_result, |_| ImageResult::Ok);
+        for wanted in ImageResult::ALL {
+            let count = images.iter().filter(|image| result(image) == wanted).count();
+            self.metrics.count_images(Some(set), wanted, count);
+        }
+    }
+}
+
+fn finish(
+    reply: Result<Result<Answer, ForwardFailed>, RecvError>,
+    decode: Duration,
+    started: Instant,
+) -> Result<Answer, Error> {
+    let mut answer = match reply {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(ForwardFailed)) => return Err(Error::Internal("the forward pass failed".into())),
+        // The queue drops only images whose deadline has passed.
+        Err(_) => return Err(Error::Deadline),
+    };
+    answer.timings.decode = milliseconds(decode);
+    answer.timings.total = milliseconds(started.elapsed());
+    Ok(answer)
+}
+
+/// One label with its score.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct Prediction {
+    /// The label.
+    pub label: String,
+    /// Softmax over all labels of the set.
+    pub score: f32,
+    /// The label's place in the set.
+    pub index: usize,
+}
+
+/// The `top_k` best labels with their softmax scores, best first; ties in label order.
+pub fn predictions(logits: &[f32], labels: &[String], top_k: usize) -> Vec<Prediction> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exponentials: Vec<f32> = logits.iter().map(|logit| (logit - max).exp()).collect();
+    let sum: f32 = exponentials.iter().sum();
+    let mut order: Vec<usize> = (0..logits.len().min(labels.len())).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    order.truncate(top_k);
+    let prediction =
+        |index: usize| Prediction { label: labels[index].clone(), score: exponentials[index] / sum, index };
+    order.into_iter().map(prediction).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn predictions_are_softmax_descending_and_cut() {
+        let labels: Vec<String> = ["a", "b", "c"].map(str::to_owned).to_vec();
+        let all = predictions(&[1.0, 3.0, 2.0], &labels, 9);
+        assert_eq!(all.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2, 0]);
+        assert!((all.iter().map(|p| p.score).sum::<f32>() - 1.0).abs() < 1e-6);
+        assert_eq!(predictions(&[1.0, 3.0, 2.0], &labels, 1), all[..1]);
+        assert_eq!(predictions(&[500.0, 500.0, -500.0], &labels, 1)[0].index, 0, "ties in label order, no overflow");
+    }
+}
