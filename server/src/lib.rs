@@ -40,3 +40,6 @@ pub mod sets;
 pub mod statistics;
 pub mod threads;
 pub mod units;
+
+#[cfg(test)]
+mod rooms;
