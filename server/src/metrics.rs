@@ -1,4 +1,4 @@
-//! Every metric, declared once; the second argument of each constructor call is its help text.
+//! Every metric, declared once: a line of a table gives its field, its kind and its name, and is its help text.
 //!
 //! Metrics of what happens are counted where it happens. Metrics of what *is* (queue depth, resident bytes) are read
 //! from their owners when scraped, so they cannot drift from the truth.
@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use model_core::kernels::Isa;
 use prometheus::core::Collector;
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -49,123 +50,160 @@ impl ImageResult {
     }
 }
 
-/// The process's metrics.
-pub struct Metrics {
-    registry: Registry,
-    per_set: bool,
-    /// Names that are `set` labels of `images`.
-    labelled_sets: Mutex<HashSet<String>>,
-    /// Requests answered, by matched route and status.
-    pub http_requests: IntCounterVec,
-    /// Time from a request's headers to its response.
-    pub request_duration: HistogramVec,
-    /// Time to decode and preprocess one image, waiting for a decode thread included.
-    pub decode_duration: Histogram,
-    /// Time an image waited for a compute thread.
-    pub queue_duration: Histogram,
-    /// Time of one forward pass over a batch.
-    pub inference_duration: Histogram,
-    /// Images by expert set and result.
-    images: IntCounterVec,
-    /// Forward passes.
-    pub batches: IntCounter,
-    /// Images per forward pass.
-    pub batch_size: Histogram,
-    /// Different expert sets per forward pass.
-    pub batch_distinct_sets: Histogram,
-    /// Images waiting.
-    pub queue_depth: IntGauge,
-    /// Images that may wait.
-    pub queue_capacity: IntGauge,
-    /// Requests being worked on.
-    pub requests_in_flight: IntGauge,
-    /// Open connections.
-    pub connections_open: IntGauge,
-    /// Failed requests, failed images of a batch and refused connections, by error code.
-    pub request_failures: IntCounterVec,
-    /// 1 for each resident set.
-    pub set_resident: IntGaugeVec,
-    /// Known expert sets.
-    pub sets_registered: IntGauge,
-    /// Expert sets in memory.
-    pub sets_resident: IntGauge,
-    /// Expert sets never evicted.
-    pub sets_pinned: IntGauge,
-    /// Expert sets whose last load failed, and files of the store that are broken.
-    pub sets_failed: IntGauge,
-    /// What the registry of expert sets counts.
-    pub sets: SetMetrics,
-    /// The memory budget.
-    pub memory_budget: IntGauge,
-    /// Accounted bytes by kind.
-    pub memory: IntGaugeVec,
-    process_memory_peak: IntGauge,
-    cgroup_memory: IntGauge,
-    cgroup_memory_limit: IntGauge,
-    /// Patch tokens routed, by transformer block.
-    pub expert_tokens: IntCounterVec,
-    /// Busiest expert's share of a block's tokens over the mean share; 1 is perfect balance.
-    pub expert_load_imbalance: GaugeVec,
-    /// Always 1; the labels say what is running.
-    pub build_info: GaugeVec,
+/// A metric as its line in a table declares it.
+struct Declaration {
+    opts: Opts,
+    labels: &'static [&'static str],
+    buckets: &'static [f64],
 }
 
-/// What the registry of expert sets counts; cheap to clone.
-#[derive(Debug, Clone)]
-pub struct SetMetrics {
-    /// Loads by result.
-    pub loads: IntCounterVec,
-    /// Time of one load, from file to resident.
-    pub load_duration: Histogram,
-    /// Sets that left memory, by reason.
-    pub evictions: IntCounterVec,
-    /// Requests whose expert set was resident.
-    pub hits: IntCounter,
-    /// Requests whose expert set had to be loaded first.
-    pub misses: IntCounter,
-}
-
-impl SetMetrics {
-    /// Metrics that belong to no registry yet.
-    ///
-    /// # Errors
-    /// Never for these constant names.
-    pub fn new() -> prometheus::Result<Self> {
-        let metrics = Self {
-            loads: counter_vec("bvit_set_loads_total", "Loads of expert sets by result.", &["result"])?,
-            load_duration: histogram(
-                "bvit_set_load_duration_seconds",
-                "Time of one load of an expert set, from file to resident.",
-                DURATION_BUCKETS,
-            )?,
-            evictions: counter_vec(
-                "bvit_set_evictions_total",
-                "Expert sets that left memory, by reason.",
-                &["reason"],
-            )?,
-            hits: IntCounter::new("bvit_set_hits_total", "Requests whose expert set was resident.")?,
-            misses: IntCounter::new("bvit_set_misses_total", "Requests whose expert set had to be loaded first.")?,
-        };
-        for result in ["ok", "error"] {
-            metrics.loads.with_label_values(&[result]);
-        }
-        for reason in ["budget", "replaced", "unload", "delete"] {
-            metrics.evictions.with_label_values(&[reason]);
-        }
-        Ok(metrics)
+impl Declaration {
+    fn histogram(&self) -> HistogramOpts {
+        HistogramOpts { common_opts: self.opts.clone(), buckets: self.buckets.to_vec() }
     }
 }
 
-fn histogram(name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
-    Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))
+/// A kind of metric.
+trait Kind: Collector + Clone + Sized + 'static {
+    fn declare(declaration: Declaration) -> prometheus::Result<Self>;
 }
 
-fn counter_vec(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
-    IntCounterVec::new(Opts::new(name, help), labels)
+/// How each kind is made.
+macro_rules! kinds {
+    ($($kind:ident: |$declaration:ident| $make:expr;)+) => {
+        $(impl Kind for $kind {
+            fn declare($declaration: Declaration) -> prometheus::Result<Self> {
+                $make
+            }
+        })+
+    };
 }
 
-fn gauge_vec(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
-    IntGaugeVec::new(Opts::new(name, help), labels)
+kinds! {
+    IntCounter: |it| Self::with_opts(it.opts);
+    IntGauge: |it| Self::with_opts(it.opts);
+    Histogram: |it| Self::with_opts(it.histogram());
+    IntCounterVec: |it| Self::new(it.opts, it.labels);
+    IntGaugeVec: |it| Self::new(it.opts, it.labels);
+    GaugeVec: |it| Self::new(it.opts, it.labels);
+    HistogramVec: |it| Self::new(it.histogram(), it.labels);
+}
+
+fn registered<K: Kind>(registry: &Registry, declaration: Declaration) -> prometheus::Result<K> {
+    let metric = K::declare(declaration)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+/// A table of metrics, one a line: field, kind, name, then labels and buckets where the kind has them. The doc comment is
+/// also the metric's help text. What stands under `beside` is no metric.
+macro_rules! metrics {
+    (
+        $(#[$meta:meta])*
+        pub struct $table:ident beside { $($own:ident: $type:ty),* }
+        $(#[doc = $help:literal] $vis:vis $field:ident: $kind:ident = $name:literal $([$($label:literal),+])? $($buckets:ident)?;)+
+    ) => {
+        $(#[$meta])*
+        pub struct $table {
+            $($own: $type,)*
+            $(#[doc = $help] $vis $field: $kind,)+
+        }
+
+        impl $table {
+            fn declare(into: &Registry, $($own: $type),*) -> prometheus::Result<Self> {
+                Ok(Self {
+                    $($own,)*
+                    $($field: registered(into, Declaration {
+                        opts: Opts::new($name, $help.trim_start()),
+                        labels: &[$($($label),+)?],
+                        buckets: [$($buckets,)? &[]][0],
+                    })?,)+
+                })
+            }
+        }
+    };
+}
+
+metrics! {
+    /// What the registry of expert sets counts; cheap to clone.
+    #[derive(Debug, Clone)]
+    pub struct SetMetrics beside {}
+
+    /// Loads of expert sets by result.
+    pub loads: IntCounterVec = "bvit_set_loads_total" ["result"];
+    /// Time of one load of an expert set, from file to resident.
+    pub load_duration: Histogram = "bvit_set_load_duration_seconds" DURATION_BUCKETS;
+    /// Expert sets that left memory, by reason.
+    pub evictions: IntCounterVec = "bvit_set_evictions_total" ["reason"];
+    /// Requests whose expert set was resident.
+    pub hits: IntCounter = "bvit_set_hits_total";
+    /// Requests whose expert set had to be loaded first.
+    pub misses: IntCounter = "bvit_set_misses_total";
+}
+
+metrics! {
+    /// The process's metrics.
+    pub struct Metrics beside {
+        registry: Registry,
+        per_set: bool,
+        labelled_sets: Mutex<HashSet<String>>,
+        sets: SetMetrics
+    }
+
+    /// Requests answered, by matched route and status.
+    pub http_requests: IntCounterVec = "bvit_http_requests_total" ["route", "status"];
+    /// Time from a request's headers to its response.
+    pub request_duration: HistogramVec = "bvit_request_duration_seconds" ["route"] DURATION_BUCKETS;
+    /// Time to decode and preprocess one image, waiting for a decode thread included.
+    pub decode_duration: Histogram = "bvit_decode_duration_seconds" DURATION_BUCKETS;
+    /// Time an image waited for a compute thread.
+    pub queue_duration: Histogram = "bvit_queue_duration_seconds" DURATION_BUCKETS;
+    /// Time of one forward pass over a batch.
+    pub inference_duration: Histogram = "bvit_inference_duration_seconds" DURATION_BUCKETS;
+    /// Images by expert set and result.
+    images: IntCounterVec = "bvit_images_total" ["set", "result"];
+    /// Forward passes.
+    pub batches: IntCounter = "bvit_batches_total";
+    /// Images per forward pass.
+    pub batch_size: Histogram = "bvit_batch_size" COUNT_BUCKETS;
+    /// Different expert sets per forward pass.
+    pub batch_distinct_sets: Histogram = "bvit_batch_distinct_sets" COUNT_BUCKETS;
+    /// Images from admission to answer.
+    pub queue_depth: IntGauge = "bvit_queue_depth";
+    /// Most images from admission to answer.
+    pub queue_capacity: IntGauge = "bvit_queue_capacity";
+    /// Requests being worked on.
+    pub requests_in_flight: IntGauge = "bvit_requests_in_flight";
+    /// Open connections.
+    pub connections_open: IntGauge = "bvit_connections_open";
+    /// Failed requests, failed images of a batch and refused connections, by error code.
+    pub request_failures: IntCounterVec = "bvit_request_failures_total" ["reason"];
+    /// 1 for each expert set in memory.
+    pub set_resident: IntGaugeVec = "bvit_set_resident" ["set", "pinned"];
+    /// Known expert sets.
+    pub sets_registered: IntGauge = "bvit_sets_registered";
+    /// Expert sets in memory.
+    pub sets_resident: IntGauge = "bvit_sets_resident";
+    /// Expert sets that are never evicted.
+    pub sets_pinned: IntGauge = "bvit_sets_pinned";
+    /// Expert sets whose last load failed, and broken files in the model store.
+    pub sets_failed: IntGauge = "bvit_sets_failed";
+    /// Bytes that backbones, resident sets, scratch and queue may take together.
+    pub memory_budget: IntGauge = "bvit_memory_budget_bytes";
+    /// Accounted bytes by kind.
+    pub memory: IntGaugeVec = "bvit_memory_bytes" ["kind"];
+    /// Largest resident memory of the process so far.
+    process_memory_peak: IntGauge = "bvit_process_memory_peak_bytes";
+    /// Memory of the process's cgroup; 0 if unknown.
+    cgroup_memory: IntGauge = "bvit_cgroup_memory_bytes";
+    /// Memory limit of the process's cgroup; 0 when none is in force.
+    cgroup_memory_limit: IntGauge = "bvit_cgroup_memory_limit_bytes";
+    /// Patch tokens routed to experts, by transformer block.
+    pub expert_tokens: IntCounterVec = "bvit_expert_tokens_total" ["layer"];
+    /// Busiest expert's share of a block's tokens over the mean share, in the last batch; 1 is balance.
+    pub expert_load_imbalance: GaugeVec = "bvit_expert_load_imbalance" ["layer"];
+    /// Always 1; the labels say what is running.
+    build_info: GaugeVec = "bvit_build_info" ["version", "revision", "target", "isa"];
 }
 
 impl Metrics {
@@ -174,134 +212,17 @@ impl Metrics {
     /// # Errors
     /// Never for these constant names, but the library's constructors can fail.
     pub fn new(per_set: bool) -> prometheus::Result<Self> {
-        let metrics = Self {
-            registry: Registry::new(),
-            per_set,
-            labelled_sets: Mutex::default(),
-            http_requests: counter_vec(
-                "bvit_http_requests_total",
-                "Requests answered, by matched route and status.",
-                &["route", "status"],
-            )?,
-            request_duration: HistogramVec::new(
-                HistogramOpts::new("bvit_request_duration_seconds", "Time from a request's headers to its response.")
-                    .buckets(DURATION_BUCKETS.to_vec()),
-                &["route"],
-            )?,
-            decode_duration: histogram(
-                "bvit_decode_duration_seconds",
-                "Time to decode and preprocess one image, waiting for a decode thread included.",
-                DURATION_BUCKETS,
-            )?,
-            queue_duration: histogram(
-                "bvit_queue_duration_seconds",
-                "Time an image waited for a compute thread.",
-                DURATION_BUCKETS,
-            )?,
-            inference_duration: histogram(
-                "bvit_inference_duration_seconds",
-                "Time of one forward pass over a batch.",
-                DURATION_BUCKETS,
-            )?,
-            images: counter_vec("bvit_images_total", "Images by expert set and result.", &["set", "result"])?,
-            batches: IntCounter::new("bvit_batches_total", "Forward passes.")?,
-            batch_size: histogram("bvit_batch_size", "Images per forward pass.", COUNT_BUCKETS)?,
-            batch_distinct_sets: histogram(
-                "bvit_batch_distinct_sets",
-                "Different expert sets per forward pass.",
-                COUNT_BUCKETS,
-            )?,
-            queue_depth: IntGauge::new("bvit_queue_depth", "Images from admission to answer.")?,
-            queue_capacity: IntGauge::new("bvit_queue_capacity", "Most images from admission to answer.")?,
-            requests_in_flight: IntGauge::new("bvit_requests_in_flight", "Requests being worked on.")?,
-            connections_open: IntGauge::new("bvit_connections_open", "Open connections.")?,
-            request_failures: counter_vec(
-                "bvit_request_failures_total",
-                "Failed requests, failed images of a batch and refused connections, by error code.",
-                &["reason"],
-            )?,
-            set_resident: gauge_vec("bvit_set_resident", "1 for each expert set in memory.", &["set", "pinned"])?,
-            sets_registered: IntGauge::new("bvit_sets_registered", "Known expert sets.")?,
-            sets_resident: IntGauge::new("bvit_sets_resident", "Expert sets in memory.")?,
-            sets_pinned: IntGauge::new("bvit_sets_pinned", "Expert sets that are never evicted.")?,
-            sets_failed: IntGauge::new(
-                "bvit_sets_failed",
-                "Expert sets whose last load failed, and broken files in the model store.",
-            )?,
-            sets: SetMetrics::new()?,
-            memory_budget: IntGauge::new(
-                "bvit_memory_budget_bytes",
-                "Bytes that backbones, resident sets, scratch and queue may take together.",
-            )?,
-            memory: gauge_vec("bvit_memory_bytes", "Accounted bytes by kind.", &["kind"])?,
-            process_memory_peak: IntGauge::new(
-                "bvit_process_memory_peak_bytes",
-                "Largest resident memory of the process so far.",
-            )?,
-            cgroup_memory: IntGauge::new("bvit_cgroup_memory_bytes", "Memory of the process's cgroup; 0 if unknown.")?,
-            cgroup_memory_limit: IntGauge::new(
-                "bvit_cgroup_memory_limit_bytes",
-                "Memory limit of the process's cgroup; 0 when none is in force.",
-            )?,
-            expert_tokens: counter_vec(
-                "bvit_expert_tokens_total",
-                "Patch tokens routed to experts, by transformer block.",
-                &["layer"],
-            )?,
-            expert_load_imbalance: GaugeVec::new(
-                Opts::new(
-                    "bvit_expert_load_imbalance",
-                    "Busiest expert's share of a block's tokens over the mean share, in the last batch; 1 is balance.",
-                ),
-                &["layer"],
-            )?,
-            build_info: GaugeVec::new(
-                Opts::new("bvit_build_info", "Always 1; the labels say what is running."),
-                &["version", "revision", "target", "isa"],
-            )?,
-        };
-        metrics.register()?;
+        let registry = Registry::new();
+        registry.register(Box::new(ProcessCollector::for_self()))?;
+        let sets = SetMetrics::declare(&registry)?;
+        let metrics = Self::declare(&registry.clone(), registry, per_set, Mutex::default(), sets)?;
         metrics.start_at_zero();
         Ok(metrics)
     }
 
-    fn register(&self) -> prometheus::Result<()> {
-        let collectors: [Box<dyn Collector>; 33] = [
-            Box::new(self.http_requests.clone()),
-            Box::new(self.request_duration.clone()),
-            Box::new(self.decode_duration.clone()),
-            Box::new(self.queue_duration.clone()),
-            Box::new(self.inference_duration.clone()),
-            Box::new(self.images.clone()),
-            Box::new(self.batches.clone()),
-            Box::new(self.batch_size.clone()),
-            Box::new(self.batch_distinct_sets.clone()),
-            Box::new(self.queue_depth.clone()),
-            Box::new(self.queue_capacity.clone()),
-            Box::new(self.requests_in_flight.clone()),
-            Box::new(self.connections_open.clone()),
-            Box::new(self.request_failures.clone()),
-            Box::new(self.set_resident.clone()),
-            Box::new(self.sets_registered.clone()),
-            Box::new(self.sets_resident.clone()),
-            Box::new(self.sets_pinned.clone()),
-            Box::new(self.sets_failed.clone()),
-            Box::new(self.sets.loads.clone()),
-            Box::new(self.sets.load_duration.clone()),
-            Box::new(self.sets.evictions.clone()),
-            Box::new(self.sets.hits.clone()),
-            Box::new(self.sets.misses.clone()),
-            Box::new(self.memory_budget.clone()),
-            Box::new(self.memory.clone()),
-            Box::new(self.process_memory_peak.clone()),
-            Box::new(self.cgroup_memory.clone()),
-            Box::new(self.cgroup_memory_limit.clone()),
-            Box::new(self.expert_tokens.clone()),
-            Box::new(self.expert_load_imbalance.clone()),
-            Box::new(self.build_info.clone()),
-            Box::new(prometheus::process_collector::ProcessCollector::for_self()),
-        ];
-        collectors.into_iter().try_for_each(|collector| self.registry.register(collector))
+    /// What the registry of expert sets counts.
+    pub fn sets(&self) -> &SetMetrics {
+        &self.sets
     }
 
     /// Labelled metrics exist only once a label is used; a dashboard should not have to wait for the first request.
@@ -312,6 +233,12 @@ impl Metrics {
         self.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), revision, target.as_str(), isa]).set(1.0);
         for result in ImageResult::ALL {
             self.count_images(None, result, 0);
+        }
+        for result in ["ok", "error"] {
+            self.sets.loads.with_label_values(&[result]);
+        }
+        for reason in ["budget", "replaced", "unload", "delete"] {
+            self.sets.evictions.with_label_values(&[reason]);
         }
     }
 

@@ -216,7 +216,7 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
         queue_bytes: args.pipeline.queue_bytes.0,
     };
     let loader = BlockingPool::start("load", args.registry.load_threads, Priority::Background);
-    Registry::new(source, settings, loader.context(NO_THREADS)?, metrics.sets.clone()).map_err(|_| {
+    Registry::new(source, settings, loader.context(NO_THREADS)?, metrics.sets().clone()).map_err(|_| {
         let (budget, queue) = (args.registry.memory_budget, args.pipeline.queue_bytes);
         anyhow!("--memory-budget {budget} does not even hold --queue-bytes {queue}")
     })

@@ -84,7 +84,7 @@ fn classifier(args: &ClassifyArgs, backbone: BackboneDescriptor, set: SetDescrip
     let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
     let settings = registry::Settings { budget_bytes: usize::MAX, ..registry::Settings::default() };
     let loader = BlockingPool::start("load", 1, Priority::Normal)?;
-    let registry = Registry::new(source, settings, loader, metrics.sets.clone())?;
+    let registry = Registry::new(source, settings, loader, metrics.sets().clone())?;
     registry.register_backbone(backbone);
     registry.register(set)?;
     let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };

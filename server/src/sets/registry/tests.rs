@@ -9,6 +9,7 @@ use model_core::artifact::Digest;
 use proptest::prelude::*;
 
 use super::*;
+use crate::metrics::Metrics;
 use crate::threads::Priority;
 
 /// For what ends by itself; longer than any machine stands still.
@@ -105,7 +106,8 @@ pub(super) fn registry(room: usize, adjust: impl FnOnce(&mut Settings)) -> Regis
     };
     adjust(&mut settings);
     let loader = BlockingPool::start("load", 2, Priority::Normal).unwrap();
-    let registry = Registry::new(Fake::default(), settings, loader, SetMetrics::new().unwrap()).unwrap();
+    let registry =
+        Registry::new(Fake::default(), settings, loader, Metrics::new(false).unwrap().sets().clone()).unwrap();
     registry.register_backbone(backbone("backbone"));
     registry
 }
