@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use model_core::image::DecodeLimits;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -93,7 +94,7 @@ fn connection_settings(args: &ServeArgs) -> anyhow::Result<ConnectionSettings> {
     let max_connections = args.limits.max_connections;
     // Shells and services start programs with 1024 open files allowed; more need only be asked for.
     let wanted = max_connections as u64 + OTHER_FILES;
-    match rlimit::increase_nofile_limit(wanted) {
+    match allow_open_files(wanted) {
         Ok(allowed) if allowed < wanted => {
             tracing::warn!(allowed, max_connections, "fewer files may be open than there may be connections");
         }
@@ -111,6 +112,19 @@ fn connection_settings(args: &ServeArgs) -> anyhow::Result<ConnectionSettings> {
         drain_timeout: args.limits.drain_timeout,
         tls,
     })
+}
+
+/// Raises the soft limit of open files to `wanted`, or as far as the hard limit lets it. Returns how many are allowed.
+fn allow_open_files(wanted: u64) -> rustix::io::Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    match limit.current {
+        Some(current) if current < wanted => {
+            let raised = limit.maximum.map_or(wanted, |most| most.min(wanted));
+            setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limit })?;
+            Ok(raised)
+        }
+        current => Ok(current.unwrap_or(u64::MAX)),
+    }
 }
 
 /// Puts the application together: every set of the store is known, none is loaded, and requests are answered 503.

@@ -6,14 +6,15 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::User;
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
-use super::openapi::{
-    Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape, set_name_schema, version_schema,
-};
+use super::input::{ImageForm, JsonRequest};
+use super::openapi::{BODY, IMAGES, LIFECYCLE, LOAD, SetName, USER, Version, commands, errors};
 use super::{body, input};
 use crate::app::AppState;
 use crate::classify::{self, Answers, Prediction, Request, predictions};
@@ -30,19 +31,6 @@ pub const EXPERT_SET_GENERATION: HeaderName = HeaderName::from_static("x-expert-
 /// Time of each stage, for browsers.
 pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
-/// The routes of this resource. `PUT` is there for `curl -T image.jpg`.
-pub fn routes(api: Api) -> Api {
-    let with_default = |id| {
-        let name = "Expert set to ask; the default set when left out.";
-        describe(id, "Classify images").query("set", name, set_name_schema())
-    };
-    let with_named = |id| describe(id, "Classify images with a named expert set");
-    api.on(Method::Post, "/classify", classify_default, with_default("classify").command(CURL_FILE).command(CURL_JSON))
-        .on(Method::Put, "/classify", classify_default, with_default("classify_put").command(CURL_UPLOAD))
-        .on(Method::Post, "/classify/{set}", classify_named, with_named("classify_with").command(CURL_ROUTING))
-        .on(Method::Put, "/classify/{set}", classify_named, with_named("classify_with_put").command(CURL_UPLOAD_NAMED))
-}
-
 const CURL_FILE: &str = "curl -F image=@cat.jpg 'http://127.0.0.1:8000/classify?top_k=3'";
 const CURL_JSON: &str =
     "curl http://127.0.0.1:8000/classify --json \"{\\\"inputs\\\": \\\"$(base64 -w0 cat.jpg)\\\"}\"";
@@ -50,56 +38,12 @@ const CURL_UPLOAD: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify";
 const CURL_ROUTING: &str = "curl --data-binary @cat.jpg 'http://127.0.0.1:8000/classify/cifar100?routing=true'";
 const CURL_UPLOAD_NAMED: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify/cifar100";
 
-fn describe(id: &'static str, summary: &'static str) -> Operation {
-    let answer = Shape::any_of([Shape::of::<Classification>(), Shape::list_of::<BatchItem>()]);
-    let top_k = json!({ "type": "integer", "minimum": 1, "default": DEFAULT_TOP_K });
-    image_bodies(Operation::new("classify", id, summary))
-        .description(
-            "The body is read by its content type: `multipart/form-data` takes files under any name (and \
-             a field `set` that names the expert set unless path or query do), \
-             `application/json` takes base64, and everything else that may be an image (`image/*`, \
-             `application/octet-stream` or no content type at all) is one image. JPEG, PNG, WebP, GIF (the first \
-             frame) and BMP are read. One image answers an object; several files, or a list in JSON, answer a list in \
-             request order, in which a bad image is an error in its place.",
-        )
-        .query("version", "Version to ask; the current one when left out.", version_schema())
-        .query("top_k", "How many labels to answer, best first; it goes before the body's `top_k`.", top_k)
-        .query("routing", "Whether to answer the routing map as well.", json!({ "type": "boolean", "default": false }))
-        .json(answer, example())
-        .answer_header(200, "x-expert-set", "The expert set that answered.", true)
-        .answer_header(200, "x-expert-set-generation", "Its name, version and content digest.", true)
-        .answer_header(200, "Server-Timing", "Milliseconds of each stage.", true)
-}
+/// Errors of classification.
+pub(super) const CLASSIFY: &[&[ErrorCode]] = &[USER, BODY, LIFECYCLE, LOAD, IMAGES];
 
-/// Errors of images, and of what is done with them.
-pub(super) const IMAGE_ERRORS: [ErrorCode; 5] = [
-    ErrorCode::EmptyBody,
-    ErrorCode::BatchTooLarge,
-    ErrorCode::ImageTooLarge,
-    ErrorCode::UndecodableImage,
-    ErrorCode::DeadlineExceeded,
-];
-
-/// The bodies in which images are taken, and what is said of those that are not.
-pub(super) fn image_bodies(operation: Operation) -> Operation {
-    let form = json!({
-        "type": "object",
-        "required": ["image"],
-        "properties": {
-            "image": { "type": "string", "format": "binary", "description": "A file; further files, and this one, may have any name." },
-            "top_k": { "type": "integer", "minimum": 1 },
-        },
-    });
-    ["image/jpeg", "image/png", "application/octet-stream"]
-        .into_iter()
-        .fold(operation, |operation, media_type| operation.body(media_type, Shape::bytes(), Value::Null))
-        .body("multipart/form-data", Shape::inline(form), Value::Null)
-        .body("application/json", Shape::of::<input::JsonRequest>(), input::example())
-        .user()
-        .errors(BODY_ERRORS)
-        .errors(LIFECYCLE_ERRORS)
-        .errors(LOAD_ERRORS)
-        .errors(IMAGE_ERRORS)
+/// The routes of this resource. `PUT` is there for `curl -T image.jpg`.
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default().routes(routes!(classify_default)).routes(routes!(classify_named))
 }
 
 fn example() -> Value {
@@ -112,13 +56,22 @@ fn example() -> Value {
     })
 }
 
-/// Query parameters of `/classify`.
-#[derive(Debug, Default, serde::Deserialize)]
+/// What is asked for besides the images.
+#[derive(Debug, Default, serde::Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct ClassifyQuery {
+    /// Expert set to ask; the default set when left out.
+    #[param(inline, value_type = SetName, required = false)]
     set: Option<String>,
+    /// Version to ask; the current one when left out.
+    #[param(inline, value_type = Version, required = false)]
     version: Option<u64>,
+    /// How many labels to answer, best first; it goes before the body's `top_k`.
+    #[param(value_type = usize, required = false, minimum = 1, default = json!(DEFAULT_TOP_K))]
     top_k: Option<String>,
+    /// Whether to answer the routing map as well.
     #[serde(default)]
+    #[param(required = false, default = false)]
     routing: bool,
 }
 
@@ -140,6 +93,16 @@ pub struct Classification {
     pub routing: Option<RoutingMap>,
 }
 
+/// What a request gets.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum Classified {
+    /// For one image.
+    One(Box<Classification>),
+    /// For several images, in the request's order.
+    Several(Vec<BatchItem>),
+}
+
 /// An image's answer, or what was wrong with it.
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
@@ -148,6 +111,39 @@ enum BatchItem {
     Err(ErrorBody),
 }
 
+/// Classify images.
+///
+/// The body is read by its content type: `multipart/form-data` takes files under any name (and a field `set` that names
+/// the expert set unless path or query do), `application/json` takes base64, and everything else that may be an image
+/// (`image/*`, `application/octet-stream` or no content type at all) is one image. JPEG, PNG, WebP, GIF (the first frame)
+/// and BMP are read. One image answers an object; several files, or a list in JSON, answer a list in request order, in
+/// which a bad image is an error in its place.
+#[utoipa::path(
+    method(post, put),
+    path = "/classify",
+    operation_id = "classify",
+    tag = "classify",
+    params(ClassifyQuery),
+    request_body(content(
+        ("image/jpeg"),
+        ("image/png"),
+        ("application/octet-stream"),
+        (ImageForm = "multipart/form-data"),
+        (JsonRequest = "application/json", example = json!(input::example())),
+    )),
+    responses((
+        status = 200,
+        description = "Done.",
+        headers(
+            ("x-expert-set" = String, description = "The expert set that answered."),
+            ("x-expert-set-generation" = String, description = "Its name, version and content digest."),
+            ("Server-Timing" = String, description = "Milliseconds of each stage."),
+        ),
+        body = Classified,
+        example = json!(example())
+    )),
+    extensions(("x-errors" = json!(errors(CLASSIFY))), ("x-codeSamples" = json!(commands(&[CURL_FILE, CURL_JSON, CURL_UPLOAD])))),
+)]
 async fn classify_default(
     State(app): State<AppState>,
     context: RequestContext,
@@ -157,6 +153,39 @@ async fn classify_default(
     classify(app, context, None, query.0, user).await
 }
 
+/// Classify images with a named expert set.
+///
+/// The body is read by its content type: `multipart/form-data` takes files under any name (and a field `set` that names
+/// the expert set unless path or query do), `application/json` takes base64, and everything else that may be an image
+/// (`image/*`, `application/octet-stream` or no content type at all) is one image. JPEG, PNG, WebP, GIF (the first frame)
+/// and BMP are read. One image answers an object; several files, or a list in JSON, answer a list in request order, in
+/// which a bad image is an error in its place.
+#[utoipa::path(
+    method(post, put),
+    path = "/classify/{set}",
+    operation_id = "classify_with",
+    tag = "classify",
+    params(ClassifyQuery),
+    request_body(content(
+        ("image/jpeg"),
+        ("image/png"),
+        ("application/octet-stream"),
+        (ImageForm = "multipart/form-data"),
+        (JsonRequest = "application/json", example = json!(input::example())),
+    )),
+    responses((
+        status = 200,
+        description = "Done.",
+        headers(
+            ("x-expert-set" = String, description = "The expert set that answered."),
+            ("x-expert-set-generation" = String, description = "Its name, version and content digest."),
+            ("Server-Timing" = String, description = "Milliseconds of each stage."),
+        ),
+        body = Classified,
+        example = json!(example())
+    )),
+    extensions(("x-errors" = json!(errors(CLASSIFY))), ("x-codeSamples" = json!(commands(&[CURL_ROUTING, CURL_UPLOAD_NAMED])))),
+)]
 async fn classify_named(
     State(app): State<AppState>,
     context: RequestContext,
@@ -207,16 +236,17 @@ fn respond(answers: Answers, top_k: usize, is_batch: bool) -> Result<Response, A
         routing: answer.routing,
     };
     let mut results = images.into_iter().map(|image| image.map(classification).map_err(ApiError::from));
-    let mut response = match (is_batch, results.next()) {
-        (false, Some(result)) => Json(result?).into_response(),
-        (_, first) => {
+    let classified = match results.next() {
+        Some(result) if !is_batch => Classified::One(Box::new(result?)),
+        first => {
             let item = |result: Result<Classification, ApiError>| match result {
                 Ok(classification) => BatchItem::Ok(Box::new(classification)),
                 Err(error) => BatchItem::Err(error.body()),
             };
-            Json(first.into_iter().chain(results).map(item).collect::<Vec<_>>()).into_response()
+            Classified::Several(first.into_iter().chain(results).map(item).collect())
         }
     };
+    let mut response = Json(classified).into_response();
     answer_headers(response.headers_mut(), &lease, timings);
     Ok(response)
 }

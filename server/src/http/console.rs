@@ -2,11 +2,15 @@
 
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
 use super::extract::ApiPath;
-use super::openapi::{Api, Method, Operation, Shape};
+use super::openapi::{commands, errors};
+use crate::app::AppState;
 
 /// What a page may do: run scripts, use styles, show images and talk, all with this server only. Nothing inline, so
 /// that markup that slipped into a page would stay without effect; no way to make markup out of strings at all.
@@ -15,25 +19,33 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; st
     require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// The routes of this resource.
-pub fn routes(api: Api) -> Api {
-    let page_operation =
-        Operation::new("pages", "console", "The console: classify, look at routing, manage expert sets")
-            .answer(200, "A page.", "text/html", Shape::text(), Value::Null)
-            .command("curl http://127.0.0.1:8000/");
-    let file_operation = ASSETS.iter().fold(
-        Operation::new("pages", "console_file", "The console's scripts, styles and pictures")
-            .path("file", "One of the files the console is made of.", json!({ "enum": files() }))
-            .errors([ErrorCode::RouteNotFound]),
-        |operation, asset| operation.answer(200, "A file.", asset.media_type(), Shape::bytes(), Value::Null),
-    );
-    let index = async || page(include_str!("../../console/index.html"));
-    api.on(Method::Get, "/", index, page_operation).on(Method::Get, "/console/{*file}", file, file_operation)
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default().routes(routes!(index)).routes(routes!(file))
 }
 
-/// The paths of the files below `/console/`.
-fn files() -> Vec<&'static str> {
-    ASSETS.iter().map(|asset| asset.path).collect()
+/// The console: classify, look at routing, manage expert sets.
+#[utoipa::path(
+    get,
+    path = "/",
+    operation_id = "console",
+    tag = "pages",
+    responses((status = 200, description = "A page.", content_type = "text/html", body = String)),
+    extensions(("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/"])))),
+)]
+async fn index() -> Response {
+    page(include_str!("../../console/index.html"))
 }
+
+/// The path of one of the console's files, as a schema.
+struct FileName;
+
+impl PartialSchema for FileName {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new().schema_type(Type::String).enum_values(Some(ASSETS.iter().map(|asset| asset.path))).into()
+    }
+}
+
+impl ToSchema for FileName {}
 
 /// An HTML page with the policy all pages share.
 pub fn page(html: impl Into<axum::body::Body>) -> Response {
@@ -48,6 +60,20 @@ pub fn page(html: impl Into<axum::body::Body>) -> Response {
 /// A page of one version must not meet the scripts of another after an update.
 const REVALIDATE: (HeaderName, HeaderValue) = (header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
 
+/// The console's scripts, styles and pictures.
+#[utoipa::path(
+    get,
+    path = "/console/{*file}",
+    operation_id = "console_file",
+    tag = "pages",
+    params(("file" = inline(FileName), Path, description = "One of the files the console is made of.")),
+    responses((
+        status = 200,
+        description = "A file.",
+        content(("text/javascript"), ("text/css"), ("image/svg+xml"), ("image/png"), ("text/plain")),
+    )),
+    extensions(("x-errors" = json!(errors(&[&[ErrorCode::RouteNotFound]])))),
+)]
 async fn file(ApiPath(path): ApiPath<String>) -> Result<Response, ApiError> {
     let asset = ASSETS.iter().find(|asset| asset.path == path);
     let asset = asset.ok_or_else(|| ApiError::new(ErrorCode::RouteNotFound, "the console has no such file"))?;

@@ -7,21 +7,29 @@ use axum::response::Response;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use pulldown_cmark::{CowStr, Event, Options, Parser, Tag, TagEnd};
 use serde_json::{Map, Value};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::console::page;
-use super::openapi::{Api, Document, Method, Operation, Shape};
+use super::openapi::{Document, commands};
+use crate::app::AppState;
 
 /// What is said once for all requests.
 const GUIDE: &str = include_str!("../../../docs/api.md");
 
 /// The route of this resource.
-pub fn routes(api: Api) -> Api {
-    let operation = Operation::new("pages", "docs", "This document for people")
-        .answer(200, "A page.", "text/html", Shape::text(), Value::Null)
-        .command("curl http://127.0.0.1:8000/docs");
-    api.on(Method::Get, "/docs", docs, operation)
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default().routes(routes!(docs))
 }
 
+/// This document for people.
+#[utoipa::path(
+    get,
+    path = "/docs",
+    tag = "pages",
+    responses((status = 200, description = "A page.", content_type = "text/html", body = String)),
+    extensions(("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/docs"])))),
+)]
 async fn docs(Extension(document): Extension<Arc<Document>>) -> Response {
     page(document.page(|document| render(GUIDE, document).into_string()))
 }
@@ -108,7 +116,7 @@ fn operation_article(method: &str, path: &str, operation: &Value) -> Markup {
     html! {
         article aria-labelledby=(id) {
             h3 id=(id) { code { (method) " " (path) } }
-            p { (text(&operation["summary"])) "." @if !list(&operation["security"]).is_empty() { " Needs a key where keys are configured." } }
+            p { (text(&operation["summary"])) @if !list(&operation["security"]).is_empty() { " Needs a key where keys are configured." } }
             (markdown(text(&operation["description"])))
             @for sample in list(&operation["x-codeSamples"]) { pre tabindex="0" { code { (text(&sample["source"])) } } }
             @let parameters = list(&operation["parameters"]);
@@ -295,7 +303,8 @@ mod tests {
     use super::*;
     use std::sync::LazyLock;
 
-    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| crate::http::api().document());
+    static DOCUMENT: LazyLock<Value> =
+        LazyLock::new(|| crate::http::openapi::describe(crate::http::api().get_openapi()));
     static PAGE: LazyLock<String> = LazyLock::new(|| render(GUIDE, &DOCUMENT).into_string());
 
     #[test]

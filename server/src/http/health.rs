@@ -7,38 +7,21 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::error::ApiError;
-use super::openapi::{Api, LIFECYCLE_ERRORS, Method, Operation, Shape};
+use super::openapi::{LIFECYCLE, commands, errors};
 use crate::app::AppState;
 use crate::classify::Classifier;
 
 /// The routes of this resource.
-pub fn routes(api: Api) -> Api {
-    let health_operation = Operation::new("health", "health", "One look at what is running")
-        .json(Shape::of::<Health>(), example())
-        .errors(LIFECYCLE_ERRORS)
-        .command("curl http://127.0.0.1:8000/health");
-    let live_operation = Operation::new("health", "live", "Whether the process answers at all")
-        .json(Shape::of::<Live>(), json!({ "live": true }))
-        .command("curl http://127.0.0.1:8000/v2/health/live");
-    let ready_operation = Operation::new("health", "ready", "Whether requests are welcome")
-        .json(Shape::of::<Ready>(), json!({ "ready": true }))
-        .errors(LIFECYCLE_ERRORS)
-        .command("curl http://127.0.0.1:8000/v2/health/ready");
-    let metrics_operation = Operation::new("health", "metrics", "Metrics for Prometheus")
-        .answer(
-            200,
-            "Prometheus' text format; every name starts with `bvit_` or `process_`.",
-            "text/plain",
-            Shape::text(),
-            Value::Null,
-        )
-        .command("curl http://127.0.0.1:8000/metrics");
-    api.on(Method::Get, "/health", health, health_operation)
-        .on(Method::Get, "/v2/health/live", live, live_operation)
-        .on(Method::Get, "/v2/health/ready", ready, ready_operation)
-        .on(Method::Get, "/metrics", metrics, metrics_operation)
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default()
+        .routes(routes!(health))
+        .routes(routes!(live))
+        .routes(routes!(ready))
+        .routes(routes!(metrics))
 }
 
 /// The process answers.
@@ -47,6 +30,14 @@ struct Live {
     live: bool,
 }
 
+/// Whether the process answers at all.
+#[utoipa::path(
+    get,
+    path = "/v2/health/live",
+    tag = "health",
+    responses((status = 200, description = "Done.", body = Live, example = json!({ "live": true }))),
+    extensions(("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/health/live"])))),
+)]
 async fn live() -> Json<Live> {
     Json(Live { live: true })
 }
@@ -61,6 +52,17 @@ impl Ready {
     pub(super) const YES: Self = Self { ready: true };
 }
 
+/// Whether requests are welcome.
+#[utoipa::path(
+    get,
+    path = "/v2/health/ready",
+    tag = "health",
+    responses((status = 200, description = "Done.", body = Ready, example = json!({ "ready": true }))),
+    extensions(
+        ("x-errors" = json!(errors(&[LIFECYCLE]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/health/ready"]))),
+    ),
+)]
 async fn ready(State(app): State<AppState>) -> Result<Json<Ready>, ApiError> {
     app.classifier.admission.lifecycle.check()?;
     Ok(Json(Ready::YES))
@@ -117,7 +119,17 @@ fn example() -> Value {
     })
 }
 
-/// For people: one look at what is running.
+/// One look at what is running.
+#[utoipa::path(
+    get,
+    path = "/health",
+    tag = "health",
+    responses((status = 200, description = "Done.", body = Health, example = json!(example()))),
+    extensions(
+        ("x-errors" = json!(errors(&[LIFECYCLE]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/health"]))),
+    ),
+)]
 async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
     let Classifier { registry, admission, .. } = &app.classifier;
     admission.lifecycle.check()?;
@@ -138,6 +150,19 @@ async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
     }))
 }
 
+/// Metrics for Prometheus.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    tag = "health",
+    responses((
+        status = 200,
+        description = "Prometheus' text format; every name starts with `bvit_` or `process_`.",
+        content_type = "text/plain",
+        body = String,
+    )),
+    extensions(("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/metrics"])))),
+)]
 async fn metrics(State(app): State<AppState>) -> Result<Response, ApiError> {
     app.refresh_metrics();
     let text = app.classifier.metrics.encode().map_err(ApiError::internal)?;

@@ -2,43 +2,70 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
-use serde_json::json;
+use serde::Serialize;
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::User;
-use super::classify::{DEFAULT_TOP_K, image_bodies};
+use super::classify::{CLASSIFY, DEFAULT_TOP_K};
 use super::error::ApiError;
 use super::extract::{ApiPath, RequestContext};
-use super::openapi::{Api, Method, Operation, Shape};
+use super::input::{ImageForm, JsonRequest};
+use super::openapi::{commands, errors};
 use super::{body, input};
 use crate::app::AppState;
 use crate::classify::{Prediction, Request, predictions};
 use crate::sets::loaded::Answer;
 
 /// The routes of this resource.
-pub fn routes(api: Api) -> Api {
-    let one = Shape::list_of::<Prediction>();
-    let operation = Operation::new("classify", "hugging_face", "Classify images, in Hugging Face's schema");
-    let operation = image_bodies(operation)
-        .description(
-            "What `InferenceClient.image_classification` of `huggingface_hub` sends and expects: labels as a bare \
-             list. Several images answer a list of lists; one bad image refuses the whole request, because the schema \
-             has no place for its error.",
-        )
-        .json(
-            Shape::any_of([one.clone(), one.in_list()]),
-            json!([{ "label": "hamster", "score": 0.91, "index": 36 }, { "label": "mouse", "score": 0.03, "index": 50 }]),
-        )
-        .command("curl --data-binary @cat.jpg http://127.0.0.1:8000/hf/cifar100");
-    api.on(Method::Post, "/hf/{set}", classify, operation)
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default().routes(routes!(classify))
 }
 
+/// Labels, best first.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum Labels {
+    /// Of one image.
+    One(Vec<Prediction>),
+    /// Of each of several images.
+    Several(Vec<Vec<Prediction>>),
+}
+
+fn example() -> Value {
+    json!([{ "label": "hamster", "score": 0.91, "index": 36 }, { "label": "mouse", "score": 0.03, "index": 50 }])
+}
+
+/// Classify images, in Hugging Face's schema.
+///
+/// What `InferenceClient.image_classification` of `huggingface_hub` sends and expects: labels as a bare list. Several
+/// images answer a list of lists; one bad image refuses the whole request, because the schema has no place for its error.
+#[utoipa::path(
+    post,
+    path = "/hf/{set}",
+    operation_id = "hugging_face",
+    tag = "classify",
+    request_body(content(
+        ("image/jpeg"),
+        ("image/png"),
+        ("application/octet-stream"),
+        (ImageForm = "multipart/form-data"),
+        (JsonRequest = "application/json", example = json!(input::example())),
+    )),
+    responses((status = 200, description = "Done.", body = Labels, example = json!(example()))),
+    extensions(
+        ("x-errors" = json!(errors(CLASSIFY))),
+        ("x-codeSamples" = json!(commands(&["curl --data-binary @cat.jpg http://127.0.0.1:8000/hf/cifar100"]))),
+    ),
+)]
 async fn classify(
     State(app): State<AppState>,
     context: RequestContext,
     set: ApiPath<String>,
     user: User,
-) -> Result<Response, ApiError> {
+) -> Result<Json<Labels>, ApiError> {
     let User { mut entry, headers, body } = user;
     let received = body::receive(&app, &headers, body, context.deadline).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
@@ -55,10 +82,8 @@ async fn classify(
     let labels = answers.lease.value.labels();
     let list = |answer: Answer| predictions(&answer.logits, labels, top_k);
     // The schema has no place for one image's error among other images' answers.
-    let lists: Vec<Vec<Prediction>> =
+    let mut lists: Vec<Vec<Prediction>> =
         answers.images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;
-    Ok(match lists.first().filter(|_| !input.is_batch) {
-        Some(list) => Json(list).into_response(),
-        None => Json(lists).into_response(),
-    })
+    let one = if input.is_batch { None } else { lists.pop() };
+    Ok(Json(one.map_or_else(|| Labels::Several(lists), Labels::One)))
 }

@@ -130,6 +130,18 @@ struct JsonParameters {
     top_k: Option<Count>,
 }
 
+/// Images in a form.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes a form that axum reads")]
+pub(super) struct ImageForm {
+    /// A file; further files, and this one, may have any name.
+    #[schema(value_type = String, format = Binary)]
+    image: Bytes,
+    /// How many labels to answer, best first.
+    #[schema(minimum = 1, required = false)]
+    top_k: usize,
+}
+
 /// A request that can be sent as it stands.
 pub(super) fn example() -> Value {
     json!({ "inputs": EXAMPLE_IMAGE, "parameters": { "top_k": 3 } })

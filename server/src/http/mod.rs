@@ -16,50 +16,63 @@ pub mod oip;
 pub mod openapi;
 pub mod sets;
 
-use axum::Router;
+use std::sync::Arc;
+
 use axum::http::{HeaderName, HeaderValue, Uri, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Router};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use tower_http::set_header::SetResponseHeaderLayer;
 
 use error::{ApiError, ErrorCode};
 pub use extract::RequestContext;
 pub use observe::PeerAddress;
-use openapi::Api;
+use utoipa_axum::router::OpenApiRouter;
 
 use crate::app::AppState;
 use crate::metrics::Metrics;
 
 /// Every route with its description.
-fn api() -> Api {
+fn api() -> OpenApiRouter<AppState> {
     let resources = [
-        classify::routes,
-        hf::routes,
-        sets::routes,
-        oip::routes,
-        health::routes,
-        console::routes,
-        docs::routes,
-        openapi::routes,
+        classify::router,
+        hf::router,
+        sets::router,
+        oip::router,
+        health::router,
+        console::router,
+        docs::router,
+        openapi::router,
     ];
-    resources.into_iter().fold(Api::default(), |api, routes| routes(api))
+    resources.into_iter().fold(OpenApiRouter::default(), |api, router| api.merge(router()))
 }
 
 /// Makes the series of every route and every error code exist.
 pub fn declare(metrics: &Metrics) {
-    api().paths().iter().for_each(|path| metrics.declare_route(path));
+    api().get_openapi().paths.paths.keys().for_each(|path| metrics.declare_route(path));
     ErrorCode::ALL.iter().for_each(|code| metrics.declare_failure(code.as_str()));
 }
 
 /// Every route with what surrounds it.
 pub fn build_router(app: AppState) -> Router {
-    api()
-        .into_router()
+    let (router, described) = api().split_for_parts();
+    let document = openapi::Document::new(openapi::describe(&described));
+    let router = router
+        .layer(Extension(Arc::new(document)))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::map_response(secure))
+        .layer(CatchPanicLayer::custom(panicked));
+    let secure =
+        |router: Router<AppState>, (name, value)| router.layer(SetResponseHeaderLayer::if_not_present(name, value));
+    SECURITY_HEADERS
+        .into_iter()
+        .fold(router, secure)
         .layer(middleware::from_fn_with_state(app.clone(), observe::observe))
+        .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
+        .layer(middleware::map_request(observe::forget_unusable_id))
         .with_state(app)
 }
 
@@ -71,13 +84,6 @@ const SECURITY_HEADERS: [(HeaderName, HeaderValue); 4] = [
     (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
     (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
 ];
-
-async fn secure(mut response: Response) -> Response {
-    for (name, value) in SECURITY_HEADERS {
-        response.headers_mut().entry(name).or_insert(value);
-    }
-    response
-}
 
 async fn unknown_route(uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(200).collect();

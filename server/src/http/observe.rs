@@ -49,17 +49,16 @@ pub async fn observe(State(app): State<AppState>, mut request: Request, next: Ne
         from_loopback: peer.is_some_and(|peer| is_local(peer, request.headers())),
     };
     request.extensions_mut().insert(context);
-    let id = request_id(&request);
+    let id = request.headers().get(&REQUEST_ID).cloned();
     let method = request.method().clone();
     let matched = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
 
     let in_flight = InFlight::new(&app.classifier.metrics.requests_in_flight);
-    let mut response = next.run(request).await;
+    let response = next.run(request).await;
     drop(in_flight);
 
     let route = matched.as_deref().unwrap_or(UNMATCHED);
-    record(&app, &method, route, &id, &response, started);
-    response.headers_mut().insert(REQUEST_ID, id);
+    record(&app, &method, route, id.as_ref(), &response, started);
     response
 }
 
@@ -82,20 +81,28 @@ fn is_local(PeerAddress(address): PeerAddress, headers: &HeaderMap) -> bool {
         && headers.get(header::ORIGIN).is_none_or(is_same_origin)
 }
 
-/// The client's id when it is one we can repeat, or a new one.
-fn request_id(request: &Request) -> HeaderValue {
-    let usable = |id: &&HeaderValue| {
-        (1..=MAX_REQUEST_ID).contains(&id.len()) && id.as_bytes().iter().all(|byte| byte.is_ascii_graphic())
-    };
-    let made = || HeaderValue::try_from(uuid::Uuid::new_v4().to_string()).unwrap_or(HeaderValue::from_static("none"));
-    request.headers().get(&REQUEST_ID).filter(usable).cloned().unwrap_or_else(made)
+/// Removes an id that cannot be repeated in an answer and a log; the request then gets a new one.
+pub async fn forget_unusable_id(mut request: Request) -> Request {
+    let usable =
+        |id: &HeaderValue| (1..=MAX_REQUEST_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    if !request.headers().get(&REQUEST_ID).is_some_and(usable) {
+        request.headers_mut().remove(&REQUEST_ID);
+    }
+    request
 }
 
-fn record(app: &AppState, method: &Method, route: &str, id: &HeaderValue, response: &Response, started: Instant) {
+fn record(
+    app: &AppState,
+    method: &Method,
+    route: &str,
+    id: Option<&HeaderValue>,
+    response: &Response,
+    started: Instant,
+) {
     let (status, elapsed) = (response.status(), started.elapsed());
     app.classifier.metrics.http_requests.with_label_values(&[route, status.as_str()]).inc();
     app.classifier.metrics.request_duration.with_label_values(&[route]).observe(elapsed.as_secs_f64());
-    let id = id.to_str().unwrap_or_default();
+    let id = id.and_then(|id| id.to_str().ok()).unwrap_or_default();
     let (status, duration_ms) = (status.as_u16(), elapsed.as_secs_f64() * 1e3);
     match response.extensions().get::<Failure>() {
         None => tracing::debug!(request.id = id, %method, route, status, duration_ms, "request answered"),

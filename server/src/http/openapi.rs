@@ -1,34 +1,46 @@
-//! The API described in OpenAPI 3.1. A route enters the router only through [`Api::on`], together with its
-//! description, so that neither can be had without the other; schemas are derived from the types that are sent and
-//! received, errors from the one status table.
+//! The API described in OpenAPI 3.1. A handler enters the router together with its description; schemas are derived from
+//! the types that are sent and received. [`describe`] adds what all operations share, errors from the one status table
+//! among it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use axum::handler::Handler;
 use axum::http::StatusCode;
-use axum::response::IntoResponse;
-use axum::routing::{MethodFilter, on};
-use axum::{Extension, Json, Router};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use bytes::Bytes;
 use model_core::artifact::store_layout;
 use serde_json::{Map, Value, json};
-use utoipa::ToSchema;
-use utoipa::openapi::{RefOr, Schema};
+use utoipa::openapi::{ObjectBuilder, OpenApi, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
+use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use crate::app::AppState;
 
+/// Errors of a request that needs a user's key when there are user keys.
+pub const USER: &[ErrorCode] = &[ErrorCode::Unauthorized, ErrorCode::RateLimited];
+/// Errors of a request that needs an admin key, or comes from this machine when there are no admin keys.
+pub const ADMIN: &[ErrorCode] = &[ErrorCode::Unauthorized, ErrorCode::Forbidden];
 /// Errors of a body that is read whole.
-pub const BODY_ERRORS: [ErrorCode; 5] = [
+pub const BODY: &[ErrorCode] = &[
     ErrorCode::InvalidRequest,
     ErrorCode::BodyTooLarge,
     ErrorCode::UnsupportedMediaType,
     ErrorCode::QueueFull,
     ErrorCode::BodyTimeout,
 ];
+/// Errors of images, and of what is done with them.
+pub const IMAGES: &[ErrorCode] = &[
+    ErrorCode::EmptyBody,
+    ErrorCode::BatchTooLarge,
+    ErrorCode::ImageTooLarge,
+    ErrorCode::UndecodableImage,
+    ErrorCode::DeadlineExceeded,
+];
 /// Errors of putting an expert set into memory.
-pub const LOAD_ERRORS: [ErrorCode; 6] = [
+pub const LOAD: &[ErrorCode] = &[
     ErrorCode::SetNotFound,
     ErrorCode::InvalidArtifact,
     ErrorCode::BackboneMismatch,
@@ -37,104 +49,21 @@ pub const LOAD_ERRORS: [ErrorCode; 6] = [
     ErrorCode::SetTooLarge,
 ];
 /// Errors of requests that are refused while the server starts or stops.
-pub const LIFECYCLE_ERRORS: [ErrorCode; 2] = [ErrorCode::NotReady, ErrorCode::Draining];
+pub const LIFECYCLE: &[ErrorCode] = &[ErrorCode::NotReady, ErrorCode::Draining];
+/// Errors of every request.
+const ALWAYS: &[ErrorCode] = &[ErrorCode::Internal, ErrorCode::TooManyConnections];
 
-/// The methods the API uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
-    /// GET, and with it HEAD.
-    Get,
-    /// POST.
-    Post,
-    /// PUT.
-    Put,
-    /// DELETE.
-    Delete,
+/// An operation's extension that says how it may fail: [`errors`].
+const ERRORS: &str = "x-errors";
+
+/// The value of an operation's extension `x-errors`, which [`describe`] turns into responses.
+pub fn errors(codes: &[&[ErrorCode]]) -> Value {
+    codes.concat().into_iter().map(ErrorCode::as_str).collect()
 }
 
-impl Method {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Get => "get",
-            Self::Post => "post",
-            Self::Put => "put",
-            Self::Delete => "delete",
-        }
-    }
-
-    const fn filter(self) -> MethodFilter {
-        match self {
-            Self::Get => MethodFilter::GET,
-            Self::Post => MethodFilter::POST,
-            Self::Put => MethodFilter::PUT,
-            Self::Delete => MethodFilter::DELETE,
-        }
-    }
-}
-
-/// A router and its description, growing together.
-#[derive(Default)]
-pub struct Api {
-    router: Router<AppState>,
-    routes: Vec<&'static str>,
-    paths: Map<String, Value>,
-    schemas: BTreeMap<String, RefOr<Schema>>,
-}
-
-impl Api {
-    /// Adds `method` on `path`.
-    #[must_use]
-    pub fn on<H, T>(mut self, method: Method, path: &'static str, handler: H, operation: Operation) -> Self
-    where
-        H: Handler<T, AppState>,
-        T: 'static,
-    {
-        self.router = self.router.route(path, on(method.filter(), handler));
-        if !self.routes.contains(&path) {
-            self.routes.push(path);
-        }
-        self.schemas.extend(operation.schemas.iter().cloned());
-        // OpenAPI has no sign for a parameter that spans segments.
-        let documented = path.replace("{*", "{");
-        let item = self.paths.entry(documented.as_str()).or_insert_with(|| json!({}));
-        item[method.as_str()] = operation.into_json(&documented);
-        self
-    }
-
-    /// The routes, with their document within reach of their handlers.
-    pub fn into_router(self) -> Router<AppState> {
-        let document = Document { json: self.document(), page: OnceLock::new() };
-        self.router.layer(Extension(Arc::new(document)))
-    }
-
-    /// The paths as they appear in metrics.
-    pub fn paths(&self) -> &[&'static str] {
-        &self.routes
-    }
-
-    /// The document.
-    pub fn document(&self) -> Value {
-        let tags = TAGS.map(|(name, description)| json!({ "name": name, "description": description }));
-        json!({
-            "openapi": "3.1.0",
-            "info": {
-                "title": "ButterflyViT Gateway",
-                "version": env!("CARGO_PKG_VERSION"),
-                "description": "An image-classification server for edge gateways: POST an image, get labels back.",
-                "license": { "name": env!("CARGO_PKG_LICENSE"), "identifier": env!("CARGO_PKG_LICENSE") },
-            },
-            "servers": [{ "url": "/", "description": "The server this document comes from." }],
-            "tags": tags,
-            "paths": self.paths,
-            "components": {
-                "schemas": self.schemas,
-                "securitySchemes": {
-                    "bearer": { "type": "http", "scheme": "bearer", "description": "A key of `--user-key-file` or `--admin-key-file`." },
-                    "key": { "type": "apiKey", "in": "header", "name": "X-Api-Key", "description": "The same key in a header of its own." },
-                },
-            },
-        })
-    }
+/// The value of an operation's extension `x-codeSamples`: commands that can be pasted into a shell.
+pub fn commands(commands: &[&str]) -> Value {
+    commands.iter().map(|command| json!({ "lang": "Shell", "source": command })).collect()
 }
 
 /// The document's chapters.
@@ -146,254 +75,144 @@ const TAGS: [(&str, &str); 5] = [
     ("pages", "Pages for browsers, complete in themselves, and this document."),
 ];
 
-/// What a parameter, a body or an answer looks like, with the named schemas it refers to.
-#[derive(Clone)]
-pub struct Shape {
-    schema: Value,
-    named: Vec<(String, RefOr<Schema>)>,
-}
+/// The name of an expert set, as a schema.
+pub struct SetName;
 
-impl Shape {
-    /// A type's own.
-    pub fn of<T: ToSchema>() -> Self {
-        let mut named = vec![(T::name().into_owned(), T::schema())];
-        T::schemas(&mut named);
-        Self { schema: json!({ "$ref": format!("#/components/schemas/{}", T::name()) }), named }
-    }
-
-    /// A list of a type's.
-    pub fn list_of<T: ToSchema>() -> Self {
-        Self::of::<T>().in_list()
-    }
-
-    /// A list of these.
-    #[must_use]
-    pub fn in_list(self) -> Self {
-        Self { schema: json!({ "type": "array", "items": self.schema }), named: self.named }
-    }
-
-    /// One of several.
-    pub fn any_of(shapes: impl IntoIterator<Item = Self>) -> Self {
-        let (schemas, named): (Vec<Value>, Vec<_>) =
-            shapes.into_iter().map(|shape| (shape.schema, shape.named)).unzip();
-        Self { schema: json!({ "anyOf": schemas }), named: named.concat() }
-    }
-
-    /// Spelt out in JSON Schema.
-    pub fn inline(schema: Value) -> Self {
-        Self { schema, named: Vec::new() }
-    }
-
-    /// Bytes: OpenAPI 3.1 gives them no schema.
-    pub fn bytes() -> Self {
-        Self::inline(json!({}))
-    }
-
-    /// Text.
-    pub fn text() -> Self {
-        Self::inline(json!({ "type": "string" }))
+impl PartialSchema for SetName {
+    fn schema() -> RefOr<Schema> {
+        let name = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"));
+        name.max_length(Some(store_layout::MAX_NAME)).examples(["cifar100"]).into()
     }
 }
 
-/// The description of one method on one path.
-pub struct Operation {
-    tag: &'static str,
-    id: &'static str,
-    summary: &'static str,
-    description: &'static str,
-    parameters: Vec<Value>,
-    body: Option<Value>,
-    answers: BTreeMap<u16, Value>,
-    errors: Vec<ErrorCode>,
-    needs_key: bool,
-    commands: Vec<&'static str>,
-    schemas: Vec<(String, RefOr<Schema>)>,
-}
+impl ToSchema for SetName {}
 
-impl Operation {
-    /// An operation in the chapter `tag`, with a name of its own and a line that says what it does.
-    pub fn new(tag: &'static str, id: &'static str, summary: &'static str) -> Self {
-        Self {
-            tag,
-            id,
-            summary,
-            description: "",
-            parameters: Vec::new(),
-            body: None,
-            answers: BTreeMap::new(),
-            errors: vec![ErrorCode::Internal, ErrorCode::TooManyConnections],
-            needs_key: false,
-            commands: Vec::new(),
-            schemas: Shape::of::<ErrorBody>().named,
-        }
-    }
+/// The version of an expert set, as a schema.
+pub struct Version;
 
-    /// More than the summary says.
-    #[must_use]
-    pub fn description(mut self, description: &'static str) -> Self {
-        self.description = description;
-        self
-    }
-
-    /// A query parameter, always optional.
-    #[must_use]
-    pub fn query(self, name: &str, description: &str, schema: Value) -> Self {
-        self.parameter("query", false, name, description, schema)
-    }
-
-    /// A request header, always optional.
-    #[must_use]
-    pub fn header(self, name: &str, description: &str, schema: Value) -> Self {
-        self.parameter("header", false, name, description, schema)
-    }
-
-    /// A parameter in the path's braces.
-    #[must_use]
-    pub fn path(self, name: &str, description: &str, schema: Value) -> Self {
-        self.parameter("path", true, name, description, schema)
-    }
-
-    fn parameter(mut self, place: &str, required: bool, name: &str, description: &str, schema: Value) -> Self {
-        let parameter =
-            json!({ "name": name, "in": place, "required": required, "description": description, "schema": schema });
-        self.parameters.push(parameter);
-        self
-    }
-
-    /// A form the request's body may have; `example` may be null.
-    #[must_use]
-    pub fn body(mut self, media_type: &str, shape: Shape, example: Value) -> Self {
-        let body = self.body.get_or_insert_with(|| json!({ "required": true, "content": {} }));
-        body["content"][media_type] = content(&shape, example);
-        self.schemas.extend(shape.named);
-        self
-    }
-
-    /// The body may be left out.
-    #[must_use]
-    pub fn optional_body(mut self, media_type: &str, shape: Shape, example: Value) -> Self {
-        self = self.body(media_type, shape, example);
-        if let Some(body) = &mut self.body {
-            body["required"] = json!(false);
-        }
-        self
-    }
-
-    /// A success; `example` may be null.
-    #[must_use]
-    pub fn answer(mut self, status: u16, description: &str, media_type: &str, shape: Shape, example: Value) -> Self {
-        let answer = self.answers.entry(status).or_insert_with(
-            || json!({ "description": description, "headers": { "x-request-id": request_id_header() }, "content": {} }),
-        );
-        answer["content"][media_type] = content(&shape, example);
-        self.schemas.extend(shape.named);
-        self
-    }
-
-    /// A success in JSON.
-    #[must_use]
-    pub fn json(self, shape: Shape, example: Value) -> Self {
-        self.answer(200, "Done.", "application/json", shape, example)
-    }
-
-    /// A header of the answer with this status.
-    #[must_use]
-    pub fn answer_header(mut self, status: u16, name: &str, description: &str, required: bool) -> Self {
-        if let Some(answer) = self.answers.get_mut(&status) {
-            answer["headers"][name] = header_of(description, required);
-        }
-        self
-    }
-
-    /// Codes it may fail with.
-    #[must_use]
-    pub fn errors(mut self, codes: impl IntoIterator<Item = ErrorCode>) -> Self {
-        self.errors.extend(codes);
-        self
-    }
-
-    /// Needs a key when user keys are configured.
-    #[must_use]
-    pub fn user(mut self) -> Self {
-        self.needs_key = true;
-        self.errors([ErrorCode::Unauthorized, ErrorCode::RateLimited])
-    }
-
-    /// Needs an admin key, or none from this machine when no admin key is configured.
-    #[must_use]
-    pub fn admin(mut self) -> Self {
-        self.needs_key = true;
-        self.errors([ErrorCode::Unauthorized, ErrorCode::Forbidden])
-    }
-
-    /// A command that can be pasted into a shell.
-    #[must_use]
-    pub fn command(mut self, command: &'static str) -> Self {
-        self.commands.push(command);
-        self
-    }
-
-    fn into_json(self, path: &str) -> Value {
-        let mut operation = json!({ "operationId": self.id, "tags": [self.tag], "summary": self.summary });
-        if !self.description.is_empty() {
-            operation["description"] = json!(self.description);
-        }
-        let mut parameters = path_parameters(path, &self.parameters);
-        parameters.extend(self.parameters);
-        if !parameters.is_empty() {
-            operation["parameters"] = json!(parameters);
-        }
-        if let Some(body) = self.body {
-            operation["requestBody"] = body;
-        }
-        let mut responses: Map<String, Value> =
-            self.answers.into_iter().map(|(status, answer)| (status.to_string(), answer)).collect();
-        responses.extend(error_responses(self.errors));
-        operation["responses"] = Value::Object(responses);
-        operation["security"] = if self.needs_key { json!([{ "bearer": [] }, { "key": [] }]) } else { json!([]) };
-        if !self.commands.is_empty() {
-            let sample = |command: &&str| json!({ "lang": "Shell", "source": command });
-            operation["x-codeSamples"] = self.commands.iter().map(sample).collect();
-        }
-        operation
+impl PartialSchema for Version {
+    fn schema() -> RefOr<Schema> {
+        let version = ObjectBuilder::new().schema_type(Type::Integer);
+        version.minimum(Some(0_usize)).maximum(Some(usize::MAX)).examples([1]).into()
     }
 }
 
-/// The parameters in a path's braces that are not `described`; their names mean the same everywhere.
-fn path_parameters(path: &str, described: &[Value]) -> Vec<Value> {
-    let parameter = |name: &str| {
-        let (description, schema) = match name {
-            "version" => ("The version of the expert set.", version_schema()),
-            _ => ("The name of an expert set.", set_name_schema()),
-        };
-        json!({ "name": name, "in": "path", "required": true, "description": description, "schema": schema })
-    };
-    let names = path.split(['{', '}']).skip(1).step_by(2);
-    names.filter(|name| described.iter().all(|described| described["name"] != *name)).map(parameter).collect()
+impl ToSchema for Version {}
+
+/// The same operations at the path with a version: `/v2/models/{set}/ready`, for instance, also at
+/// `/v2/models/{set}/versions/{version}/ready`.
+pub fn with_version((schemas, paths, handlers): UtoipaMethodRouter<AppState>) -> UtoipaMethodRouter<AppState> {
+    let mut versioned = utoipa::openapi::Paths::new();
+    for (path, mut item) in paths.paths {
+        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+            let id =
+                operation.operation_id.take().map(|id| id.replace("model_", "").replacen("oip_", "oip_version_", 1));
+            operation.operation_id = id;
+        }
+        versioned.paths.insert(path.replacen("{set}", "{set}/versions/{version}", 1), item);
+    }
+    (schemas, versioned, handlers)
 }
 
-/// The schema of an expert set's name.
-pub fn set_name_schema() -> Value {
+/// The document of an API whose operations are described: with chapters, path parameters, keys and errors.
+pub fn describe(api: &OpenApi) -> Value {
+    let described = json!(api);
+    let mut paths = Map::new();
+    for (path, item) in described["paths"].as_object().into_iter().flatten() {
+        // OpenAPI has no sign for a parameter that spans segments.
+        let path = path.replace("{*", "{");
+        let mut item = item.clone();
+        for (method, operation) in item.as_object_mut().into_iter().flatten() {
+            if method == "put" && operation["operationId"] == described["paths"][&path]["post"]["operationId"] {
+                // One handler takes both methods, but an id names one operation.
+                operation["operationId"] =
+                    json!(format!("{}_put", operation["operationId"].as_str().unwrap_or_default()));
+            }
+            describe_operation(&path, operation);
+        }
+        paths.insert(path, item);
+    }
+    let mut schemas = described["components"]["schemas"].clone();
+    schemas[&*ErrorBody::name()] = json!(ErrorBody::schema());
+    schemas[&*ErrorCode::name()] = json!(ErrorCode::schema());
+    let tags = TAGS.map(|(name, description)| json!({ "name": name, "description": description }));
     json!({
-        "type": "string",
-        "pattern": "^[A-Za-z0-9_-][A-Za-z0-9_.-]*$",
-        "maxLength": store_layout::MAX_NAME,
-        "examples": ["cifar100"],
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ButterflyViT Gateway",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "An image-classification server for edge gateways: POST an image, get labels back.",
+            "license": { "name": env!("CARGO_PKG_LICENSE"), "identifier": env!("CARGO_PKG_LICENSE") },
+        },
+        "servers": [{ "url": "/", "description": "The server this document comes from." }],
+        "tags": tags,
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {
+                "bearer": { "type": "http", "scheme": "bearer", "description": "A key of `--user-key-file` or `--admin-key-file`." },
+                "key": { "type": "apiKey", "in": "header", "name": "X-Api-Key", "description": "The same key in a header of its own." },
+            },
+        },
     })
 }
 
-/// The schema of an expert set's version.
-pub fn version_schema() -> Value {
-    json!({ "type": "integer", "minimum": 0, "maximum": u64::MAX, "examples": [1] })
+fn describe_operation(path: &str, operation: &mut Value) {
+    let names: Vec<&str> = path.split(['{', '}']).skip(1).step_by(2).collect();
+    let mut described = operation["parameters"].as_array().cloned().unwrap_or_default();
+    // What the path names, the query need not.
+    described.retain(|parameter| parameter["in"] == "path" || names.iter().all(|name| parameter["name"] != *name));
+    let parameters: Vec<Value> = path_parameters(&names, &described).into_iter().chain(described).collect();
+    if !parameters.is_empty() {
+        operation["parameters"] = json!(parameters);
+    }
+    for (_, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
+        for (_, header) in answer["headers"].as_object_mut().into_iter().flatten() {
+            header["required"] = json!(true);
+        }
+        answer["headers"]["x-request-id"] = request_id_header();
+    }
+    if let Some(body) = operation.get_mut("requestBody") {
+        describe_body(body);
+    }
+    let errors = operation.as_object_mut().and_then(|operation| operation.remove(ERRORS)).unwrap_or_default();
+    let is_listed = |code: &ErrorCode| {
+        ALWAYS.contains(code) || errors.as_array().is_some_and(|errors| errors.contains(&json!(code.as_str())))
+    };
+    let codes: Vec<ErrorCode> = ErrorCode::ALL.into_iter().filter(is_listed).collect();
+    let needs_key = codes.contains(&ErrorCode::Unauthorized);
+    operation["security"] = if needs_key { json!([{ "bearer": [] }, { "key": [] }]) } else { json!([]) };
+    for (status, response) in error_responses(codes) {
+        operation["responses"][status] = response;
+    }
 }
 
-/// What an answer's or a request's body holds.
-fn content(shape: &Shape, example: Value) -> Value {
-    let mut content = json!({ "schema": shape.schema });
-    if !example.is_null() {
-        content["example"] = example;
+/// A body is needed unless its type is an `Option`, whose absence is no body, not the word `null`.
+fn describe_body(body: &mut Value) {
+    let mut is_required = true;
+    for (_, form) in body["content"].as_object_mut().into_iter().flatten() {
+        let alternatives = form["schema"]["oneOf"].as_array().cloned().unwrap_or_default();
+        if let [null, schema] = alternatives.as_slice()
+            && null["type"] == "null"
+        {
+            form["schema"] = schema.clone();
+            is_required = false;
+        }
     }
-    content
+    body["required"] = json!(is_required);
+}
+
+/// The parameters of a path that are not `described`; their names mean the same everywhere.
+fn path_parameters(names: &[&str], described: &[Value]) -> Vec<Value> {
+    let parameter = |name: &&str| {
+        let (description, schema) = match *name {
+            "version" => ("The version of the expert set.", json!(Version::schema())),
+            _ => ("The name of an expert set.", json!(SetName::schema())),
+        };
+        json!({ "name": name, "in": "path", "required": true, "description": description, "schema": schema })
+    };
+    let is_new = |name: &&&str| described.iter().all(|described| described["name"] != **name);
+    names.iter().filter(is_new).map(parameter).collect()
 }
 
 fn header_of(description: &str, required: bool) -> Value {
@@ -441,6 +260,11 @@ pub struct Document {
 }
 
 impl Document {
+    /// Without a page yet.
+    pub fn new(json: Value) -> Self {
+        Self { json, page: OnceLock::new() }
+    }
+
     /// The page that `render` makes of it, made once.
     pub fn page(&self, render: impl FnOnce(&Value) -> String) -> Bytes {
         self.page.get_or_init(|| render(&self.json).into()).clone()
@@ -448,12 +272,20 @@ impl Document {
 }
 
 /// The route of this resource.
-pub fn routes(api: Api) -> Api {
-    let operation = Operation::new("pages", "openapi", "This document")
-        .json(Shape::inline(json!({ "type": "object", "required": ["openapi", "info", "paths"] })), Value::Null)
-        .command("curl http://127.0.0.1:8000/openapi.json");
-    let document = async |Extension(document): Extension<Arc<Document>>| Json(&document.json).into_response();
-    api.on(Method::Get, "/openapi.json", document, operation)
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default().routes(routes!(openapi))
+}
+
+/// This document.
+#[utoipa::path(
+    get,
+    path = "/openapi.json",
+    tag = "pages",
+    responses((status = 200, description = "Done.", content_type = "application/json", body = Object)),
+    extensions(("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/openapi.json"])))),
+)]
+async fn openapi(Extension(document): Extension<Arc<Document>>) -> Response {
+    Json(&document.json).into_response()
 }
 
 #[cfg(test)]
@@ -461,7 +293,7 @@ mod tests {
     use super::*;
     use std::sync::LazyLock;
 
-    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| crate::http::api().document());
+    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| describe(crate::http::api().get_openapi()));
 
     fn operations() -> impl Iterator<Item = (String, &'static Value)> {
         let paths = DOCUMENT["paths"].as_object().unwrap();
@@ -489,6 +321,17 @@ mod tests {
             assert!(statuses.iter().any(|status| (200..300).contains(status)), "{operation}");
             for status in statuses.into_iter().filter(|&status| status >= 300) {
                 assert!(ErrorCode::ALL.iter().any(|code| code.status().as_u16() == status), "{operation}: {status}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_parameter_of_a_path_is_described_once_and_is_no_parameter_of_the_query() {
+        for (operation, description) in operations() {
+            let parameters = description["parameters"].as_array().cloned().unwrap_or_default();
+            for name in operation.split(['{', '}']).skip(1).step_by(2) {
+                let places: Vec<_> = parameters.iter().filter(|p| p["name"] == name).map(|p| &p["in"]).collect();
+                assert_eq!(places, ["path"], "{operation}: {name}");
             }
         }
     }

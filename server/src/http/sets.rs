@@ -14,115 +14,45 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::Admin;
 use super::body;
 use super::error::{ApiError, ErrorCode};
 use super::extract::ApiPath;
-use super::openapi::{Api, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
+use super::openapi::{ADMIN, LIFECYCLE, LOAD, commands, errors};
 use crate::app::AppState;
 use crate::keys::Caller;
 use crate::sets::catalog::{self, CatalogError};
 use crate::sets::registry::{Kind, SetState, SetStatus};
 use crate::sets::upload::Upload;
 
+/// Errors of an upload.
+const UPLOAD: &[ErrorCode] = &[
+    ErrorCode::InvalidRequest,
+    ErrorCode::EmptyBody,
+    ErrorCode::BodyTooLarge,
+    ErrorCode::UnsupportedMediaType,
+    ErrorCode::InvalidArtifact,
+    ErrorCode::BackboneMismatch,
+    ErrorCode::Conflict,
+    ErrorCode::QueueFull,
+    ErrorCode::BodyTimeout,
+    ErrorCode::SetTooLarge,
+    ErrorCode::DiskFull,
+];
+
 /// The routes of this resource.
-pub fn routes(api: Api) -> Api {
-    let operation = |id, summary| Operation::new("sets", id, summary);
-    let view = || Shape::of::<SetView>();
-    let versions = || Shape::list_of::<SetView>();
-    let listed = operation("list_sets", "Every version of every expert set, and the memory they take")
-        .json(Shape::of::<Listing>(), example_listing())
-        .command("curl http://127.0.0.1:8000/sets");
-    let shown = operation("show_set", "Every version of one expert set")
-        .json(versions(), json!([example_view()]))
-        .errors([ErrorCode::SetNotFound])
-        .command("curl http://127.0.0.1:8000/sets/cifar100");
-    let uploaded = operation("upload_set", "Upload a version of an expert set")
-        .description(
-            "The file is checked from its first byte to its last before it takes its place. When it replaces what is in \
-             memory it is loaded before the answer; should that fail, the answer's `reason` says why and the old \
-             generation goes on answering.",
-        )
-        .body("application/octet-stream", Shape::bytes(), Value::Null)
-        .answer(200, "It replaced that version.", "application/json", view(), example_view())
-        .answer(201, "The version is new.", "application/json", view(), example_view())
-        .admin()
-        .errors(LIFECYCLE_ERRORS)
-        .errors([
-            ErrorCode::InvalidRequest,
-            ErrorCode::EmptyBody,
-            ErrorCode::BodyTooLarge,
-            ErrorCode::UnsupportedMediaType,
-            ErrorCode::InvalidArtifact,
-            ErrorCode::BackboneMismatch,
-            ErrorCode::Conflict,
-            ErrorCode::QueueFull,
-            ErrorCode::BodyTimeout,
-            ErrorCode::SetTooLarge,
-            ErrorCode::DiskFull,
-        ])
-        .command("curl -T flowers.safetensors http://127.0.0.1:8000/sets/flowers/1");
-    let deleted = |id, summary| {
-        operation(id, summary)
-            .description("A pinned set stays, and so does the last version of the default set.")
-            .json(Shape::of::<Deleted>(), json!({ "deleted": ["flowers:1:0a1b2c3d4e5f"] }))
-            .admin()
-            .errors([ErrorCode::SetNotFound, ErrorCode::Conflict])
-    };
-    let moved = |id, summary| operation(id, summary).json(versions(), json!([example_view()])).admin();
-    api.on(Method::Get, "/sets", list, listed)
-        .on(Method::Get, "/sets/{name}", show, shown)
-        .on(
-            Method::Delete,
-            "/sets/{name}",
-            delete_set,
-            deleted("delete_set", "Forget an expert set and delete its files")
-                .command("curl -X DELETE http://127.0.0.1:8000/sets/flowers"),
-        )
-        .on(Method::Put, "/sets/{name}/{version}", upload, uploaded)
-        .on(
-            Method::Delete,
-            "/sets/{name}/{version}",
-            delete_version,
-            deleted("delete_set_version", "Forget one version of an expert set and delete its file")
-                .errors([ErrorCode::InvalidRequest])
-                .command("curl -X DELETE http://127.0.0.1:8000/sets/flowers/1"),
-        )
-        .on(
-            Method::Post,
-            "/sets/{name}/load",
-            load,
-            moved("load_set", "Load the newest version there is on the disk")
-                .errors(LOAD_ERRORS)
-                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/load"),
-        )
-        .on(
-            Method::Post,
-            "/sets/{name}/unload",
-            unload,
-            moved("unload_set", "Drop an expert set from memory")
-                .description("A pinned set stays.")
-                .errors([ErrorCode::SetNotFound, ErrorCode::Conflict])
-                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/unload"),
-        )
-        .on(
-            Method::Post,
-            "/sets/{name}/pin",
-            pin,
-            moved("pin_set", "Load an expert set and never evict it")
-                .errors(LOAD_ERRORS)
-                .errors([ErrorCode::Conflict])
-                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/pin"),
-        )
-        .on(
-            Method::Post,
-            "/sets/{name}/unpin",
-            unpin,
-            moved("unpin_set", "Let an expert set be evicted again")
-                .errors([ErrorCode::SetNotFound])
-                .command("curl -X POST http://127.0.0.1:8000/sets/flowers/unpin"),
-        )
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default()
+        .routes(routes!(list))
+        .routes(routes!(show, delete_set))
+        .routes(routes!(upload, delete_version))
+        .routes(routes!(load))
+        .routes(routes!(unload))
+        .routes(routes!(pin))
+        .routes(routes!(unpin))
 }
 
 fn example_view() -> Value {
@@ -236,6 +166,17 @@ struct MemoryView {
     kinds: BTreeMap<&'static str, usize>,
 }
 
+/// Every version of every expert set, and the memory they take.
+#[utoipa::path(
+    get,
+    path = "/sets",
+    operation_id = "list_sets",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Listing, example = json!(example_listing()))),
+    extensions(
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/sets"]))),
+    ),
+)]
 async fn list(State(app): State<AppState>) -> Json<Listing> {
     let budget = app.classifier.registry.budget();
     let kinds = Kind::ALL.map(|kind| (kind.as_str(), budget.used(kind)));
@@ -253,6 +194,18 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
     })
 }
 
+/// Every version of one expert set.
+#[utoipa::path(
+    get,
+    path = "/sets/{name}",
+    operation_id = "show_set",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
+    extensions(
+        ("x-errors" = json!(errors(&[&[ErrorCode::SetNotFound]]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/sets/cifar100"]))),
+    ),
+)]
 async fn show(State(app): State<AppState>, name: ApiPath<String>) -> Result<Json<Vec<SetView>>, ApiError> {
     views(&app, &name.0)
 }
@@ -262,8 +215,26 @@ fn views(app: &AppState, name: &str) -> Result<Json<Vec<SetView>>, ApiError> {
     Ok(Json(app.classifier.registry.status(name)?.into_iter().map(SetView::from).collect()))
 }
 
-/// Takes an expert set as `curl -T` sends it. When it replaces what is in memory it is loaded before the answer, so
-/// that every request after the answer gets the new one; should that fail, the answer says why and the old one stays.
+/// Upload a version of an expert set.
+///
+/// The file is checked from its first byte to its last before it takes its place. When it replaces what is in memory it is
+/// loaded before the answer, so that every request after the answer gets the new one; should that fail, the answer's
+/// `reason` says why and the old generation goes on answering.
+#[utoipa::path(
+    put,
+    path = "/sets/{name}/{version}",
+    operation_id = "upload_set",
+    tag = "sets",
+    request_body(content(("application/octet-stream"))),
+    responses(
+        (status = 200, description = "It replaced that version.", body = SetView, example = json!(example_view())),
+        (status = 201, description = "The version is new.", body = SetView, example = json!(example_view())),
+    ),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, LIFECYCLE, UPLOAD]))),
+        ("x-codeSamples" = json!(commands(&["curl -T flowers.safetensors http://127.0.0.1:8000/sets/flowers/1"]))),
+    ),
+)]
 async fn upload(
     State(app): State<AppState>,
     path: ApiPath<(String, String)>,
@@ -354,6 +325,20 @@ struct Deleted {
     deleted: Vec<String>,
 }
 
+/// Forget an expert set and delete its files.
+///
+/// A pinned set stays, and so does the last version of the default set.
+#[utoipa::path(
+    delete,
+    path = "/sets/{name}",
+    operation_id = "delete_set",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Deleted, example = json!({ "deleted": ["flowers:1:0a1b2c3d4e5f"] }))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict]]))),
+        ("x-codeSamples" = json!(commands(&["curl -X DELETE http://127.0.0.1:8000/sets/flowers"]))),
+    ),
+)]
 async fn delete_set(
     State(app): State<AppState>,
     name: ApiPath<String>,
@@ -362,6 +347,20 @@ async fn delete_set(
     delete(&app, &by, &name.0, None).await
 }
 
+/// Forget one version of an expert set and delete its file.
+///
+/// A pinned set stays, and so does the last version of the default set.
+#[utoipa::path(
+    delete,
+    path = "/sets/{name}/{version}",
+    operation_id = "delete_set_version",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Deleted, example = json!({ "deleted": ["flowers:1:0a1b2c3d4e5f"] }))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict, ErrorCode::InvalidRequest]]))),
+        ("x-codeSamples" = json!(commands(&["curl -X DELETE http://127.0.0.1:8000/sets/flowers/1"]))),
+    ),
+)]
 async fn delete_version(
     State(app): State<AppState>,
     path: ApiPath<(String, String)>,
@@ -384,6 +383,18 @@ async fn delete(app: &AppState, by: &str, name: &str, version: Option<u64>) -> R
     Ok(Json(Deleted { deleted: gone.iter().map(|descriptor| descriptor.generation()).collect() }))
 }
 
+/// Load the newest version there is on the disk.
+#[utoipa::path(
+    post,
+    path = "/sets/{name}/load",
+    operation_id = "load_set",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, LOAD]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/load"]))),
+    ),
+)]
 async fn load(
     State(app): State<AppState>,
     name: ApiPath<String>,
@@ -393,6 +404,20 @@ async fn load(
     views(&app, &name.0)
 }
 
+/// Drop an expert set from memory.
+///
+/// A pinned set stays.
+#[utoipa::path(
+    post,
+    path = "/sets/{name}/unload",
+    operation_id = "unload_set",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict]]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/unload"]))),
+    ),
+)]
 async fn unload(
     State(app): State<AppState>,
     name: ApiPath<String>,
@@ -402,6 +427,18 @@ async fn unload(
     views(&app, &name.0)
 }
 
+/// Load an expert set and never evict it.
+#[utoipa::path(
+    post,
+    path = "/sets/{name}/pin",
+    operation_id = "pin_set",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, LOAD, &[ErrorCode::Conflict]]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/pin"]))),
+    ),
+)]
 async fn pin(
     State(app): State<AppState>,
     name: ApiPath<String>,
@@ -412,6 +449,18 @@ async fn pin(
     views(&app, &name.0)
 }
 
+/// Let an expert set be evicted again.
+#[utoipa::path(
+    post,
+    path = "/sets/{name}/unpin",
+    operation_id = "unpin_set",
+    tag = "sets",
+    responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound]]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/unpin"]))),
+    ),
+)]
 async fn unpin(
     State(app): State<AppState>,
     name: ApiPath<String>,

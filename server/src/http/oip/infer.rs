@@ -12,16 +12,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::openapi::schema::SchemaType;
 use utoipa::openapi::{ArrayBuilder, ObjectBuilder, RefOr, Schema};
-use utoipa::{PartialSchema, ToSchema};
+use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 use super::super::auth::User;
 use super::super::body;
-use super::super::classify::{EXPERT_SET_GENERATION, IMAGE_ERRORS};
+use super::super::classify::{CLASSIFY, EXPERT_SET_GENERATION};
 use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::{ApiPath, RequestContext};
 use super::super::input::EXAMPLE_IMAGE;
 use super::super::json::{Count, Object};
-use super::super::openapi::{BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Operation, Shape};
+use super::super::openapi::{commands, errors};
 use super::path::ModelPath;
 use crate::app::AppState;
 use crate::classify::{Answers, Image, Prediction, Request, predictions};
@@ -145,41 +145,30 @@ struct OutputParameters {
     binary_data: Option<bool>,
 }
 
-pub(super) const CURL: &str = "curl http://127.0.0.1:8000/v2/models/cifar100/infer --json \"{\\\"inputs\\\": [{\\\"name\\\": \\\"image\\\", \\\"datatype\\\": \\\"BYTES\\\", \\\"shape\\\": [1], \\\"data\\\": [\\\"$(base64 -w0 cat.jpg)\\\"]}]}\"";
+const CURL: &str = "curl http://127.0.0.1:8000/v2/models/cifar100/infer --json \"{\\\"inputs\\\": [{\\\"name\\\": \\\"image\\\", \\\"datatype\\\": \\\"BYTES\\\", \\\"shape\\\": [1], \\\"data\\\": [\\\"$(base64 -w0 cat.jpg)\\\"]}]}\"";
 
-pub(super) fn describe(id: &'static str) -> Operation {
+/// Headers of a request with binary tensors.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "describes a header that is read by hand")]
+struct InferHeaders {
+    /// Length of the JSON when binary tensors follow it.
+    #[param(rename = "Inference-Header-Content-Length", required = false)]
+    length: usize,
+}
+
+fn example_request() -> Value {
     let input = json!({ "name": IMAGE, "datatype": "BYTES", "shape": [1], "data": [EXAMPLE_IMAGE] });
     let outputs = json!([{ "name": SCORES, "parameters": { "classification": 2 } }]);
-    let answer = json!({
+    json!({ "inputs": [input], "outputs": outputs })
+}
+
+fn example_answer() -> Value {
+    json!({
         "model_name": "cifar100",
         "model_version": "1",
         "outputs": [{ "name": SCORES, "datatype": "BYTES", "shape": [1, 2], "data": ["0.91:36:hamster", "0.03:50:mouse"] }],
-    });
-    let length = json!({ "type": "integer", "minimum": 0 });
-    Operation::new("oip", id, "Tensors in, tensors out")
-        .description(
-            "Tensors may follow the JSON in binary: `Inference-Header-Content-Length` is then the length of the JSON, \
-             and `binary_data_size` that of the tensor. Numbers are little-endian; each element of BYTES comes after \
-             its length in four bytes. With a length of 0 the whole body is one image file. One bad image refuses the \
-             whole request, because the protocol has no place for its error.",
-        )
-        .header("Inference-Header-Content-Length", "Length of the JSON when binary tensors follow it.", length)
-        .body("application/json", Shape::of::<InferRequest>(), json!({ "inputs": [input], "outputs": outputs }))
-        .body("application/octet-stream", Shape::bytes(), Value::Null)
-        .json(Shape::of::<InferAnswer>(), answer)
-        .answer(200, "", "application/octet-stream", Shape::bytes(), Value::Null)
-        .answer_header(
-            200,
-            "Inference-Header-Content-Length",
-            "Length of the JSON when binary tensors follow it.",
-            false,
-        )
-        .answer_header(200, "x-expert-set-generation", "Name, version and content digest of what answered.", true)
-        .user()
-        .errors(BODY_ERRORS)
-        .errors(LIFECYCLE_ERRORS)
-        .errors(LOAD_ERRORS)
-        .errors(IMAGE_ERRORS)
+    })
 }
 
 /// Tensor data in JSON, nested or flat. Read value by value: a tree of a million numbers would take many times the
@@ -268,6 +257,33 @@ impl<'de> Visitor<'de> for Flatten<'_> {
     }
 }
 
+/// Tensors in, tensors out.
+///
+/// Tensors may follow the JSON in binary: `Inference-Header-Content-Length` is then the length of the JSON, and
+/// `binary_data_size` that of the tensor; an answer with binary tensors has the same header. Numbers are little-endian;
+/// each element of BYTES comes after its length in four bytes. With a length of 0 the whole body is one image file. One bad
+/// image refuses the whole request, because the protocol has no place for its error.
+#[utoipa::path(
+    post,
+    path = "/v2/models/{set}/infer",
+    operation_id = "oip_infer",
+    tag = "oip",
+    params(InferHeaders),
+    request_body(content(
+        (InferRequest = "application/json", example = json!(example_request())),
+        ("application/octet-stream"),
+    )),
+    responses((
+        status = 200,
+        description = "Done.",
+        headers(("x-expert-set-generation" = String, description = "Name, version and content digest of what answered.")),
+        content((InferAnswer = "application/json", example = json!(example_answer())), ("application/octet-stream"))
+    )),
+    extensions(
+        ("x-errors" = json!(errors(CLASSIFY))),
+        ("x-codeSamples" = json!(commands(&[CURL]))),
+    ),
+)]
 pub(super) async fn infer(
     State(app): State<AppState>,
     context: RequestContext,

@@ -13,6 +13,8 @@ use axum::http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use path::ModelPath;
 
@@ -21,104 +23,30 @@ use super::error::{ApiError, ErrorCode};
 use super::extract::{ApiPath, RequestContext};
 use super::health::Ready;
 use super::json::Object;
-use super::openapi::{Api, BODY_ERRORS, LIFECYCLE_ERRORS, LOAD_ERRORS, Method, Operation, Shape};
+use super::openapi::{ADMIN, BODY, LIFECYCLE, LOAD, commands, errors, with_version};
 use super::{body, sets};
 use crate::app::AppState;
 use crate::sets::registry::{SetState, SetStatus};
 
 /// The routes of this resource; health is in [`super::health`].
-pub fn routes(api: Api) -> Api {
-    let operation = |id, summary| Operation::new("oip", id, summary);
-    let of_model = |id, summary| operation(id, summary).errors([ErrorCode::SetNotFound]);
-    let server_operation = operation("oip_server", "Name, version and protocol extensions")
-        .json(Shape::of::<Server>(), json!(Server::THIS))
-        .command("curl http://127.0.0.1:8000/v2");
-    let metadata_operation = |id| of_model(id, "Inputs and outputs").json(Shape::of::<Metadata>(), example_metadata());
-    let ready_operation = |id| {
-        of_model(id, "Whether a request would be answered now or after a load")
-            .json(Shape::of::<Ready>(), json!(Ready::YES))
-            .errors(LIFECYCLE_ERRORS)
-            .errors([ErrorCode::SetLoading, ErrorCode::SetFailed])
-    };
-    let config_operation =
-        |id| of_model(id, "Configuration, in Triton's form").json(Shape::of::<Config>(), example_config());
-    let index_operation = operation("oip_index", "Expert sets with their states")
-        .description("The body may be left out.")
-        .optional_body("application/json", Shape::of::<IndexRequest>(), json!({ "ready": true }))
-        .json(
-            Shape::list_of::<IndexEntry>(),
-            json!([{ "name": "cifar100", "version": "1", "state": "READY", "reason": "" }]),
-        )
-        .errors(BODY_ERRORS)
-        .command("curl -X POST http://127.0.0.1:8000/v2/repository/index");
-    let load_operation = operation("oip_load", "Load the newest version there is on the disk")
-        .description("The body may be left out. Triton's parameters `config` and `file:` are refused.")
-        .optional_body("application/json", Shape::of::<RepositoryRequest>(), json!({ "parameters": {} }))
-        .json(Shape::of::<Done>(), json!({}))
-        .admin()
-        .errors(BODY_ERRORS)
-        .errors(LOAD_ERRORS)
-        .command("curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/load");
-    let unload_operation = operation("oip_unload", "Drop an expert set from memory")
-        .description("A pinned set stays. A body is not read.")
-        .json(Shape::of::<Done>(), json!({}))
-        .admin()
-        .errors([ErrorCode::SetNotFound, ErrorCode::Conflict])
-        .command("curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/unload");
-    api.on(Method::Get, "/v2", server, server_operation)
-        .on(
-            Method::Get,
-            "/v2/models/{set}",
-            metadata,
-            metadata_operation("oip_metadata").command("curl http://127.0.0.1:8000/v2/models/cifar100"),
-        )
-        .on(Method::Get, "/v2/models/{set}/versions/{version}", metadata, metadata_operation("oip_version_metadata"))
-        .on(
-            Method::Get,
-            "/v2/models/{set}/ready",
-            ready,
-            ready_operation("oip_ready").command("curl http://127.0.0.1:8000/v2/models/cifar100/ready"),
-        )
-        .on(Method::Get, "/v2/models/{set}/versions/{version}/ready", ready, ready_operation("oip_version_ready"))
-        .on(
-            Method::Get,
-            "/v2/models/{set}/config",
-            config,
-            config_operation("oip_config").command("curl http://127.0.0.1:8000/v2/models/cifar100/config"),
-        )
-        .on(Method::Get, "/v2/models/{set}/versions/{version}/config", config, config_operation("oip_version_config"))
-        .on(Method::Post, "/v2/models/{set}/infer", infer::infer, infer::describe("oip_infer").command(infer::CURL))
-        .on(
-            Method::Post,
-            "/v2/models/{set}/versions/{version}/infer",
-            infer::infer,
-            infer::describe("oip_version_infer"),
-        )
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default()
+        .routes(routes!(server))
+        .routes(routes!(metadata))
+        .routes(with_version(routes!(metadata)))
+        .routes(routes!(ready))
+        .routes(with_version(routes!(ready)))
+        .routes(routes!(config))
+        .routes(with_version(routes!(config)))
+        .routes(routes!(infer::infer))
+        .routes(with_version(routes!(infer::infer)))
         // Shadows a set called `stats` here and nowhere else: Triton's client asks this path for all sets.
-        .on(
-            Method::Get,
-            "/v2/models/stats",
-            stats::all,
-            stats::describe("oip_stats", "Statistics of every expert set")
-                .command("curl http://127.0.0.1:8000/v2/models/stats"),
-        )
-        .on(
-            Method::Get,
-            "/v2/models/{set}/stats",
-            stats::model,
-            stats::describe("oip_model_stats", "Statistics of one expert set")
-                .errors([ErrorCode::SetNotFound])
-                .command("curl http://127.0.0.1:8000/v2/models/cifar100/stats"),
-        )
-        .on(
-            Method::Get,
-            "/v2/models/{set}/versions/{version}/stats",
-            stats::model,
-            stats::describe("oip_version_stats", "Statistics of one version").errors([ErrorCode::SetNotFound]),
-        )
-        .on(Method::Post, "/v2/repository/index", index, index_operation)
-        .on(Method::Post, "/v2/repository/models/{set}/load", load, load_operation)
-        .on(Method::Post, "/v2/repository/models/{set}/unload", unload, unload_operation)
+        .routes(routes!(stats::all))
+        .routes(routes!(stats::model))
+        .routes(with_version(routes!(stats::model)))
+        .routes(routes!(index))
+        .routes(routes!(load))
+        .routes(routes!(unload))
 }
 
 /// What the protocol wants to know of a server.
@@ -212,10 +140,33 @@ fn example_config() -> Value {
     })
 }
 
+/// Name, version and protocol extensions.
+#[utoipa::path(
+    get,
+    path = "/v2",
+    operation_id = "oip_server",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = Server, example = json!(Server::THIS))),
+    extensions(
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2"]))),
+    ),
+)]
 async fn server() -> Json<Server> {
     Json(Server::THIS)
 }
 
+/// Inputs and outputs.
+#[utoipa::path(
+    get,
+    path = "/v2/models/{set}",
+    operation_id = "oip_metadata",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = Metadata, example = json!(example_metadata()))),
+    extensions(
+        ("x-errors" = json!(errors(&[&[ErrorCode::SetNotFound]]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/models/cifar100"]))),
+    ),
+)]
 async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Metadata>, ApiError> {
     let target = path.0.lookup(&app)?;
     let versions: Vec<String> = app
@@ -236,6 +187,18 @@ async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Resu
     }))
 }
 
+/// Configuration, in Triton's form.
+#[utoipa::path(
+    get,
+    path = "/v2/models/{set}/config",
+    operation_id = "oip_config",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = Config, example = json!(example_config()))),
+    extensions(
+        ("x-errors" = json!(errors(&[&[ErrorCode::SetNotFound]]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/models/cifar100/config"]))),
+    ),
+)]
 async fn config(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Config>, ApiError> {
     let target = path.0.lookup(&app)?;
     let side = dimension(target.backbone.image_size);
@@ -253,6 +216,18 @@ async fn config(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result
     }))
 }
 
+/// Whether a request would be answered now or after a load.
+#[utoipa::path(
+    get,
+    path = "/v2/models/{set}/ready",
+    operation_id = "oip_ready",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = Ready, example = json!(Ready::YES))),
+    extensions(
+        ("x-errors" = json!(errors(&[LIFECYCLE, &[ErrorCode::SetNotFound, ErrorCode::SetLoading, ErrorCode::SetFailed]]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/models/cifar100/ready"]))),
+    ),
+)]
 async fn ready(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Ready>, ApiError> {
     app.classifier.admission.lifecycle.check()?;
     let version = path.0.lookup(&app)?.set.version;
@@ -277,6 +252,21 @@ struct IndexRequest {
     ready: bool,
 }
 
+/// Expert sets with their states.
+///
+/// The body may be left out.
+#[utoipa::path(
+    post,
+    path = "/v2/repository/index",
+    operation_id = "oip_index",
+    tag = "oip",
+    request_body(content = Option<IndexRequest>, content_type = "application/json", example = json!({ "ready": true })),
+    responses((status = 200, description = "Done.", body = Vec<IndexEntry>, example = json!([{ "name": "cifar100", "version": "1", "state": "READY", "reason": "" }]))),
+    extensions(
+        ("x-errors" = json!(errors(&[BODY]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/v2/repository/index"]))),
+    ),
+)]
 async fn index(
     State(app): State<AppState>,
     context: RequestContext,
@@ -333,6 +323,21 @@ struct RepositoryRequest {
 #[derive(Serialize, ToSchema)]
 struct Done {}
 
+/// Load the newest version there is on the disk.
+///
+/// The body may be left out. Triton's parameters `config` and `file:` are refused.
+#[utoipa::path(
+    post,
+    path = "/v2/repository/models/{set}/load",
+    operation_id = "oip_load",
+    tag = "oip",
+    request_body(content = Option<RepositoryRequest>, content_type = "application/json", example = json!({ "parameters": {} })),
+    responses((status = 200, description = "Done.", body = Done, example = json!({}))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, BODY, LOAD]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/load"]))),
+    ),
+)]
 async fn load(
     State(app): State<AppState>,
     context: RequestContext,
@@ -350,6 +355,20 @@ async fn load(
     Ok(Json(Done {}))
 }
 
+/// Drop an expert set from memory.
+///
+/// A pinned set stays. A body is not read.
+#[utoipa::path(
+    post,
+    path = "/v2/repository/models/{set}/unload",
+    operation_id = "oip_unload",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = Done, example = json!({}))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict]]))),
+        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/unload"]))),
+    ),
+)]
 async fn unload(State(app): State<AppState>, set: ApiPath<String>, Admin(by): Admin) -> Result<Json<Done>, ApiError> {
     sets::unload_set(&app, &by, &set.0)?;
     Ok(Json(Done {}))

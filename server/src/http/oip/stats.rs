@@ -3,12 +3,12 @@
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::super::error::ApiError;
+use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::ApiPath;
-use super::super::openapi::{Operation, Shape};
+use super::super::openapi::{commands, errors};
 use super::path::ModelPath;
 use crate::app::AppState;
 use crate::sets::registry::SetStatus;
@@ -31,21 +31,44 @@ struct NamedStatistics {
     batch_stats: [CountAndTime; 0],
 }
 
-pub(super) fn describe(id: &'static str, summary: &'static str) -> Operation {
+fn example() -> Value {
     let batch_stats = [];
     let entry =
         NamedStatistics { name: "cifar100".into(), version: "1".into(), statistics: Default::default(), batch_stats };
-    Operation::new("oip", id, summary)
-        .description("`inference_count` counts images and `execution_count` requests, since the server started.")
-        .json(Shape::of::<ModelStatistics>(), json!(ModelStatistics { model_stats: vec![entry] }))
+    json!(ModelStatistics { model_stats: vec![entry] })
 }
 
-/// All versions of all sets.
+/// Statistics of every expert set.
+///
+/// `inference_count` counts images and `execution_count` requests, since the server started.
+#[utoipa::path(
+    get,
+    path = "/v2/models/stats",
+    operation_id = "oip_stats",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = ModelStatistics, example = json!(example()))),
+    extensions(
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/models/stats"]))),
+    ),
+)]
 pub(super) async fn all(State(app): State<AppState>) -> Json<ModelStatistics> {
     document(&app, &app.classifier.registry.list())
 }
 
-/// One version, or all versions of a set.
+/// Statistics of one expert set.
+///
+/// `inference_count` counts images and `execution_count` requests, since the server started.
+#[utoipa::path(
+    get,
+    path = "/v2/models/{set}/stats",
+    operation_id = "oip_model_stats",
+    tag = "oip",
+    responses((status = 200, description = "Done.", body = ModelStatistics, example = json!(example()))),
+    extensions(
+        ("x-errors" = json!(errors(&[&[ErrorCode::SetNotFound]]))),
+        ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/v2/models/cifar100/stats"]))),
+    ),
+)]
 pub(super) async fn model(
     State(app): State<AppState>,
     path: ApiPath<ModelPath>,
