@@ -31,13 +31,11 @@ pub struct Limits {
 #[derive(Clone)]
 pub struct AppState(Arc<App>);
 
-/// What [`AppState`] shares.
 pub struct App {
     /// Limits that handlers look at.
     pub limits: Limits,
     /// Expert set of requests that name none; known once the server is ready.
     pub default_set: OnceLock<String>,
-    /// Images to labels.
     pub classifier: Classifier,
     /// The thread that decompresses bodies.
     pub decompression: BlockingPool,
@@ -45,14 +43,12 @@ pub struct App {
     pub user_keys: Keys,
     /// Keys that may do everything.
     pub admin_keys: Keys,
-    /// The model store.
     pub catalog: Catalog,
     /// When the server started.
     pub started: Instant,
 }
 
 impl AppState {
-    /// Shares `app`.
     pub fn new(app: App) -> Self {
         Self(Arc::new(app))
     }

@@ -22,15 +22,11 @@ use crate::statistics::{Statistics, milliseconds};
 
 /// What classifies: expert sets, and what images pass through on their way to one.
 pub struct Classifier {
-    /// Expert sets.
     pub registry: SetRegistry,
-    /// Images to pixels.
     pub decoder: Decoder,
-    /// Pixels to logits.
     pub pipeline: Pipeline,
     /// Bounds on requests, images and bytes.
     pub admission: Admission,
-    /// Counters and gauges.
     pub metrics: Arc<Metrics>,
     /// What each expert set has answered.
     pub statistics: Statistics,
@@ -41,7 +37,6 @@ pub struct Classifier {
 /// Images to classify with one expert set.
 #[derive(Debug)]
 pub struct Request {
-    /// The expert set.
     pub set: String,
     /// Its version; the current one when absent.
     pub version: Option<u64>,
@@ -92,18 +87,15 @@ pub enum Error {
     /// Prepared pixels are not of the model's size.
     #[error("expert set `{set}` takes {side}x{side} pixels")]
     Side {
-        /// The expert set.
         set: String,
         /// Pixels along one side of its input.
         side: usize,
     },
-    /// The deadline passed.
     #[error("the request could not be answered in time")]
     Deadline,
     /// The server is shutting down.
     #[error("{0}; try again later")]
     Closed(#[from] Closed),
-    /// A bug.
     #[error("{0}")]
     Internal(String),
 }
@@ -238,7 +230,6 @@ fn finish(
 /// One label with its score.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Prediction {
-    /// The label.
     pub label: String,
     /// Softmax over all labels of the set.
     pub score: f32,

@@ -26,7 +26,6 @@ pub struct Cli {
     pub serve: ServeArgs,
 }
 
-/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve over HTTP (the default).
@@ -41,7 +40,6 @@ pub enum Command {
     Healthcheck(HealthcheckArgs),
 }
 
-/// Flags of `serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
     /// Address and port to listen on; port 0 takes a free one.
@@ -62,10 +60,8 @@ pub struct ServeArgs {
     /// Who may do what.
     #[command(flatten)]
     pub auth: AuthArgs,
-    /// The certificate.
     #[command(flatten)]
     pub tls: TlsArgs,
-    /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
     /// Give every expert set its own series in the metrics that carry a `set` label.
@@ -210,8 +206,8 @@ pub struct RegistryArgs {
     /// Drop a backbone from memory together with its last resident expert set.
     #[arg(long, env = "BVIT_DROP_IDLE_BACKBONES", default_value_t = false)]
     pub drop_idle_backbones: bool,
-    /// Look for files changed by hand in the model store this often; 0 for never. Uploads and loads asked for over HTTP
-    /// need no watching.
+    /// Look for files changed by hand in the model store this often; 0 for never. Uploads and loads asked for over
+    /// HTTP need no watching.
     #[arg(long, env = "BVIT_WATCH_STORE", default_value = "0s", value_parser = parse_duration, value_name = "TIME")]
     pub watch_store: Duration,
     /// Refuse to start when any file of the model store is broken.
@@ -219,7 +215,7 @@ pub struct RegistryArgs {
     pub strict: bool,
 }
 
-/// Who may do what. Keys are read from the environment or a file so that they do not show in a process list.
+/// Keys and rates. The server reads keys from the environment or a file so that they do not show in a process list.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Keys")]
 pub struct AuthArgs {
@@ -273,10 +269,9 @@ pub enum LogFormat {
     Json,
 }
 
-/// Flags of `classify`.
 #[derive(Debug, Clone, Args)]
 pub struct ClassifyArgs {
-    /// Image files.
+    /// Files of images, in the formats that the server reads.
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
     /// Which models to use.
@@ -299,13 +294,12 @@ pub struct ClassifyArgs {
     pub max_pixels: u64,
 }
 
-/// Flags of `inspect`.
 #[derive(Debug, Clone, Args)]
 pub struct InspectArgs {
     /// A backbone or expert set; without it the embedded ones.
     #[arg(value_name = "FILE")]
     pub file: Option<PathBuf>,
-    /// Print JSON.
+    /// Print JSON in place of text.
     #[arg(long, env = "BVIT_JSON")]
     pub json: bool,
 }
@@ -313,7 +307,7 @@ pub struct InspectArgs {
 /// Flags of `bench`. `BVIT_ISA` forces an instruction set here as elsewhere.
 #[derive(Debug, Clone, Args)]
 pub struct BenchArgs {
-    /// Shapes to time.
+    /// The configuration whose shapes are timed.
     #[arg(long, env = "BVIT_PRESET", default_value = "paper", value_parser = PossibleValuesParser::new(ViTConfig::PRESETS))]
     pub preset: String,
     /// Numbers of experts per layer to try.
@@ -331,12 +325,11 @@ pub struct BenchArgs {
     /// Leave dense experts out: they take `8 * d_model * d_ff` bytes each.
     #[arg(long, env = "BVIT_NO_DENSE")]
     pub no_dense: bool,
-    /// Print JSON.
+    /// Print JSON in place of text.
     #[arg(long, env = "BVIT_JSON")]
     pub json: bool,
 }
 
-/// Flags of `healthcheck`.
 #[derive(Debug, Clone, Args)]
 pub struct HealthcheckArgs {
     /// Address the server listens on.

@@ -31,22 +31,18 @@ pub struct Keys(Vec<Key>);
 /// A key with its name.
 #[derive(Clone)]
 pub struct Key {
-    /// For the log.
+    /// Names the key in logs.
     pub name: String,
     hash: [u8; 32],
-    /// Who sends it.
     pub caller: Caller,
 }
 
-/// Who asks for images to be classified, as far as rates go.
+/// The client that a rate belongs to.
 #[derive(Clone, Default)]
 pub struct Caller(Option<Arc<DefaultDirectRateLimiter>>);
 
 impl Caller {
     /// Counts images against what the key may send; without a rate nothing is counted.
-    ///
-    /// # Errors
-    /// [`OverRate`].
     pub fn charge(&self, images: usize) -> Result<(), OverRate> {
         let count = u32::try_from(images).map_or(Some(NonZeroU32::MAX), NonZeroU32::new);
         let (Some(limiter), Some(count)) = (&self.0, count) else { return Ok(()) };

@@ -1,8 +1,8 @@
 //! `butterflyvit`: an inference server for edge gateways. HTTP in front, a registry of expert sets within a memory
 //! budget, and compute threads that own the forward pass.
 //!
-//! A request's journey, and the rooms along it. A room imports from the rooms below it in this table and never from
-//! one above it:
+//! A request's journey, and the rooms along it. A room imports from the rooms below it in this table and never
+//! from one above it:
 //!
 //! | step | room |
 //! | --- | --- |
@@ -17,7 +17,7 @@
 //! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`lifecycle`], [`memory`], [`routing_map`], [`sentence`], [`threads`] |
 
 #![forbid(unsafe_code)]
-#![warn(clippy::unwrap_used, missing_docs)]
+#![warn(clippy::too_many_lines, clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails"))]
 
 pub mod admission;

@@ -27,7 +27,7 @@ impl Lifecycle {
         self.0.fetch_max(READY, Ordering::Relaxed);
     }
 
-    /// No new work.
+    /// Ends readiness; the server takes no new work.
     pub fn set_draining(&self) {
         self.0.fetch_max(DRAINING, Ordering::Relaxed);
     }
@@ -42,9 +42,6 @@ impl Lifecycle {
     }
 
     /// Refuses work unless ready.
-    ///
-    /// # Errors
-    /// [`NotServing`].
     pub fn check(&self) -> Result<(), NotServing> {
         match self.0.load(Ordering::Relaxed) {
             STARTING => Err(NotServing::Starting),

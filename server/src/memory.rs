@@ -3,7 +3,6 @@
 /// What the operating system says about memory, in bytes; zero or `None` where it does not say.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ProcessMemory {
-    /// Resident now.
     pub resident: usize,
     /// Largest resident so far.
     pub peak: usize,

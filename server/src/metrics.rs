@@ -29,7 +29,6 @@ const ALL_SETS: &str = "all";
 /// How an image fared, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageResult {
-    /// Classified.
     Ok,
     /// The image itself was at fault.
     BadImage,
@@ -38,7 +37,6 @@ pub enum ImageResult {
 }
 
 impl ImageResult {
-    /// Every result.
     pub const ALL: [Self; 3] = [Self::Ok, Self::BadImage, Self::Failed];
 
     const fn as_str(self) -> &'static str {
@@ -96,7 +94,7 @@ fn registered<K: Kind>(registry: &Registry, declaration: Declaration) -> prometh
 }
 
 /// A table of metrics, one a line: field, kind, name, then labels and buckets where the kind has them. The doc comment is
-/// also the metric's help text. What stands under `beside` is no metric.
+/// also the metric's help text. A field under `beside` is no metric.
 macro_rules! metrics {
     (
         $(#[$meta:meta])*
@@ -142,7 +140,6 @@ metrics! {
 }
 
 metrics! {
-    /// The process's metrics.
     pub struct Metrics beside {
         registry: Registry,
         per_set: bool,

@@ -1,4 +1,4 @@
-//! Errors as sentences.
+//! Errors as sentences for people and logs.
 
 /// An error and what caused it, as one sentence. A cause that the sentence names already is not named again: errors of
 /// some libraries print their causes themselves.

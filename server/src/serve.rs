@@ -35,7 +35,7 @@ use crate::{http, logging};
 const OTHER_FILES: u64 = 128;
 /// Connections that may wait to be accepted; one more costs its client a second, after which TCP asks again.
 const BACKLOG: u32 = 1024;
-/// Longest wait for a set at start, where nobody is waiting for an answer.
+/// Longest wait for a set at start, while no client waits for an answer.
 const START_WAIT: Duration = Duration::from_secs(60);
 
 /// What could not be started.
@@ -71,7 +71,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         }
         let address = listener.local_addr()?;
         tracing::info!(%address, "listening");
-        // Probes are answered while models are loaded, so that whoever waits can tell starting from dead.
+        // The server answers probes while it loads models, so that a probe can tell a starting server from a dead one.
         let mut server = tokio::spawn(serve(listener, app.clone(), settings, shutdown));
         tokio::select! {
             ready = make_ready(&app, args) => ready?,
@@ -128,9 +128,6 @@ fn allow_open_files(wanted: u64) -> rustix::io::Result<u64> {
 }
 
 /// Puts the application together: every set of the store is known, none is loaded, and requests are answered 503.
-///
-/// # Errors
-/// Names the file or flag.
 pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     let metrics = Arc::new(Metrics::new(args.per_set_metrics)?);
     http::declare(&metrics);
@@ -186,11 +183,8 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     }))
 }
 
-/// Makes the application ready: the default set and the pinned ones are resident, and every compute thread has run
-/// once.
-///
-/// # Errors
-/// Names the file or flag.
+/// Makes the application ready: the default set and the pinned ones are resident, and every compute
+/// thread has run once.
 pub async fn make_ready(app: &AppState, args: &ServeArgs) -> anyhow::Result<()> {
     let default = default_set(args, app).await?;
     let classifier = &app.classifier;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// To the microsecond.
+/// Milliseconds, rounded to the microsecond.
 pub fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
@@ -19,7 +19,6 @@ pub struct Timings {
     pub decode: f64,
     /// Waiting for a compute thread.
     pub queue: f64,
-    /// The forward pass.
     pub inference: f64,
     /// From the request's headers to here.
     pub total: f64,
@@ -34,10 +33,9 @@ pub struct Statistics(Mutex<HashMap<(String, u64), SetStatistics>>);
 pub struct SetStatistics {
     /// Milliseconds since 1970 when an image was last answered; 0 before the first.
     last_inference: u64,
-    /// Images answered.
     inference_count: u64,
-    /// Requests with at least one image answered. Triton counts forward passes here, but ours carry images of many
-    /// sets.
+    /// Requests with at least one image answered. Triton counts forward passes here, but ours carry
+    /// images of many sets.
     execution_count: u64,
     inference_stats: Durations,
 }

@@ -62,17 +62,11 @@ impl BlockingPool {
 
     /// Runs `work` once a thread is free. Work that has begun goes on to its end when the caller goes away; work that
     /// has not is dropped.
-    ///
-    /// # Errors
-    /// [`Panicked`].
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
         self.run_watched(|_| work()).await
     }
 
     /// As [`run`](Self::run), with work that can ask whether its caller has gone, as one does whose deadline has passed.
-    ///
-    /// # Errors
-    /// [`Panicked`].
     pub async fn run_watched<T: Send + 'static>(
         &self,
         work: impl FnOnce(&dyn Fn() -> bool) -> T + Send + 'static,

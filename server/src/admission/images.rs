@@ -52,7 +52,6 @@ pub enum NoPlace {
     TooMany {
         /// Images of the request.
         count: usize,
-        /// Images that fit.
         most: usize,
     },
 }
@@ -104,10 +103,7 @@ impl Images {
     }
 
     /// Lets `count` images of `bytes_each` preprocessed bytes for one expert set in, all or none. When they do not fit
-    /// at first, `make_room` is called, which may drop permits that nobody needs any more.
-    ///
-    /// # Errors
-    /// [`NoPlace`].
+    /// at first, `make_room` is called, which may drop permits of clients that have gone.
     pub fn admit(
         &self,
         set: &str,
@@ -147,7 +143,7 @@ impl Images {
             books = lock(&self.books);
             if let Err(refused) = books.check(&self.limits, now, set, count, bytes_each) {
                 let of_set = books.per_set.get_mut(set);
-                // Whoever takes more than its share is no reason to keep the others short.
+                // A client that takes more than its share must not make the server refuse the others.
                 match of_set.filter(|_| refused == NoPlace::SetFull) {
                     Some(of_set) => of_set.refuse(now),
                     None => books.all.refuse(now),
@@ -234,7 +230,7 @@ impl Drop for ImagePermit {
         books.all.leave();
         if let Some(of_set) = books.per_set.get_mut(&self.set) {
             of_set.leave();
-            // What is overloaded stays, to be remembered: no more than there are sets.
+            // Overloaded sets stay remembered; there are no more of them than sets.
             if of_set.images == 0 && of_set.overload.is_none() {
                 books.per_set.remove(&self.set);
             }

@@ -1,4 +1,4 @@
-//! What is let in: requests, images and body bytes, each bounded, each given back when its holder is done. Fullness is
+//! Bounds on requests, images and body bytes. A holder gives its share back when it is done. Fullness is
 //! a normal answer (429), decided before any work is spent.
 
 mod images;
@@ -34,7 +34,6 @@ pub enum Refused {
     Images(#[from] NoPlace),
 }
 
-/// The bounds.
 #[derive(Debug)]
 pub struct Admission {
     /// Requests are let in only while the server is ready.
@@ -58,7 +57,7 @@ impl Entry {
     /// Counts the request's images against its caller's rate, less those that are counted already.
     ///
     /// # Errors
-    /// [`Refused::OverRate`].
+    /// [`Refused::OverRate`] when the rate is used up.
     pub fn charge(&mut self, images: usize) -> Result<(), Refused> {
         self.caller.charge(images.saturating_sub(self.charged))?;
         self.charged = self.charged.max(images);
@@ -69,7 +68,7 @@ impl Entry {
     /// not fit at first, `make_room` is called, which may drop places that are not needed any more.
     ///
     /// # Errors
-    /// [`Refused::Images`].
+    /// [`Refused::Images`] when there is no room.
     pub fn images(
         &self,
         set: &str,

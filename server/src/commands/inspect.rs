@@ -12,9 +12,6 @@ use crate::config::InspectArgs;
 use crate::sets::store;
 
 /// Prints the footprint of a file, or of the embedded artifacts.
-///
-/// # Errors
-/// Names the file.
 pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let artifacts = match &args.file {
         Some(path) => {

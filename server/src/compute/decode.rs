@@ -29,7 +29,6 @@ pub enum DecodeError {
     /// The image is not one, or is broken or too large.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// A bug.
     #[error("{0}")]
     Internal(String),
 }
@@ -96,7 +95,7 @@ impl Decoder {
     /// The model's input from an image that needs no decoding.
     ///
     /// # Errors
-    /// [`DecodeError::Internal`].
+    /// [`DecodeError::Internal`] when the decoder panics.
     pub async fn fit(&self, image: RgbImage, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, DecodeError> {
         Ok(self.pool.run(move || preprocess.pixels(&image, side)).await?)
     }

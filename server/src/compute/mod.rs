@@ -44,9 +44,6 @@ impl Pipeline {
     }
 
     /// Queues images of one request, all or none, and returns what will receive their answers.
-    ///
-    /// # Errors
-    /// [`Closed`].
     pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<oneshot::Receiver<Result<Answer, ForwardFailed>>>, Closed> {
         let enqueued = Instant::now();
         let (entries, receivers): (Vec<_>, Vec<_>) = jobs

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How batches form.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueSettings {
     /// Most images in a batch.
@@ -31,7 +30,7 @@ pub trait Entry {
     fn group(&self) -> Self::Group;
     /// When it began to wait.
     fn enqueued(&self) -> Instant;
-    /// Whether nobody wants the answer any more.
+    /// Whether the client has gone.
     fn is_dead(&self, now: Instant) -> bool;
 }
 
@@ -42,7 +41,6 @@ pub enum Decision {
     Sleep,
     /// Wait for company until then.
     WaitUntil(Instant),
-    /// Close the batch.
     Close,
 }
 
@@ -113,8 +111,8 @@ struct Shared<E, H> {
     running: AtomicUsize,
 }
 
-/// A first-in-first-out queue that hands out batches, and calls for help (`H`) to threads that would sleep otherwise;
-/// clones share it.
+/// A first-in-first-out queue that hands out batches, and calls for help (`H`) to threads that would sleep
+/// otherwise; clones share it.
 pub struct Queue<E, H> {
     shared: Arc<Shared<E, H>>,
     settings: QueueSettings,
@@ -145,7 +143,6 @@ impl<E, H> Queue<E, H> {
 }
 
 impl<E: Entry, H: Clone> Queue<E, H> {
-    /// An empty queue.
     pub fn new(settings: QueueSettings) -> Self {
         let state = State { entries: VecDeque::new(), calls: VecDeque::new(), next_call: 0, closed: false };
         let shared = Shared {
@@ -179,9 +176,6 @@ impl<E: Entry, H: Clone> Queue<E, H> {
     }
 
     /// Queues all of `entries` or none of them.
-    ///
-    /// # Errors
-    /// [`Closed`].
     pub fn push_all(&self, entries: Vec<E>) -> Result<(), Closed> {
         let mut state = self.lock();
         if state.closed {
@@ -207,9 +201,9 @@ impl<E: Entry, H: Clone> Queue<E, H> {
         drop(dead);
     }
 
-    /// Blocks until a batch closes (entries of one group, oldest first, dead ones dropped) or, while nothing waits,
-    /// somebody calls for help. `None` once the queue is closed and empty. While an image waits for company
-    /// ([`QueueSettings::max_wait`]), nobody helps.
+    /// Blocks until a batch closes (entries of one group, oldest first, dead ones dropped) or, while nothing
+    /// waits, somebody calls for help. `None` once the queue is closed and empty. While an image waits for
+    /// company ([`QueueSettings::max_wait`]), nobody helps.
     pub fn next(&self) -> Option<Work<'_, E, H>> {
         let mut state = self.lock();
         loop {

@@ -32,11 +32,8 @@ fn missing_or_wrong(headers: &HeaderMap) -> ApiError {
 /// request was let in; its body waits to be read.
 #[derive(Debug)]
 pub struct User {
-    /// The request's entry.
     pub entry: Entry,
-    /// The request's headers.
     pub headers: HeaderMap,
-    /// The request's body.
     pub body: Body,
 }
 
@@ -66,7 +63,7 @@ impl FromRequest<AppState> for User {
     }
 }
 
-/// Someone who may manage: with admin keys the holder of one, without any whoever is on this machine.
+/// A caller who may manage: the holder of an admin key or, when there are no admin keys, a client on this machine.
 #[derive(Debug)]
 pub struct Admin(
     /// Who it is, for the log.
@@ -76,7 +73,7 @@ pub struct Admin(
 impl FromRequestParts<AppState> for Admin {
     type Rejection = ApiError;
 
-    /// 401 without a known key; 403 for a user's key, or from afar when no admin key is configured.
+    /// 401 without a known key; 403 for a user's key, or for a client of another machine when no admin key is configured.
     async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, ApiError> {
         let context = RequestContext::from_request_parts(parts, app).await?;
         if app.admin_keys.is_empty() {

@@ -21,7 +21,6 @@ const LINGER_BYTES: usize = 64 << 20;
 /// A request body with the bytes it holds accounted for.
 #[derive(Debug)]
 pub struct Received {
-    /// The body, decompressed.
     pub bytes: Bytes,
     _permit: BodyPermit,
 }

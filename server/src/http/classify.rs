@@ -56,7 +56,7 @@ fn example() -> Value {
     })
 }
 
-/// What is asked for besides the images.
+/// The parameters of a request.
 #[derive(Debug, Default, serde::Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ClassifyQuery {
@@ -75,12 +75,12 @@ pub struct ClassifyQuery {
     routing: bool,
 }
 
-/// One image's answer.
+/// The answer for one image.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Classification {
     /// The expert set that answered.
     pub set: String,
-    /// Its version.
+    /// Version of the expert set.
     pub version: u64,
     /// Its generation: name, version and content digest.
     pub generation: String,
@@ -97,7 +97,7 @@ pub struct Classification {
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
 enum Classified {
-    /// For one image.
+    /// The answer for one image.
     One(Box<Classification>),
     /// For several images, in the request's order.
     Several(Vec<BatchItem>),

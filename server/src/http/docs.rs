@@ -14,7 +14,7 @@ use super::console::page;
 use super::openapi::{Document, commands};
 use crate::app::AppState;
 
-/// What is said once for all requests.
+/// The part of the page that holds for every request.
 const GUIDE: &str = include_str!("../../../docs/api.md");
 
 /// The route of this resource.

@@ -1,9 +1,9 @@
-//! The one error type of the API, the one table from error codes to HTTP statuses, and what every error of the rooms
-//! below becomes.
+//! The one error type of the API, the one table from error codes to HTTP statuses, and what every error of
+//! the rooms below becomes.
 //!
-//! Every answer that is not a success goes through [`ApiError`], framework rejections and unknown routes included, as
-//! `{"error": "<sentence>", "error_type": "<code>"}`. `error` stays a flat string: Open Inference Protocol clients
-//! expect one.
+//! Every answer that is not a success goes through [`ApiError`], framework rejections and unknown routes
+//! included, as `{"error": "<sentence>", "error_type": "<code>"}`. `error` stays a flat string: Open Inference
+//! Protocol clients expect one.
 
 use std::time::Duration;
 
@@ -23,8 +23,8 @@ use crate::sets::catalog::CatalogError;
 use crate::sets::registry::SetError;
 use crate::threads::Panicked;
 
-/// Declares [`ErrorCode`] from the table below, each row's doc comment being also its explanation in the API's
-/// documentation.
+/// Declares [`ErrorCode`] from the table below, each row's doc comment being also its explanation
+/// in the API's documentation.
 macro_rules! error_codes {
     ($(#[doc = $meaning:literal] $code:ident $text:literal $status:ident;)+) => {
         /// What went wrong, as clients can match on it. The codes are part of the API.
@@ -63,7 +63,7 @@ error_codes! {
     EmptyBody "empty_body" BAD_REQUEST;
     /// No key came, or not one that is known.
     Unauthorized "unauthorized" UNAUTHORIZED;
-    /// The key lacks the right, or management came from afar and no admin key is configured.
+    /// The key lacks the right, or a client of another machine wants to manage and no admin key is configured.
     Forbidden "forbidden" FORBIDDEN;
     /// There is no such path.
     RouteNotFound "route_not_found" NOT_FOUND;
@@ -144,7 +144,6 @@ impl ApiError {
         Self::new(ErrorCode::Internal, "an internal error occurred; the server's log has the cause")
     }
 
-    /// Shorthand for [`ErrorCode::InvalidRequest`].
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::InvalidRequest, message)
     }
@@ -156,7 +155,6 @@ impl ApiError {
         self
     }
 
-    /// The code.
     pub fn code(&self) -> ErrorCode {
         self.code
     }
@@ -207,7 +205,6 @@ impl IntoResponse for ApiError {
 /// Attached to the response of a failed request for metrics and logs.
 #[derive(Debug, Clone)]
 pub struct Failure {
-    /// What went wrong.
     pub code: ErrorCode,
     /// The sentence the client got.
     pub message: String,

@@ -6,7 +6,6 @@ use tokio::time::Instant;
 
 use super::error::ApiError;
 
-/// A path parameter.
 #[derive(Debug)]
 pub struct ApiPath<T>(pub T);
 
@@ -19,7 +18,6 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned + Send> FromRequestParts<S> 
     }
 }
 
-/// Query parameters.
 #[derive(Debug)]
 pub struct ApiQuery<T>(pub T);
 

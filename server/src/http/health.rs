@@ -24,7 +24,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(metrics))
 }
 
-/// The process answers.
+/// The process is alive: it answers.
 #[derive(Serialize, ToSchema)]
 struct Live {
     live: bool,
@@ -42,7 +42,7 @@ async fn live() -> Json<Live> {
     Json(Live { live: true })
 }
 
-/// Requests are welcome.
+/// The server is ready for requests.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Ready {
     ready: bool,
@@ -68,12 +68,12 @@ async fn ready(State(app): State<AppState>) -> Result<Json<Ready>, ApiError> {
     Ok(Json(Ready::YES))
 }
 
-/// What is running.
+/// The state of the server.
 #[derive(Serialize, ToSchema)]
 struct Health {
     /// `ready`; otherwise the request is answered 503.
     status: &'static str,
-    /// The server's version.
+    /// Version of the server.
     version: &'static str,
     uptime_seconds: u64,
     /// The expert set of requests that name none.
@@ -93,7 +93,7 @@ struct SetCounts {
     failed: usize,
 }
 
-/// The memory budget.
+/// The memory budget and its use.
 #[derive(Serialize, ToSchema)]
 struct MemoryUse {
     budget_bytes: usize,
@@ -150,7 +150,7 @@ async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
     }))
 }
 
-/// Metrics for Prometheus.
+/// Metrics in the text format of Prometheus.
 #[utoipa::path(
     get,
     path = "/metrics",

@@ -24,11 +24,11 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::default().routes(routes!(classify))
 }
 
-/// Labels, best first.
+/// Labels with scores, the best first.
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
 enum Labels {
-    /// Of one image.
+    /// The labels of one image.
     One(Vec<Prediction>),
     /// Of each of several images.
     Several(Vec<Vec<Prediction>>),

@@ -1,4 +1,4 @@
-//! JSON bodies.
+//! JSON bodies of requests and answers.
 
 use std::marker::PhantomData;
 

@@ -39,7 +39,6 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// The outermost middleware.
 pub async fn observe(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let peer = request.extensions().get::<PeerAddress>().copied();

@@ -1,6 +1,6 @@
-//! The API described in OpenAPI 3.1. A handler enters the router together with its description; schemas are derived from
-//! the types that are sent and received. [`describe`] adds what all operations share, errors from the one status table
-//! among it.
+//! The API described in OpenAPI 3.1. A handler enters the router together with its description; schemas are derived
+//! from the types that are sent and received. [`describe`] adds what all operations share, errors from the one
+//! status table among it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -99,8 +99,8 @@ impl PartialSchema for Version {
 
 impl ToSchema for Version {}
 
-/// The same operations at the path with a version: `/v2/models/{set}/ready`, for instance, also at
-/// `/v2/models/{set}/versions/{version}/ready`.
+/// The same operations at the path with a version: `/v2/models/{set}/ready`, for
+/// instance, also at `/v2/models/{set}/versions/{version}/ready`.
 pub fn with_version((schemas, paths, handlers): UtoipaMethodRouter<AppState>) -> UtoipaMethodRouter<AppState> {
     let mut versioned = utoipa::openapi::Paths::new();
     for (path, mut item) in paths.paths {
@@ -254,7 +254,6 @@ fn error_responses(codes: Vec<ErrorCode>) -> BTreeMap<String, Value> {
 
 /// The document of the routes beside it.
 pub struct Document {
-    /// For programs.
     pub json: Value,
     page: OnceLock<Bytes>,
 }
@@ -276,7 +275,7 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::default().routes(routes!(openapi))
 }
 
-/// This document.
+/// This document, for programs.
 #[utoipa::path(
     get,
     path = "/openapi.json",

@@ -147,7 +147,7 @@ struct BrokenView {
     reason: String,
 }
 
-/// What there is.
+/// All expert sets, and the memory they use.
 #[derive(Debug, Serialize, ToSchema)]
 struct Listing {
     /// The expert set of requests that name none.
@@ -157,7 +157,7 @@ struct Listing {
     memory: MemoryView,
 }
 
-/// The memory budget.
+/// The memory budget and its use.
 #[derive(Debug, Serialize, ToSchema)]
 struct MemoryView {
     budget_bytes: usize,

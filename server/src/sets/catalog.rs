@@ -37,7 +37,6 @@ pub enum CatalogError {
     /// The artifact is broken.
     #[error("{0}")]
     Invalid(String),
-    /// The registry refuses.
     #[error(transparent)]
     Set(#[from] SetError),
     /// The disk fails, or the server has a bug.
@@ -120,8 +119,8 @@ impl Catalog {
         self.change(|shared| Ok(Upload::create(shared.root()?)?)).await
     }
 
-    /// Checks an upload from its first byte to its last, gives it its place and registers it. Returns whether that
-    /// version is new.
+    /// Checks an upload from its first byte to its last, gives it its place and registers it. Returns whether
+    /// that version is new.
     ///
     /// # Errors
     /// [`CatalogError::Invalid`] when it is not a sound expert set; [`CatalogError::Set`] when its backbone is not here,

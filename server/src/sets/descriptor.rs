@@ -1,4 +1,4 @@
-//! What is known of an artifact from its header, without loading it.
+//! Facts about an artifact from its header, without loading the artifact.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -36,9 +36,6 @@ impl Location {
     }
 
     /// All of the artifact's bytes.
-    ///
-    /// # Errors
-    /// Names the file.
     pub fn read(&self) -> anyhow::Result<Cow<'static, [u8]>> {
         match self {
             Self::File(path) => std::fs::read(path).map(Cow::Owned).with_context(|| self.to_string()),
@@ -59,15 +56,12 @@ impl std::fmt::Display for Location {
 /// A backbone as its header tells.
 #[derive(Debug, Clone)]
 pub struct BackboneDescriptor {
-    /// Its name.
     pub name: String,
-    /// Its identity.
     pub digest: Digest,
     /// Bytes it takes when resident, as far as the header tells.
     pub resident_bytes: usize,
     /// Side of its square input.
     pub image_size: usize,
-    /// Where it is.
     pub location: Location,
 }
 
@@ -78,7 +72,6 @@ pub struct SetDescriptor {
     pub name: String,
     /// Its version; larger is newer.
     pub version: u64,
-    /// Its identity.
     pub digest: Digest,
     /// The backbone it was fitted to.
     pub backbone: Digest,
@@ -86,9 +79,7 @@ pub struct SetDescriptor {
     pub resident_bytes: usize,
     /// Bytes of its file.
     pub file_bytes: u64,
-    /// Number of labels.
     pub num_classes: usize,
-    /// Where it is.
     pub location: Location,
     /// The file when it was described.
     pub stamp: Stamp,
@@ -110,9 +101,6 @@ fn header(location: &Location) -> anyhow::Result<Header> {
 }
 
 /// Describes an expert set from its header, under the name and version of its place in the store.
-///
-/// # Errors
-/// Names the file.
 pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Result<SetDescriptor> {
     // Before the header is read: a file replaced in between is then seen as changed, not as known.
     let stamp = location.stamp().with_context(|| location.to_string())?;
@@ -135,9 +123,6 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Re
 }
 
 /// Checks an expert set's file from its first byte to its last, without keeping it.
-///
-/// # Errors
-/// Names the file.
 pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> anyhow::Result<()> {
     let set = read_expert_set(&location.read()?).with_context(|| location.to_string())?;
     let Contents::Backbone(own) = header(&backbone.location)?.contents else {
@@ -147,9 +132,6 @@ pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> anyhow::
 }
 
 /// Describes a backbone from its header.
-///
-/// # Errors
-/// Names the file.
 pub fn describe_backbone(name: &str, location: &Location) -> anyhow::Result<BackboneDescriptor> {
     let header = header(location)?;
     let resident_bytes = resident_bytes(&header);

@@ -42,7 +42,6 @@ pub struct LoadedSet {
     set: ExpertSet,
     /// Tokens along one side of the patch grid.
     grid_side: usize,
-    /// Transformer blocks.
     num_layers: usize,
 }
 
@@ -125,7 +124,6 @@ impl LoadedBackbone {
         self.sessions.help(thread, caller, leave);
     }
 
-    /// Shapes.
     pub fn config(&self) -> &BackboneConfig {
         self.backbone.config()
     }

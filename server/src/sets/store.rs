@@ -24,7 +24,6 @@ static SET_BYTES: &[u8] = include_bytes!("../../../models/cifar100.safetensors")
 /// A file that could not be registered.
 #[derive(Debug, Clone)]
 pub struct Broken {
-    /// The file.
     pub path: PathBuf,
     /// Why, naming the file.
     pub reason: String,
@@ -42,7 +41,6 @@ impl Broken {
 /// What a store holds, by the headers of its files.
 #[derive(Debug, Default)]
 pub struct Contents {
-    /// Backbones.
     pub backbones: Vec<BackboneDescriptor>,
     /// Expert sets, whatever backbone they name.
     pub sets: Vec<SetDescriptor>,

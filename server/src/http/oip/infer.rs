@@ -34,7 +34,7 @@ pub(super) const PIXELS: &str = "pixels";
 const INPUT: &str = "input";
 /// Softmax over the labels, FP32 `[n, classes]`.
 pub(super) const SCORES: &str = "scores";
-/// FP32 `[n, classes]`.
+/// The numbers before the softmax, FP32 `[n, classes]`.
 const LOGITS: &str = "logits";
 /// The best label, BYTES `[n, 1]`.
 const LABEL: &str = "label";
@@ -448,12 +448,12 @@ fn check_count(input: &str, expected: usize, got: usize) -> Result<(), ApiError>
     }
 }
 
-/// What was asked for.
+/// The requested outputs.
 #[derive(Serialize, ToSchema)]
 struct InferAnswer {
     model_name: String,
     model_version: String,
-    /// The request's own.
+    /// The id of the request, if it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     outputs: Vec<OutputTensor>,
@@ -478,7 +478,7 @@ struct OutputSize {
     binary_data_size: usize,
 }
 
-/// Numbers or strings.
+/// Values: numbers or strings.
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
 enum Tensor {

@@ -155,7 +155,7 @@ async fn server() -> Json<Server> {
     Json(Server::THIS)
 }
 
-/// Inputs and outputs.
+/// Inputs and outputs of a set.
 #[utoipa::path(
     get,
     path = "/v2/models/{set}",
@@ -284,8 +284,8 @@ struct IndexEntry {
     name: String,
     version: String,
     state: IndexState,
-    /// Why it is not ready; also of a set that is ready, since an old generation goes on serving when a new one does
-    /// not load.
+    /// Why it is not ready; also of a set that is ready, since an old generation goes on serving when a new
+    /// one does not load.
     reason: String,
 }
 

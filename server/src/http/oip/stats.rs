@@ -1,4 +1,4 @@
-//! Triton's statistics extension.
+//! The statistics extension of Triton's protocol.
 
 use axum::Json;
 use axum::extract::State;

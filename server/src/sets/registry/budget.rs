@@ -12,9 +12,7 @@ use super::sync;
 /// What accounted bytes are used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Backbones.
     Backbone,
-    /// Expert sets.
     Sets,
     /// Working memory of the compute threads.
     Scratch,
@@ -45,12 +43,10 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// An empty budget.
     pub const fn new(limit: usize) -> Self {
         Self { limit, used: [0; Kind::ALL.len()] }
     }
 
-    /// The limit.
     pub const fn limit(&self) -> usize {
         self.limit
     }
@@ -100,7 +96,6 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// An empty ledger.
     pub fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { budget: Mutex::new(Budget::new(limit)), released: Notify::new() })
     }

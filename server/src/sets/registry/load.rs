@@ -17,7 +17,7 @@ use crate::sentence::sentence;
 use crate::sets::descriptor::SetDescriptor;
 use crate::threads::Panicked;
 
-/// Waiting for room looks again this often: protection from eviction ends with time, which wakes nobody.
+/// A load that waits for room looks again this often: protection from eviction ends with time, and that wakes no thread.
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
 /// Bytes that a load needs.
@@ -133,7 +133,7 @@ impl<S: Source> Inner<S> {
         Ok(fresh)
     }
 
-    /// The backbone, loaded by whoever comes first.
+    /// The backbone; the first load that needs it reads it.
     async fn acquire_backbone(
         self: &Arc<Self>,
         key: &Key,

@@ -1,4 +1,4 @@
-//! Who is evicted next: a segmented LRU. A set enters on probation; a second use while resident makes it hot; victims
+//! The order of eviction: a segmented LRU. A set enters on probation; a second use while resident makes it hot; victims
 //! come from probation first. One sweep over hundreds of sets therefore churns probation and leaves the hot ones be.
 //!
 //! The hot segment is kept below [`HOT_SHARE`] of the bytes there are for sets by demoting its oldest members, so that it cannot
@@ -22,7 +22,6 @@ impl Usage {
         Self { last: tick, hot: false }
     }
 
-    /// Another use.
     pub(super) const fn touch(&mut self, tick: u64) {
         *self = Self { last: tick, hot: true };
     }

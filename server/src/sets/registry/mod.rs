@@ -82,7 +82,6 @@ pub enum SetError {
     /// It cannot fit the budget however long one waits.
     #[error("expert set `{name}` needs {needed} bytes, but the memory budget can never give it more than {available}")]
     TooLarge {
-        /// The set.
         name: String,
         /// Bytes of the set, or of its backbone.
         needed: usize,
@@ -91,22 +90,14 @@ pub enum SetError {
     },
     /// Everything in memory is in use or pinned.
     #[error("there is no room for expert set `{name}`: everything in memory is in use")]
-    NoRoom {
-        /// The set.
-        name: String,
-    },
+    NoRoom { name: String },
     /// It did not become resident in time.
     #[error("expert set `{name}` is still loading")]
-    StillLoading {
-        /// The set.
-        name: String,
-    },
+    StillLoading { name: String },
     /// Its file is broken, or its load failed for another reason.
     #[error("expert set `{name}` cannot be loaded: {reason}")]
     Failed {
-        /// The set.
         name: String,
-        /// Why.
         reason: String,
         /// When it is tried again.
         retry_after: Duration,
@@ -114,7 +105,6 @@ pub enum SetError {
     /// No backbone with the digest it names is registered.
     #[error("expert set `{name}` is bound to backbone {backbone}, which is not here")]
     NoBackbone {
-        /// The set.
         name: String,
         /// The digest it names.
         backbone: Digest,
@@ -134,7 +124,6 @@ fn unknown_message(name: &str, version: Option<u64>) -> String {
 
 /// A backbone in memory. Its bytes come back when the last set or lease lets go of it.
 pub struct ResidentBackbone<S: Source> {
-    /// The model.
     pub value: Arc<S::Backbone>,
     // Fields drop in order: the reservations after the memory they stand for.
     memory: Reservation,
@@ -156,9 +145,7 @@ impl<S: Source> ResidentBackbone<S> {
 
 /// An expert set in memory.
 pub struct Resident<S: Source> {
-    /// The model.
     pub value: S::Set,
-    /// What it is.
     pub descriptor: Arc<SetDescriptor>,
     /// What it runs on.
     pub backbone: Arc<ResidentBackbone<S>>,
@@ -334,14 +321,12 @@ pub enum SetState {
     Registered,
     /// On its way into memory.
     Loading,
-    /// In memory.
     Resident,
 }
 
 /// One version of a set, for listings.
 #[derive(Debug, Clone)]
 pub struct SetStatus {
-    /// What it is.
     pub descriptor: Arc<SetDescriptor>,
     /// Name of its backbone.
     pub backbone_name: String,
@@ -357,7 +342,6 @@ pub struct SetStatus {
     pub resident_bytes: usize,
     /// Generation in memory; differs from the descriptor's while a changed file is loading.
     pub resident_generation: Option<String>,
-    /// Requests it served.
     pub hits: u64,
     /// When it last served one.
     pub last_used: Option<SystemTime>,
@@ -368,22 +352,18 @@ pub struct SetStatus {
 /// Counts over all sets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Names known.
     pub registered: usize,
-    /// Versions in memory.
     pub resident: usize,
-    /// Names pinned.
     pub pinned: usize,
     /// Versions whose last load failed.
     pub failed: usize,
 }
 
-/// What is known of a set without touching it.
+/// Facts about a set that its last use does not change.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The version a request would get.
     pub set: Arc<SetDescriptor>,
-    /// Its backbone.
     pub backbone: Arc<BackboneDescriptor>,
 }
 
@@ -415,7 +395,6 @@ impl<S: Source> Registry<S> {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// The source.
     pub fn source(&self) -> &S {
         &self.inner.source
     }
@@ -458,7 +437,7 @@ impl<S: Source> Registry<S> {
     /// Whether a set could ever be resident, with nothing beside it but its backbone and the queue.
     ///
     /// # Errors
-    /// [`SetError::TooLarge`]; [`SetError::NoBackbone`].
+    /// [`SetError::TooLarge`], or [`SetError::NoBackbone`] when its backbone is not registered.
     pub fn check_fits(&self, descriptor: &SetDescriptor) -> Result<(), SetError> {
         let name = || descriptor.name.clone();
         let state = self.inner.lock();
@@ -478,7 +457,7 @@ impl<S: Source> Registry<S> {
     /// Which set and version a request for `name` would get; touches neither memory nor order.
     ///
     /// # Errors
-    /// [`SetError::Unknown`].
+    /// [`SetError::Unknown`] when no such set is registered.
     pub fn lookup(&self, name: &str, version: Option<u64>) -> Result<Target, SetError> {
         let state = self.inner.lock();
         let slot = state
@@ -499,9 +478,6 @@ impl<S: Source> Registry<S> {
     /// A lease on the set, loading it first when it is not resident; waits at most `wait`.
     ///
     /// While a newer version loads, an older resident one answers.
-    ///
-    /// # Errors
-    /// Any [`SetError`].
     pub async fn acquire(&self, name: &str, version: Option<u64>, wait: Duration) -> Result<Lease<S>, SetError> {
         self.clear_failure_of_changed_file(name, version).await;
         let watch = {
@@ -522,7 +498,7 @@ impl<S: Source> Registry<S> {
             }
             slot.check_backoff(name)?;
             let watch = self.inner.start_load(&mut state, &key)?;
-            // Nobody waits for a replacement while what it replaces can answer.
+            // No request waits for a replacement while the old version can answer.
             if let Some(old) = state.older_resident(&key).filter(|_| version.is_none()) {
                 return Ok(self.inner.use_slot(old, tick));
             }
@@ -537,10 +513,7 @@ impl<S: Source> Registry<S> {
     }
 
     /// Loads the newest version (or the given one), also when it is known to have failed, and waits for the outcome.
-    /// What is resident and unchanged is left as it is.
-    ///
-    /// # Errors
-    /// Any [`SetError`]; what was resident before stays.
+    /// A resident version whose file is unchanged stays as it is.
     pub async fn load(&self, name: &str, version: Option<u64>, wait: Duration) -> Result<Lease<S>, SetError> {
         let watch = {
             let mut state = self.inner.lock();
@@ -604,9 +577,6 @@ impl<S: Source> Registry<S> {
     }
 
     /// Loads a set and never evicts it from then on.
-    ///
-    /// # Errors
-    /// As [`Registry::load`].
     pub async fn pin(&self, name: &str, wait: Duration) -> Result<(), SetError> {
         // The lease keeps it from being evicted between its load and its pin.
         let _lease = self.load(name, None, wait).await?;
@@ -617,7 +587,7 @@ impl<S: Source> Registry<S> {
     /// Allows a set to be evicted again.
     ///
     /// # Errors
-    /// [`SetError::Unknown`].
+    /// [`SetError::Unknown`] when no such set is registered.
     pub fn unpin(&self, name: &str) -> Result<(), SetError> {
         self.inner.lock().names.get_mut(name).ok_or_else(|| unknown(name, None))?.pinned = false;
         self.inner.ledger.wake();
@@ -633,7 +603,7 @@ impl<S: Source> Registry<S> {
     /// Every version of one set.
     ///
     /// # Errors
-    /// [`SetError::Unknown`].
+    /// [`SetError::Unknown`] when no such set is registered.
     pub fn status(&self, name: &str) -> Result<Vec<SetStatus>, SetError> {
         let state = self.inner.lock();
         let entry = state.names.get(name).ok_or_else(|| unknown(name, None))?;
@@ -651,7 +621,6 @@ impl<S: Source> Registry<S> {
         }
     }
 
-    /// Names known.
     pub fn names(&self) -> HashSet<String> {
         self.inner.lock().names.keys().cloned().collect()
     }
@@ -765,7 +734,7 @@ fn unknown(name: &str, version: Option<u64>) -> SetError {
     SetError::Unknown { name: name.to_owned(), version }
 }
 
-/// The outcome of a load, whoever started it.
+/// The outcome of a load, for every request that waits for it.
 async fn wait_for<S: Source>(mut watch: LoadWatch<S>, name: &str, wait: Duration) -> Outcome<S> {
     let done = sync::wait_at_most(wait, watch.wait_for(Option::is_some)).await;
     let name = || name.to_owned();

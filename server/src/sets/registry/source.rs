@@ -7,7 +7,6 @@ use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor};
 /// A decoded model with the bytes it turned out to take.
 #[derive(Debug)]
 pub struct Loaded<T> {
-    /// The model.
     pub value: T,
     /// Bytes of the model.
     pub bytes: usize,
@@ -18,27 +17,17 @@ pub struct Loaded<T> {
 /// Turns files into models. The registry is generic over it so that its guarantees can be tested with models that
 /// cost nothing to make.
 pub trait Source: Send + Sync + 'static {
-    /// A decoded backbone.
     type Backbone: Send + Sync + 'static;
     /// A decoded expert set, tied to its backbone.
     type Set: Send + Sync + 'static;
 
     /// Reads the header of a set's file again. Blocking.
-    ///
-    /// # Errors
-    /// Names the file.
     fn describe_set(&self, name: &str, version: u64, location: &Location) -> anyhow::Result<SetDescriptor>;
 
     /// Reads and decodes a backbone. Blocking.
-    ///
-    /// # Errors
-    /// Names the file.
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<Self::Backbone>>;
 
     /// Reads and decodes an expert set. Blocking.
-    ///
-    /// # Errors
-    /// Names the file.
     fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>)
     -> anyhow::Result<Loaded<Self::Set>>;
 }
