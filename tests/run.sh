@@ -72,6 +72,7 @@ step_check() {
     cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     heading "documentation"
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
+    tests/short-doc-lines | tail -n 1
     heading "dependencies"
     cargo deny --locked check licenses bans sources
     cargo shear

@@ -40,6 +40,3 @@ pub mod sets;
 pub mod statistics;
 pub mod threads;
 pub mod units;
-
-#[cfg(test)]
-mod rooms;
