@@ -11,7 +11,7 @@ use std::arch::x86_64::{
     _mm256_storeu_si256,
 };
 
-use super::{Acc, GROUP_BYTES, GROUPS, Kernel, Packed, Sink, Tile};
+use super::{Acc, GROUP_BYTES, GROUPS, Kernel, PANEL, Packed, Sink, Tile};
 
 /// Blocks of k between widenings. A block adds four steps to a 16-bit lane, a step at most `2 * 2 * 128 = 512` in
 /// size, so after 16 blocks a lane is in `-64 * 512..=64 * 508`, which is `-32768..=32512`.
@@ -62,6 +62,9 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, weights: &[u8], 
     tile.check(ROWS, weights, acc);
     let blocks = tile.blocks;
     let ones = _mm256_set1_epi16(1);
+    if tile.first_block == 0 {
+        acc[..ROWS].fill([0; PANEL]);
+    }
     let mut first = 0;
     while first < blocks {
         let last = blocks.min(first + WIDEN_EVERY);

@@ -64,9 +64,11 @@ unsafe fn for_rows(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
 fn dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
     tile.check(ROWS, weights, acc);
     let mut sums = [_mm512_setzero_si512(); ROWS];
-    for r in 0..ROWS {
-        // SAFETY: a row of `acc` is 64 bytes, and there are `ROWS` (checked above).
-        sums[r] = unsafe { _mm512_loadu_si512(acc[r].as_ptr().cast()) };
+    if tile.first_block > 0 {
+        for r in 0..ROWS {
+            // SAFETY: a row of `acc` is 64 bytes, and there are `ROWS` (checked above).
+            sums[r] = unsafe { _mm512_loadu_si512(acc[r].as_ptr().cast()) };
+        }
     }
     for block in 0..tile.blocks {
         let (lhs, stride) = tile.lhs_block(block);

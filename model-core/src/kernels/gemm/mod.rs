@@ -88,7 +88,7 @@ const K_BLOCK: usize = 4 * GROUPS;
 const MAX_TILE_ROWS: usize = 16;
 
 /// Rows of `lhs` that share the unpacking of a panel: a multiple of every kernel's tile.
-const ROWS_AT_ONCE: usize = 64;
+const UNPACK_ROWS: usize = 64;
 
 /// Blocks of a panel that are unpacked at a time: 1024 columns, 16 kB.
 const SEGMENT: usize = 64;
@@ -211,7 +211,8 @@ trait Kernel {
     /// Whether int8 weights are stored as w + 128.
     const UNSIGNED_INT8: bool;
 
-    /// Adds the products of a tile of `rows` rows to `acc[..rows]`, where `rows` is in `1..=TILE_ROWS`. `weights` has the
+    /// Writes the products of a tile of `rows` rows to `acc[..rows]`, where `rows` is in `1..=TILE_ROWS`, or adds them if
+    /// the tile does not begin with the first block. `weights` has the
     /// groups of the tile's blocks, a byte a weight; `TERNARY` says that they are w + 1 of ternary weights, in 0..=2.
     ///
     /// # Safety
@@ -274,6 +275,24 @@ fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) -> Result
 /// scaling are compiled for it as well.
 #[inline(always)]
 fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) {
+    match weights.format {
+        Format::TwoBits | Format::FiveTrits => {
+            drive_rows::<K, UNPACK_ROWS, UNPACKED_BYTES>(weights, lhs, m, UNPACK_ROWS, sink);
+        }
+        // Nothing is unpacked: a tile's activations stay in the first-level cache while the weights pass by.
+        Format::Int8 => drive_rows::<K, MAX_TILE_ROWS, 0>(weights, lhs, m, K::TILE_ROWS, sink),
+    }
+}
+
+/// `rows_at_once`, at most `ROWS`, is how many rows go through all panels together.
+#[inline(always)]
+fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
+    weights: &Packed,
+    lhs: &[i8],
+    m: usize,
+    rows_at_once: usize,
+    sink: &mut Sink<'_>,
+) {
     let cols = weights.cols;
     let panels = weights.rows.div_ceil(PANEL);
     let offset = match weights.format {
@@ -281,14 +300,14 @@ fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>)
         Format::Int8 if K::UNSIGNED_INT8 => 128,
         Format::Int8 => 0,
     };
-    let mut unpacked = [0; UNPACKED_BYTES];
-    let mut acc = [[[0; PANEL]; ROWS_AT_ONCE]; PANELS_AT_ONCE];
-    let mut tail = [[0; K_BLOCK]; ROWS_AT_ONCE];
-    let mut corrections = [0; ROWS_AT_ONCE];
+    let mut unpacked = [0; UNPACKED];
+    let mut acc = [[[0; PANEL]; ROWS]; PANELS_AT_ONCE];
+    let mut tail = [[0; K_BLOCK]; ROWS];
+    let mut corrections = [0; ROWS];
     let mut first = 0;
     while first < m {
         // Nearly equal shares: 65 rows run as 33 + 32.
-        let rows = (m - first).div_ceil((m - first).div_ceil(ROWS_AT_ONCE));
+        let rows = (m - first).div_ceil((m - first).div_ceil(ROWS.min(rows_at_once)));
         let lhs = &lhs[first * cols..][..rows * cols];
         for r in 0..rows {
             let row = &lhs[r * cols..][..cols];
@@ -338,12 +357,14 @@ fn multiply_panel<K: Kernel>(
     weights: &Packed,
     panel: usize,
     (lhs, tail): (&[i8], &[[i8; K_BLOCK]]),
-    unpacked: &mut [u8; UNPACKED_BYTES],
+    unpacked: &mut [u8],
     acc: &mut Acc,
 ) {
     let (cols, rows) = (weights.cols, acc.len());
-    acc.fill([0; PANEL]);
     let all_blocks = cols.div_ceil(K_BLOCK);
+    if all_blocks == 0 {
+        acc.fill([0; PANEL]);
+    }
     let mut first_block = 0;
     while first_block < all_blocks {
         let blocks = SEGMENT.min(all_blocks - first_block);
@@ -379,14 +400,14 @@ fn multiply_panel<K: Kernel>(
 
 /// One row's sums with a group of panels, on their way out. Plain inlined functions without closures: a closure is
 /// compiled for the baseline CPU unless it happens to be inlined.
-struct Sums<'a> {
-    acc: &'a [[[i32; PANEL]; ROWS_AT_ONCE]; PANELS_AT_ONCE],
+struct Sums<'a, const ROWS: usize> {
+    acc: &'a [[[i32; PANEL]; ROWS]; PANELS_AT_ONCE],
     row: usize,
     /// To be subtracted from every sum.
     correction: i32,
 }
 
-impl Sums<'_> {
+impl<const ROWS: usize> Sums<'_, ROWS> {
     #[inline(always)]
     fn panel(&self, p: usize) -> [i32; PANEL] {
         let mut dots = self.acc[p][self.row];

@@ -129,7 +129,8 @@ fn dots<const ROWS: usize, const TERNARY: bool>(tile: Tile<'_>, weights: &[u8], 
                 // `8 half + 4 quad`.
                 unsafe {
                     let total = acc[r].as_mut_ptr().add(8 * half + 4 * quad);
-                    vst1q_s32(total, vaddq_s32(vld1q_s32(total), sum));
+                    let sum = if tile.first_block > 0 { vaddq_s32(vld1q_s32(total), sum) } else { sum };
+                    vst1q_s32(total, sum);
                 }
             }
         }
@@ -256,7 +257,9 @@ fn dots_dot<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
                 // SAFETY: as above.
                 unsafe {
                     let total = acc[r].as_mut_ptr().add(8 * half + 4 * quad);
-                    vst1q_s32(total, vaddq_s32(vld1q_s32(total), sums[r][quad]));
+                    let sum = sums[r][quad];
+                    let sum = if tile.first_block > 0 { vaddq_s32(vld1q_s32(total), sum) } else { sum };
+                    vst1q_s32(total, sum);
                 }
             }
         }

@@ -11,6 +11,9 @@ impl Kernel for Portable {
 
     unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         tile.check(rows, weights, acc);
+        if tile.first_block == 0 {
+            acc[..rows].fill([0; PANEL]);
+        }
         let mut block = [0i16; GROUPS * GROUP_BYTES];
         for (b, bytes) in weights.chunks_exact(GROUPS * GROUP_BYTES).take(tile.blocks).enumerate() {
             for (w, byte) in block.iter_mut().zip(bytes) {
