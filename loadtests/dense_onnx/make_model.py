@@ -24,6 +24,14 @@ def config(name):
         return json.loads(json.loads(file.read(length))["__metadata__"]["butterflyvit"])
 
 
+def from_version_1(layer, i):
+    """A stem layer of version 1 in the words of version 2."""
+    if "norm_gelu" not in layer:
+        return layer
+    return {**layer, "padding": [layer["padding"]] * 4, "groups": 1, "norm": layer["norm_gelu"],
+            "activation": "gelu" if layer["norm_gelu"] else "none", "residual": i if layer["residual"] else None}
+
+
 class Graph:
     """Builds a graph node by node; methods return the name of what they add."""
 
@@ -53,13 +61,18 @@ class Graph:
 
     def stem_layer(self, x, layer, channels):
         """Channels come first here, last in a norm."""
-        out = layer["channels"]
-        y = self.node("Conv", x, self.normal(out, channels, layer["kernel"], layer["kernel"]), self.normal(out),
-                      strides=[layer["stride"]] * 2, pads=[layer["padding"]] * 4)
-        if layer["norm_gelu"]:
-            last = self.node("Gelu", self.norm(self.node("Transpose", y, perm=[0, 2, 3, 1]), out))
+        out, groups = layer["channels"], layer["groups"]
+        weight = self.normal(out, channels // groups, layer["kernel"], layer["kernel"])
+        y = self.node("Conv", x, weight, self.normal(out), strides=[layer["stride"]] * 2, pads=layer["padding"],
+                      group=groups)
+        if layer["norm"]:
+            last = self.norm(self.node("Transpose", y, perm=[0, 2, 3, 1]), out)
             y = self.node("Transpose", last, perm=[0, 3, 1, 2])
-        return self.node("Add", x, y) if layer["residual"] else y
+        if layer["activation"] == "gelu":
+            return self.node("Gelu", y)
+        if layer["activation"] == "relu6":
+            return self.node("Clip", y, self.constant(np.float32(0)), self.constant(np.float32(6)))
+        return y
 
     def attention(self, x, d_model, heads):
         qkv = self.node("Add", self.node("MatMul", x, self.normal(d_model, 3 * d_model)), self.normal(3 * d_model))
@@ -81,8 +94,13 @@ def build():
     experts, labels = expert_set["config"], expert_set["labels"]
     d_model, side = backbone["d_model"], backbone["image_size"]
     graph, x, channels, tokens = Graph(), "pixels", 3, side
-    for layer in backbone["stem"]:
+    inputs = []
+    for i, layer in enumerate(backbone["stem"]):
+        layer = from_version_1(layer, i)
+        inputs.append(x)
         x = graph.stem_layer(x, layer, channels)
+        if layer["residual"] is not None:
+            x = graph.node("Add", inputs[layer["residual"]], x)
         channels, tokens = layer["channels"], tokens // layer["stride"]
     tokens *= tokens
     flat = graph.node("Reshape", x, graph.shape(0, d_model, tokens))

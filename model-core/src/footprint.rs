@@ -102,6 +102,8 @@ fn component_of(tensor: &str) -> &'static str {
         (".router", "routers"),
         (".rotation_", "angle codes"),
         ("head.", "head"),
+        ("familiarity.", "statistics"),
+        ("background.", "statistics"),
         ("norm", "norms"),
     ];
     parts.iter().find(|(part, _)| tensor.contains(part)).map_or("other", |(_, name)| name)

@@ -13,6 +13,7 @@
 //! | [`image`] | image bytes to the pixels a model sees | nothing |
 //! | [`artifact`] | the safetensors files of `FORMAT.md`: reading, writing, digests, checks | `weights`, `image` |
 //! | [`error`] | why a model could not be built or run | `artifact`, `kernels` |
+//! | [`familiarity`] | how far an image lies from those that a set was fitted to | `artifact`, `weights` |
 //! | [`engine`] | the integer forward pass that serves: artifact bytes in, logits out; timing it | all of the above |
 //! | [`footprint`] | where every byte goes | `artifact`, `kernels` |
 //! | [`routing_map`] | how alike pairs of patches are routed | nothing |
@@ -26,6 +27,7 @@ pub mod artifact;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod familiarity;
 pub mod footprint;
 pub mod image;
 pub mod kernels;

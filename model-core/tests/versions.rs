@@ -9,6 +9,7 @@ use model_core::artifact::{
 use model_core::config::{Activation, FloatFormat, TernaryPacking};
 use model_core::engine::{Backbone, ExpertSet};
 use model_core::error::ModelError;
+use model_core::familiarity::{Background, Familiarity};
 use model_core::kernels::Isa;
 use model_core::weights::{Covariance, Precision};
 use serde_json::Value;
@@ -162,6 +163,43 @@ fn what_is_read_is_written_again_without_loss_as_version_2() {
 }
 
 #[test]
+fn distances_for_unknown_images_are_those_of_the_recipe() {
+    let golden = golden();
+    let background = Background::new(&backbone(2).weights.background.unwrap()).unwrap();
+    for name in ["v2_set", "v2_borrower", "v2_seeded"] {
+        let answer = &golden[format!("answer of {name}")];
+        let features: Vec<f32> = serde_json::from_value(answer["features"].clone()).unwrap();
+        let statistics = set(name).weights.familiarity.unwrap();
+        let familiarity = Familiarity::new(&statistics, Some(&background)).unwrap();
+        let (got, expected) =
+            (familiarity.distance(&features, Some(&background)), answer["distance"].as_f64().unwrap());
+        // Statistics and features are kept in single precision, which the covariances here, of condition numbers below
+        // a thousand, make at most a thousand times as large.
+        let allowed = 1e3 * f64::from(f32::EPSILON) * (1.0 + expected.abs());
+        assert!((got - expected).abs() < allowed, "{name}: {got} is not {expected}");
+        assert_eq!(familiarity.is_unknown(got), expected > f64::from(statistics.threshold));
+
+        // All but the borrower are relative to the background, and the borrower's covariance rests on it.
+        let error = Familiarity::new(&statistics, None).unwrap_err().to_string();
+        assert!(error.contains("needs a background"), "{error}");
+    }
+}
+
+#[test]
+fn a_covariance_that_is_not_positive_definite_is_refused() {
+    let mut weights = backbone(2).weights.background.unwrap();
+    let background = Background::new(&weights).unwrap();
+    weights.covariance[2] = -1.0;
+    let error = Background::new(&weights).unwrap_err().to_string();
+    assert!(error.contains("`background.covariance`") && error.contains("not positive definite"), "{error}");
+    let mut statistics = set("v2_set").weights.familiarity.unwrap();
+    let Covariance::Packed(triangle) = &mut statistics.covariance else { panic!("a packed covariance") };
+    triangle[0] = 0.0;
+    let error = Familiarity::new(&statistics, Some(&background)).unwrap_err().to_string();
+    assert!(error.contains("`familiarity.covariance`") && error.contains("not positive definite"), "{error}");
+}
+
+#[test]
 fn experts_are_lent_by_the_set_that_is_named_and_by_no_other() {
     let artifact = set("v2_set");
     // The engine has no stem like the one of the recipe: the sets are bound to one that it has.
@@ -186,6 +224,10 @@ fn experts_are_lent_by_the_set_that_is_named_and_by_no_other() {
         error.to_string()
     };
     assert!(refused(|_| {}, None).contains("it is not there"));
+    let mut part = set("v2_set");
+    part.view.fit = Fit::Pad;
+    let error = ExpertSet::from_artifact(part, &backbone, None).unwrap_err().to_string();
+    assert!(error.contains("field `view`"), "{error}");
     assert!(refused(|b| b.borrowed_experts = Some(b.digest), Some(&learned)).contains("it is the set itself"));
     assert!(refused(|b| b.weights.config.top_k = 1, Some(&learned)).contains("another shape"));
     let seeded = ExpertSet::from_artifact(set("v2_seeded"), &backbone, None).unwrap();

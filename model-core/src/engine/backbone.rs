@@ -6,6 +6,7 @@ use super::stem::{Convolution, check_supported};
 use crate::artifact::{ArtifactError, BackboneArtifact, Digest, read_backbone};
 use crate::config::BackboneConfig;
 use crate::error::{ModelError, expect_len};
+use crate::familiarity::Background;
 use crate::image::Preprocess;
 use crate::kernels::Isa;
 use crate::weights::{BackboneWeights, BlockWeights, Norm};
@@ -22,6 +23,7 @@ pub struct Backbone {
     pub(super) pos_embed: Box<[f32]>,
     pub(super) blocks: Vec<Block>,
     pub(super) norm: Norm,
+    background: Option<Background>,
 }
 
 /// One transformer block without its experts.
@@ -90,7 +92,8 @@ impl Backbone {
         }
         let norm = expect_norm("norm", &weights.norm, config.d_model)?;
         let pos_embed = weights.pos_embed.clone().into();
-        Ok(Self { name, digest, preprocess, isa, stem, pos_embed, blocks, norm, config })
+        let background = weights.background.as_ref().map(Background::new).transpose()?;
+        Ok(Self { name, digest, preprocess, isa, stem, pos_embed, blocks, norm, background, config })
     }
 
     /// The name that its maker gave it.
@@ -117,6 +120,11 @@ impl Backbone {
         self.isa
     }
 
+    /// Features of images of everything, if it has them.
+    pub fn background(&self) -> Option<&Background> {
+        self.background.as_ref()
+    }
+
     /// Bytes that it occupies in memory.
     pub fn resident_bytes(&self) -> usize {
         let stem: usize = self.stem.iter().map(|layer| size_of::<Convolution>() + layer.heap_bytes()).sum();
@@ -126,7 +134,7 @@ impl Backbone {
         });
         let blocks: usize = blocks.sum();
         let tensors = stem + blocks + size_of_val(&*self.pos_embed) + norm_bytes(&self.norm);
-        size_of::<Self>() + self.name.len() + tensors
+        size_of::<Self>() + self.name.len() + tensors + self.background.as_ref().map_or(0, Background::heap_bytes)
     }
 
     /// Values of one image's pixels, `image_size * image_size * 3`.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::backbone::Backbone;
 use super::moe::ExpertLayer;
 use super::packed::PackedLayer;
-use crate::artifact::{Digest, ExpertSetArtifact, Lender, read_expert_set};
+use crate::artifact::{ArtifactError, Digest, ExpertSetArtifact, Lender, View, read_expert_set};
 use crate::config::{BackboneConfig, ExpertConfig};
 use crate::error::{ModelError, expect_len};
+use crate::familiarity::Familiarity;
 use crate::weights::{ExpertSetWeights, Precision};
 
 /// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay
@@ -24,6 +25,7 @@ pub struct ExpertSet {
     borrowed_experts: Option<Digest>,
     pub(super) head: PackedLayer,
     pub(super) temperature: f32,
+    familiarity: Option<Familiarity>,
 }
 
 impl ExpertSet {
@@ -40,8 +42,9 @@ impl ExpertSet {
     /// they stay where they are.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not
-    /// borrow from `lender`: [`ExpertSetArtifact::check_lender`].
+    /// [`ModelError::Artifact`] when it is bound to another backbone, may not borrow from `lender`
+    /// ([`ExpertSetArtifact::check_lender`]), or looks at a part of the picture, which the engine's callers cannot cut out
+    /// yet.
     pub fn from_artifact(
         artifact: ExpertSetArtifact,
         backbone: &Backbone,
@@ -49,6 +52,11 @@ impl ExpertSet {
     ) -> Result<Self, ModelError> {
         artifact.check_backbone(backbone.config(), backbone.digest())?;
         artifact.check_lender(lender.map(Self::as_lender))?;
+        // Better no answer than one about another part of the picture.
+        if artifact.view != View::default() {
+            let reason = "this program looks at the centre of whole pictures only".to_owned();
+            return Err(ArtifactError::Field { field: "view", reason }.into());
+        }
         let ExpertSetArtifact { name, weights, digest, borrowed_experts, .. } = artifact;
         match lender.filter(|_| borrowed_experts.is_some()) {
             None => Self::from_weights(name, weights, digest, backbone),
@@ -98,6 +106,9 @@ impl ExpertSet {
             Precision::Int8 => PackedLayer::int8(backbone.isa(), head, classes, d_model)?,
             Precision::F32 | Precision::F16 => PackedLayer::f32(backbone.isa(), head, classes, d_model)?,
         };
+        let statistics = weights.familiarity.as_ref();
+        let familiarity =
+            statistics.map(|statistics| Familiarity::new(statistics, backbone.background())).transpose()?;
         Ok(Self {
             name,
             digest,
@@ -108,6 +119,7 @@ impl ExpertSet {
             borrowed_experts,
             head,
             temperature: weights.temperature,
+            familiarity,
         })
     }
 
@@ -135,6 +147,11 @@ impl ExpertSet {
         &self.config
     }
 
+    /// What tells images of its kind from others, if it has the statistics.
+    pub fn familiarity(&self) -> Option<&Familiarity> {
+        self.familiarity.as_ref()
+    }
+
     /// The set whose experts it uses, if it has none of its own.
     pub fn borrowed_experts(&self) -> Option<Digest> {
         self.borrowed_experts
@@ -143,8 +160,9 @@ impl ExpertSet {
     /// Bytes that it occupies in memory, without those of experts that it borrows.
     pub fn resident_bytes(&self) -> usize {
         let labels: usize = self.labels.iter().map(|label| size_of::<String>() + label.len()).sum();
+        let familiarity = self.familiarity.as_ref().map_or(0, Familiarity::heap_bytes);
         let own = if self.borrowed_experts.is_none() { &self.layers[..] } else { &[] };
         let layers = own.iter().map(|layer| size_of::<ExpertLayer>() + layer.resident_bytes());
-        size_of::<Self>() + self.name.len() + labels + layers.sum::<usize>() + self.head.heap_bytes()
+        size_of::<Self>() + self.name.len() + labels + layers.sum::<usize>() + self.head.heap_bytes() + familiarity
     }
 }
