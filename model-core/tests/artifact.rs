@@ -223,7 +223,7 @@ fn a_forged_backbone_of_version_2_is_refused_with_the_reason() {
             document(|d| d["config"]["substrates"]["packing"] = json!("two_bits"))
         }),
         ("`blocks.0.moe.down.codes` is missing", document(|d| d["config"]["substrates"]["shared"] = json!(false))),
-        ("`blocks.0.moe.up.scale`: expected dtype F32, got F16", {
+        ("`blocks.0.moe.down.scale`: expected dtype F32, got F16", {
             document(|d| d["config"]["substrates"]["scales"] = json!("f32"))
         }),
         ("`moe.up.codes`, element 1: five ternary weights make at most 242", tensor("moe.up.codes", &[242, 243])),
@@ -239,7 +239,7 @@ fn a_forged_backbone_of_version_2_is_refused_with_the_reason() {
         ("field `encoding.stem`: 4 layers, but the stem has 5", {
             document(|d| drop(d["encoding"]["stem"].as_array_mut().unwrap().pop()))
         }),
-        ("`blocks.0.attention.proj.weight`: expected dtype I8, got F16", {
+        ("`blocks.0.attention.proj.weight_scale` is missing", {
             document(|d| d["encoding"]["attention"] = json!("int8"))
         }),
         ("`backbone.stem.residual`: layer 3 adds the input of layer 4, which comes later", {
@@ -297,7 +297,7 @@ fn a_forged_expert_set_of_version_2_is_refused_with_the_reason() {
         ("`head.weight`, element 0: the code is out of range", tensor(&learned, "head.weight", &[0x80])),
         ("`head.weight`: expected dtype F16, got I8", edited(&learned, |d| d["encoding"]["head"] = json!("f16"))),
         ("64 lower-case hexadecimal digits", edited(&borrower, |d| d["borrowed_experts"] = json!("none"))),
-        ("`blocks.0.moe.router` is missing", edited(&borrower, |d| d["borrowed_experts"] = Value::Null)),
+        ("`blocks.0.moe.router_scale` is missing", edited(&borrower, |d| d["borrowed_experts"] = Value::Null)),
         ("field `temperature`: 0 is not in", edited(&learned, |d| d["temperature"] = json!(0.0))),
         ("field `familiarity.means`: 0 is not in", edited(&learned, |d| d["familiarity"]["means"] = json!(0))),
         ("field `familiarity.covariance.rank`: 13 is not in", {
