@@ -15,7 +15,7 @@ use system_tests::server::root;
 type Rooms = &'static [&'static [&'static str]];
 
 const MODEL_CORE: Rooms = &[
-    &["bench", "footprint"],
+    &["bench", "familiarity", "footprint"],
     &["engine"],
     &["error", "routing_map"],
     &["artifact", "random_weights"],
