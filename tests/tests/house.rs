@@ -15,9 +15,9 @@ use system_tests::server::root;
 type Rooms = &'static [&'static [&'static str]];
 
 const MODEL_CORE: Rooms = &[
-    &["bench", "familiarity", "footprint"],
+    &["bench", "footprint"],
     &["engine"],
-    &["error", "routing_map"],
+    &["error", "familiarity", "routing_map"],
     &["artifact", "random_weights"],
     &["weights"],
     &["image", "config", "random", "restart"],
