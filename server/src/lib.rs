@@ -14,7 +14,7 @@
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
 //! | admit requests, images and bytes | [`admission`] |
-//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`lifecycle`], [`memory`], [`routing_map`], [`sentence`], [`threads`] |
+//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`] |
 
 #![forbid(unsafe_code)]
 #![warn(clippy::too_many_lines, clippy::unwrap_used)]
@@ -33,6 +33,7 @@ pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod net;
+pub mod repeats;
 pub mod routing_map;
 pub mod sentence;
 pub mod serve;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use butterflyvit::config::{self, Command};
 use butterflyvit::sentence::sentence;
-use butterflyvit::{commands, serve};
+use butterflyvit::{commands, logging, serve};
 
 /// A wrong flag, or something that is needed at start is broken.
 const CANNOT_START: u8 = 2;
@@ -33,6 +33,6 @@ fn main() -> ExitCode {
 
 /// One line on standard error that names what is wrong.
 fn refuse(reason: String) -> ExitCode {
-    eprintln!("butterflyvit: {}", reason.replace('\n', " "));
+    logging::complain(format!("butterflyvit: {}", reason.replace('\n', " ")));
     ExitCode::from(CANNOT_START)
 }

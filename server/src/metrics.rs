@@ -4,7 +4,7 @@
 //! from their owners when scraped, so they cannot drift from the truth.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use model_core::kernels::Isa;
 use prometheus::core::Collector;
@@ -25,6 +25,12 @@ const COUNT_BUCKETS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 
 const OTHER_SET: &str = "other";
 /// Stands for every set when per-set series are switched off.
 const ALL_SETS: &str = "all";
+
+/// The process has one log, from before there are other metrics.
+pub static LOG_LINES_LOST: LazyLock<IntCounter> = LazyLock::new(|| {
+    IntCounter::new("bvit_log_lines_lost_total", "Log lines that found their reader too slow or their disk full.")
+        .expect("a valid name")
+});
 
 /// How an image fared, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,6 +217,7 @@ impl Metrics {
     pub fn new(per_set: bool) -> prometheus::Result<Self> {
         let registry = Registry::new();
         registry.register(Box::new(ProcessCollector::for_self()))?;
+        registry.register(Box::new(LOG_LINES_LOST.clone()))?;
         let sets = SetMetrics::declare(&registry)?;
         let metrics = Self::declare(&registry.clone(), registry, per_set, Mutex::default(), sets)?;
         metrics.start_at_zero();

@@ -52,7 +52,7 @@ const ALLOCATOR: [(&str, &str); 1] = [("MALLOC_MMAP_THRESHOLD_", "131072")];
 /// # Errors
 /// Names what keeps it from starting.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
-    logging::init(&args.log)?;
+    let _log = logging::init(&args.log)?;
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     if let Err(error) = model_core::restart::with_environment(&ALLOCATOR) {
         tracing::warn!(%error, "cannot start over with the allocator's setting: photos will take more memory");
@@ -61,6 +61,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     runtime.block_on(async {
         let listener = listen(args.listen).with_context(|| args.listen.to_string())?;
         let shutdown = shutdown_signal()?;
+        tokio::spawn(logging::report(shutdown.clone()));
         let settings = connection_settings(args)?;
         if let Some(tls) = settings.tls.clone() {
             tokio::spawn(tls.watch(args.tls.tls_reload, shutdown.clone()));

@@ -5,8 +5,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reqwest::blocking::{Client, RequestBuilder, Response};
@@ -39,6 +40,17 @@ pub fn image_names() -> Vec<String> {
     labels.as_object().expect("an object by name").keys().cloned().collect()
 }
 
+/// What a test does with the output of its server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reader {
+    /// Reads it line by line.
+    Reads,
+    /// Leaves the pipes open and reads nothing.
+    StandsStill,
+    /// Closes the pipes.
+    Closes,
+}
+
 /// A running server, killed when dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -46,6 +58,8 @@ pub struct Server {
     pub address: SocketAddr,
     /// Behind a lock so that threads of a test can share the server.
     lines: Mutex<Receiver<String>>,
+    /// What happens to the output, a [`Reader`].
+    reader: Arc<AtomicU8>,
     client: Client,
 }
 
@@ -69,12 +83,13 @@ impl Server {
             .spawn()
             .expect("the server starts");
         let (sender, lines) = channel();
-        forward(child.stdout.take().expect("piped"), sender.clone());
-        forward(child.stderr.take().expect("piped"), sender);
+        let reader = Arc::new(AtomicU8::new(Reader::Reads as u8));
+        forward(child.stdout.take().expect("piped"), sender.clone(), Arc::clone(&reader));
+        forward(child.stderr.take().expect("piped"), sender, Arc::clone(&reader));
         let client = Client::builder().timeout(PATIENCE).build().expect("a client");
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         // Made before anything can fail, so that dropping it ends the process.
-        let mut server = Self { child, address, lines: Mutex::new(lines), client };
+        let mut server = Self { child, address, lines: Mutex::new(lines), reader, client };
         let line = server.wait_for_log("listening address=");
         let (_, text) = line.split_once("address=").expect("just found");
         server.address = text.trim().parse().expect("an address");
@@ -146,6 +161,11 @@ impl Server {
         self.lines.lock().expect("no test thread panicked while it read").iter().collect()
     }
 
+    /// Decides what happens to what the server prints, from the next line on.
+    pub fn set_reader(&self, reader: Reader) {
+        self.reader.store(reader as u8, Ordering::Relaxed);
+    }
+
     /// The process's resident memory in bytes, now and at its peak.
     pub fn memory(&self) -> (usize, usize) {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("a running process");
@@ -175,10 +195,16 @@ impl Drop for Server {
     }
 }
 
-/// Reads to the end, so that the server never blocks on a full pipe.
-fn forward(output: impl Read + Send + 'static, lines: Sender<String>) {
+/// Reads to the end, unless a test wants something else.
+fn forward(output: impl Read + Send + 'static, lines: Sender<String>, reader: Arc<AtomicU8>) {
     std::thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
+            while reader.load(Ordering::Relaxed) == Reader::StandsStill as u8 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if reader.load(Ordering::Relaxed) == Reader::Closes as u8 {
+                return;
+            }
             drop(lines.send(line));
         }
     });

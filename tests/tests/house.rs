@@ -42,7 +42,7 @@ const SERVER: Rooms = &[
     &["classify"],
     &["compute", "sets", "admission"],
     &["keys", "statistics", "metrics", "lifecycle", "memory", "routing_map"],
-    &["sentence", "threads", "units"],
+    &["repeats", "sentence", "threads", "units"],
 ];
 
 /// Libraries with the rooms that may name them.

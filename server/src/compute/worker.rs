@@ -10,6 +10,7 @@ use anyhow::{anyhow, bail};
 use super::job::{ForwardFailed, HelpWanted, JobQueue, QueuedJob};
 use super::queue::Work;
 use crate::metrics::Metrics;
+use crate::repeats::REPEATS;
 use crate::sentence::sentence;
 use crate::sets::loaded::{Answer, Row};
 use crate::statistics::milliseconds;
@@ -50,7 +51,9 @@ pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
                 }
             }
             Err(cause) => {
-                tracing::error!(cause = sentence(&cause), batch_size = batch.len(), "a batch failed");
+                if let Some(repeated) = REPEATS.admit("a batch failed") {
+                    tracing::error!(cause = sentence(&cause), batch_size = batch.len(), repeated, "a batch failed");
+                }
                 for entry in batch {
                     let _ = entry.reply.send(Err(ForwardFailed));
                 }

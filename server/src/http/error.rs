@@ -5,8 +5,10 @@
 //! included, as `{"error": "<sentence>", "error_type": "<code>"}`. `error` stays a flat string: Open Inference
 //! Protocol clients expect one.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
+use crate::repeats::REPEATS;
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -123,6 +125,24 @@ impl ErrorCode {
     }
 }
 
+/// Most characters of a sentence that may contain what a client wrote.
+const MOST_CHARACTERS: usize = 300;
+
+/// `text` as it may stand in an answer or in a line of the log: its middle left out when it is long. What clients write
+/// comes in here, wherever it stands in a sentence.
+pub fn cut(text: &str) -> Cow<'_, str> {
+    // Two thirds from the beginning, which says what is wrong; the end says what to do about it.
+    const END: usize = MOST_CHARACTERS / 3;
+    const BEGINNING: usize = MOST_CHARACTERS - END - ELLIPSIS.len();
+    const ELLIPSIS: &str = " ... ";
+    if text.chars().nth(MOST_CHARACTERS).is_none() {
+        return Cow::Borrowed(text);
+    }
+    let beginning = text.char_indices().nth(BEGINNING).map_or(text.len(), |(at, _)| at);
+    let end = text.char_indices().rev().nth(END - 1).map_or(0, |(at, _)| at);
+    Cow::Owned([&text[..beginning], ELLIPSIS, &text[end..]].concat())
+}
+
 /// A request's failure: a code for programs, a sentence for people.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -133,14 +153,21 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    /// An error with a sentence that the client may see.
+    /// An error with a sentence that the client may see, which is [`cut`].
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retry_after: code.default_retry_after() }
+        let message = message.into();
+        let message = match cut(&message) {
+            Cow::Borrowed(_) => message,
+            Cow::Owned(cut) => cut,
+        };
+        Self { code, message, retry_after: code.default_retry_after() }
     }
 
     /// A bug: `cause` goes to the log, the client sees a generic sentence.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
-        tracing::error!(cause = %cause, "internal error");
+        if let Some(repeated) = REPEATS.admit("internal error") {
+            tracing::error!(cause = cut(&cause.to_string()).as_ref(), repeated, "internal error");
+        }
         Self::new(ErrorCode::Internal, "an internal error occurred; the server's log has the cause")
     }
 
@@ -323,6 +350,22 @@ mod tests {
         assert_eq!(names.len(), ErrorCode::ALL.len());
         for code in ErrorCode::ALL {
             assert!(code.status().is_client_error() || code.status().is_server_error(), "{code:?}");
+        }
+    }
+
+    #[test]
+    fn long_text_loses_its_middle() {
+        let longest = "ä".repeat(MOST_CHARACTERS);
+        assert!(matches!(cut(&longest), Cow::Borrowed(text) if text == longest));
+        for letter in ["x", "ä", "🦋"] {
+            let long = format!("field `{}` is unknown", letter.repeat(100_000));
+            let short = cut(&long);
+            assert_eq!(short.chars().count(), MOST_CHARACTERS, "{letter}");
+            assert!(
+                short.starts_with("field `") && short.ends_with("` is unknown") && short.contains(" ... "),
+                "{short}"
+            );
+            assert_eq!(ApiError::invalid(long.clone()).body().error, short);
         }
     }
 

@@ -87,7 +87,6 @@ impl Form {
     fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
         let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(Self::Raw) };
         let unsupported = |given: &str| {
-            let given: String = given.chars().take(100).collect();
             let message = format!(
                 "content type `{given}` is not accepted; send an image, multipart/form-data or application/json"
             );

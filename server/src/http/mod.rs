@@ -86,8 +86,7 @@ const SECURITY_HEADERS: [(HeaderName, HeaderValue); 4] = [
 ];
 
 async fn unknown_route(uri: Uri) -> ApiError {
-    let path: String = uri.path().chars().take(200).collect();
-    ApiError::new(ErrorCode::RouteNotFound, format!("there is nothing at {path}"))
+    ApiError::new(ErrorCode::RouteNotFound, format!("there is nothing at {}", uri.path()))
 }
 
 async fn wrong_method() -> ApiError {

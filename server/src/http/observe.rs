@@ -9,9 +9,10 @@ use axum::middleware::Next;
 use axum::response::Response;
 use tokio::time::Instant;
 
-use super::error::Failure;
+use super::error::{Failure, cut};
 use super::extract::RequestContext;
 use crate::app::AppState;
+use crate::repeats::REPEATS;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id taken from a client.
@@ -101,19 +102,19 @@ fn record(
     let (status, elapsed) = (response.status(), started.elapsed());
     app.classifier.metrics.http_requests.with_label_values(&[route, status.as_str()]).inc();
     app.classifier.metrics.request_duration.with_label_values(&[route]).observe(elapsed.as_secs_f64());
-    let id = id.and_then(|id| id.to_str().ok()).unwrap_or_default();
-    let (status, duration_ms) = (status.as_u16(), elapsed.as_secs_f64() * 1e3);
-    match response.extensions().get::<Failure>() {
-        None => tracing::debug!(request.id = id, %method, route, status, duration_ms, "request answered"),
-        Some(Failure { code, message }) => {
-            app.classifier.metrics.request_failures.with_label_values(&[code.as_str()]).inc();
-            let (code, error) = (code.as_str(), message.as_str());
-            if status >= 500 {
-                tracing::warn!(request.id = id, %method, route, status, duration_ms, code, error, "request failed");
-            } else {
-                tracing::info!(request.id = id, %method, route, status, duration_ms, code, error, "request refused");
-            }
-        }
+    let (id, method) = (id.and_then(|id| id.to_str().ok()).unwrap_or_default(), cut(method.as_str()));
+    let (method, status, duration_ms) = (method.as_ref(), status.as_u16(), elapsed.as_secs_f64() * 1e3);
+    let Some(Failure { code, message }) = response.extensions().get::<Failure>() else {
+        return tracing::debug!(request.id = id, method, route, status, duration_ms, "request answered");
+    };
+    let (code, error) = (code.as_str(), message.as_str());
+    app.classifier.metrics.request_failures.with_label_values(&[code]).inc();
+    // A client may be refused as often as it likes, and the log is on somebody's SD card.
+    let Some(repeated) = REPEATS.admit(code) else { return };
+    if status >= 500 {
+        tracing::warn!(request.id = id, method, route, status, duration_ms, code, error, repeated, "request failed");
+    } else {
+        tracing::info!(request.id = id, method, route, status, duration_ms, code, error, repeated, "request refused");
     }
 }
 

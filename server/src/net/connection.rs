@@ -26,6 +26,7 @@ use crate::app::AppState;
 use crate::http::error::{ApiError, ErrorCode};
 use crate::http::{PeerAddress, build_router};
 use crate::net::tls::Tls;
+use crate::repeats::REPEATS;
 
 /// How long accepting rests after an error such as "too many open files".
 const ACCEPT_REST: Duration = Duration::from_millis(50);
@@ -67,7 +68,9 @@ pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSet
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept connections");
+                if let Some(repeated) = REPEATS.admit("cannot accept connections") {
+                    tracing::warn!(%error, repeated, "cannot accept connections");
+                }
                 tokio::time::sleep(ACCEPT_REST).await;
                 continue;
             }

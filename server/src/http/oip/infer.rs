@@ -581,8 +581,7 @@ fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Res
             Ok((Tensor::Strings(lines.collect()), k.min(classes)))
         }
         (name, _) => Err(ApiError::invalid(format!(
-            "there is no output `{}`; there are `{SCORES}`, `{LOGITS}` (both also as classification) and `{LABEL}`",
-            name.chars().take(64).collect::<String>()
+            "there is no output `{name}`; there are `{SCORES}`, `{LOGITS}` (both also as classification) and `{LABEL}`"
         ))),
     }
 }
