@@ -27,7 +27,9 @@ class Server:
     """A running `butterflyvit`; used with `with`."""
 
     def __init__(self, store, binaries, *flags):
-        command = [binaries / "butterflyvit", "--listen", "127.0.0.1:0", "--model-store", store, *flags]
+        key = pathlib.Path(store) / "admin-key"
+        command = [binaries / "butterflyvit", "--listen", "127.0.0.1:0", "--model-store", store,
+                   "--admin-key-out", key, *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seen = []
         for line in self.process.stdout:
@@ -38,6 +40,7 @@ class Server:
                 break
         else:
             sys.exit("the server did not start:\n" + "".join(seen))
+        self.key = key.read_text().strip()
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
     def __enter__(self):
@@ -59,8 +62,8 @@ class Server:
         return json.loads(ask(self.connect(), "GET", "/sets"))
 
 
-def ask(connection, method, path, body=None):
-    connection.request(method, path, body)
+def ask(connection, method, path, body=None, key=None):
+    connection.request(method, path, body, {"X-Api-Key": key} if key else {})
     response = connection.getresponse()
     answer = response.read()
     if response.status not in (200, 201):
@@ -113,7 +116,7 @@ def resident_sets(store, options, image, names):
             accounted = resident = 0
             for count, name in enumerate(rest):
                 progress(f"budget {budget} MiB: {count}/{len(rest)} sets")
-                ask(connection, "POST", f"/v2/repository/models/{name}/load")
+                ask(connection, "POST", f"/v2/repository/models/{name}/load", key=server.key)
             sets = [view for view in server.listing()["sets"] if view["resident_bytes"]]
             resident, accounted = len(sets), sum(view["resident_bytes"] for view in sets if view["name"] != first)
             grown = server.rss() - before
@@ -163,7 +166,7 @@ def hot_while_loading(store, options, image, names):
             def load():
                 other = server.connect()
                 for name in cold:
-                    ask(other, "POST", f"/v2/repository/models/{name}/load")
+                    ask(other, "POST", f"/v2/repository/models/{name}/load", key=server.key)
                 done.set()
 
             while time.perf_counter() < start + options.seconds:
@@ -175,7 +178,7 @@ def hot_while_loading(store, options, image, names):
                 loading.append(classify(connection, hot, image))
             loader.join()
             for name in cold:
-                ask(connection, "POST", f"/v2/repository/models/{name}/unload")
+                ask(connection, "POST", f"/v2/repository/models/{name}/unload", key=server.key)
         quiet, busy = percentile(alone, 0.99), percentile(loading, 0.99)
         yield "p99 of a hot set while 100 load / alone", f"{busy / quiet:.2f} ({busy:.1f} / {quiet:.1f} ms)", "at most 2"
 
@@ -186,8 +189,8 @@ def cycles(store, options, image, names):
         classify(connection, names[0], image)
         for count in range(total):
             name = names[1 + count % 50]
-            ask(connection, "POST", f"/v2/repository/models/{name}/load")
-            ask(connection, "POST", f"/v2/repository/models/{name}/unload")
+            ask(connection, "POST", f"/v2/repository/models/{name}/load", key=server.key)
+            ask(connection, "POST", f"/v2/repository/models/{name}/unload", key=server.key)
             if count == 99:
                 before = server.rss()
             if count % 100 == 0:

@@ -79,7 +79,8 @@ step_check() {
 }
 
 # python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics;
-# chromium looks at the console; curl runs the documented examples; faketime turns the clock.
+# chromium looks at the console; curl runs the documented examples; faketime turns the clock;
+# nginx stands in front of the server.
 step_test() {
     need_compiler
     need_venv
@@ -89,6 +90,7 @@ step_test() {
     /usr/bin/python3 -c 'import PIL' 2>/dev/null || missing+=(python3-pil)
     has djpeg && has cjpeg || missing+=(libjpeg-turbo-progs)
     [ -e "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketimeMT.so.1" ] || missing+=(faketime)
+    [ -x /usr/sbin/nginx ] || missing+=(nginx-light)
     has curl || missing+=(curl ca-certificates)
     [ -x /usr/bin/chromedriver ] || missing+=(chromium chromium-driver fonts-dejavu-core)
     install_missing

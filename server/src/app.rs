@@ -43,6 +43,8 @@ pub struct App {
     pub user_keys: Keys,
     /// Keys that may do everything.
     pub admin_keys: Keys,
+    /// Whether management without a key is open to this machine.
+    pub trusts_loopback: bool,
     pub catalog: Catalog,
     /// When the server started.
     pub started: Instant,

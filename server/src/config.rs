@@ -36,6 +36,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Time layer and model on random weights, beside the dense experts they replace.
     Bench(BenchArgs),
+    /// Print the admin key that a server on this machine made at its start.
+    AdminKey(AdminKeyArgs),
     /// Ask a running server whether it is ready; exit code 0 when it is, 1 when not.
     Healthcheck(HealthcheckArgs),
 }
@@ -219,9 +221,17 @@ pub struct RegistryArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Keys")]
 pub struct AuthArgs {
-    /// File of admin keys, one `NAME:KEY` or `KEY` a line; without admin keys management answers only the loopback.
+    /// File of admin keys, one `NAME:KEY` or `KEY` a line; without admin keys the server makes one at start.
     #[arg(long, env = "BVIT_ADMIN_KEY_FILE", value_name = "FILE")]
     pub admin_key_file: Option<PathBuf>,
+    /// Where the server writes the admin key that it makes when it is given none; `butterflyvit admin-key` prints it.
+    /// Without this flag `butterflyvit-PORT.admin-key` in the user's or service's runtime folder, or among temporary files.
+    #[arg(long, env = "BVIT_ADMIN_KEY_OUT", value_name = "FILE")]
+    pub admin_key_out: Option<PathBuf>,
+    /// Make no admin key: anyone on this machine may manage without one. For a laptop: a reverse proxy on this machine
+    /// lets everybody manage.
+    #[arg(long, env = "BVIT_TRUST_LOOPBACK", default_value_t = false, conflicts_with_all = ["admin_key_file", "admin_key_out"])]
+    pub trust_loopback: bool,
     /// File of user keys, one `NAME:KEY` or `KEY` a line; without user keys anyone may classify.
     #[arg(long, env = "BVIT_USER_KEY_FILE", value_name = "FILE")]
     pub user_key_file: Option<PathBuf>,
@@ -328,6 +338,16 @@ pub struct BenchArgs {
     /// Print JSON in place of text.
     #[arg(long, env = "BVIT_JSON")]
     pub json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct AdminKeyArgs {
+    /// Address the server listens on.
+    #[arg(long, env = "BVIT_LISTEN", default_value = "127.0.0.1:8000", value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// Where the server wrote the key, when it was told where.
+    #[arg(long, env = "BVIT_ADMIN_KEY_OUT", value_name = "FILE")]
+    pub admin_key_out: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use sha2::{Digest as _, Sha256};
@@ -89,21 +89,29 @@ impl Keys {
         Ok(Self(keys))
     }
 
-    /// Keys of a file and of an environment variable together.
+    /// Keys of a file and of an environment variable together. Neither need be given, but what is given holds a key:
+    /// an empty secret must not open the door.
     ///
     /// # Errors
     /// A sentence that names file or variable.
     pub fn load(file: Option<&Path>, variable: &str) -> anyhow::Result<Self> {
-        let mut keys = match std::env::var(variable) {
-            // Commas for those who find line breaks in an environment awkward.
-            Ok(text) => Self::parse(&text.replace(',', "\n")).with_context(|| variable.to_owned())?,
-            Err(_) => Self::default(),
+        let mut keys = Vec::new();
+        let mut add = |text: &str| -> anyhow::Result<()> {
+            let Self(found) = Self::parse(text)?;
+            ensure!(!found.is_empty(), "there is no key in it");
+            keys.extend(found);
+            Ok(())
         };
+        if let Some(text) = std::env::var_os(variable) {
+            // Commas for those who find line breaks in an environment awkward.
+            let text = text.to_str().context("it is not UTF-8").map(|text| text.replace(',', "\n"));
+            text.and_then(|text| add(&text)).with_context(|| variable.to_owned())?;
+        }
         if let Some(path) = file {
             let read = std::fs::read_to_string(path).map_err(anyhow::Error::from);
-            keys.0.extend(read.and_then(|text| Self::parse(&text)).with_context(|| path.display().to_string())?.0);
+            read.and_then(|text| add(&text)).with_context(|| path.display().to_string())?;
         }
-        Ok(keys)
+        Ok(Self(keys))
     }
 
     /// Limits each key to so many images per second, and so many at once after a rest.

@@ -14,7 +14,7 @@
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
 //! | admit requests, images and bytes | [`admission`] |
-//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`] |
+//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`] |
 
 #![forbid(unsafe_code)]
 #![warn(clippy::too_many_lines, clippy::unwrap_used)]
@@ -30,6 +30,7 @@ pub mod http;
 pub mod keys;
 pub mod lifecycle;
 pub mod logging;
+pub mod made_key;
 pub mod memory;
 pub mod metrics;
 pub mod net;

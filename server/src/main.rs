@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Some(Command::Classify(args)) => commands::classify::run(&args),
         Some(Command::Inspect(args)) => commands::inspect::run(&args),
         Some(Command::Bench(args)) => commands::bench::run(&args),
+        Some(Command::AdminKey(args)) => commands::admin_key::run(&args),
         Some(Command::Healthcheck(args)) => return commands::healthcheck::run(&args),
     };
     result.unwrap_or_else(|error| refuse(sentence(&error)))

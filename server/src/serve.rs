@@ -29,7 +29,7 @@ use crate::sets::registry::{self, Registry};
 use crate::statistics::Statistics;
 use crate::threads::{BlockingPool, Priority};
 use crate::units::ByteSize;
-use crate::{http, logging};
+use crate::{http, logging, made_key};
 
 /// Files that are open beside connections: the model store's, uploads, the runtime's own.
 const OTHER_FILES: u64 = 128;
@@ -66,11 +66,13 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         if let Some(tls) = settings.tls.clone() {
             tokio::spawn(tls.watch(args.tls.tls_reload, shutdown.clone()));
         }
+        let address = listener.local_addr()?;
+        // With the port that port 0 stands for.
+        let args = &ServeArgs { listen: address, ..args.clone() };
         let app = assemble(args)?;
         if !args.registry.watch_store.is_zero() {
             tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
         }
-        let address = listener.local_addr()?;
         tracing::info!(%address, "listening");
         // The server answers probes while it loads models, so that a probe can tell a starting server from a dead one.
         let mut server = tokio::spawn(serve(listener, app.clone(), settings, shutdown));
@@ -178,7 +180,8 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         },
         decompression: BlockingPool::start("inflate", 1, Priority::Normal).context(NO_THREADS)?,
         user_keys: user_keys(args)?,
-        admin_keys: Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?,
+        admin_keys: admin_keys(args)?,
+        trusts_loopback: args.auth.trust_loopback,
         catalog,
         started: Instant::now(),
     }))
@@ -200,6 +203,33 @@ pub async fn make_ready(app: &AppState, args: &ServeArgs) -> anyhow::Result<()> 
     classifier.admission.lifecycle.set_ready();
     log_start(args, app);
     Ok(())
+}
+
+/// The admin keys that were given, or else one that the server makes. Coming from this machine is no right by itself: a
+/// reverse proxy on this machine passes on requests from anywhere.
+fn admin_keys(args: &ServeArgs) -> anyhow::Result<Keys> {
+    let given = Keys::load(args.auth.admin_key_file.as_deref(), "BVIT_ADMIN_KEYS")?;
+    if !given.is_empty() && args.auth.trust_loopback {
+        bail!("--trust-loopback goes without admin keys, but BVIT_ADMIN_KEYS holds one");
+    }
+    if !given.is_empty() || args.auth.trust_loopback {
+        return Ok(given);
+    }
+    let path = args.auth.admin_key_out.clone().unwrap_or_else(|| made_key::default_path(args.listen.port()));
+    match made_key::make(&path) {
+        Ok(key) => {
+            tracing::info!(file = %path.display(), "made an admin key; management needs it");
+            Keys::parse(&format!("made:{key}"))
+        }
+        Err(error) if args.auth.admin_key_out.is_some() => {
+            Err(error).with_context(|| format!("--admin-key-out {}", path.display()))
+        }
+        Err(error) => {
+            let file = path.display();
+            tracing::warn!(%file, %error, "cannot write an admin key, so nobody may manage; see --admin-key-file");
+            Ok(given)
+        }
+    }
 }
 
 fn user_keys(args: &ServeArgs) -> anyhow::Result<Keys> {

@@ -2,11 +2,13 @@
 of /docs, and the requests and answers shown in /openapi.json, which is itself valid OpenAPI 3.1.
 
 Arguments: the address of a server with a model store whose default set is `cifar100`; the project's folder; a folder
-with `cat.jpg` and `flowers.safetensors` to work in.
+with `cat.jpg` and `flowers.safetensors` to work in. The variable `BVIT_ADMIN_KEY_OUT` names the file of the server's admin
+key, and `butterflyvit` is on the path.
 """
 
 import html.parser
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,11 +19,12 @@ import jsonschema_rs
 import openapi_spec_validator
 
 ADDRESS, ROOT, WORK = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+ADMIN_KEY = pathlib.Path(os.environ["BVIT_ADMIN_KEY_OUT"]).read_text().strip()
 DOCUMENTED = "127.0.0.1:8000"
 
 
 def fetch(path, method="GET", body=None, headers=None):
-    request = urllib.request.Request(f"http://{ADDRESS}{path}", data=body, method=method, headers=headers or {})
+    request = urllib.request.Request(f"http://{ADDRESS}{path}", data=body, method=method, headers={"X-Api-Key": ADMIN_KEY, **(headers or {})})
     with urllib.request.urlopen(request, timeout=60) as response:
         return response.status, response.read()
 

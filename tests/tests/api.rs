@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 
 use system_tests::fixtures::shipped_store;
 use system_tests::python;
-use system_tests::server::{Answer, Server, image, root};
+use system_tests::server::{Answer, Server, binary, image, root};
 
 const METHODS: [&str; 5] = ["GET", "POST", "PUT", "DELETE", "PATCH"];
 
@@ -40,9 +40,15 @@ fn a_path_takes_exactly_the_documented_methods() {
 fn every_documented_example_works_as_pasted() {
     let Some(mut python) = python::program("python") else { return };
     let store = shipped_store(&["cifar100/1", "flowers/1"]);
-    let flags = [OsStr::new("--model-store"), store.path().as_os_str(), OsStr::new("--default-set")];
-    let server = Server::start(flags.into_iter().chain([OsStr::new("cifar100")]));
     let folder = tempfile::tempdir().unwrap();
+    let key = folder.path().join("admin-key");
+    let flags = [OsStr::new("--model-store"), store.path().as_os_str(), OsStr::new("--default-set")];
+    let more = [OsStr::new("cifar100"), OsStr::new("--admin-key-out"), key.as_os_str()];
+    let server = Server::start(flags.into_iter().chain(more));
+    // Examples that manage sets call `butterflyvit admin-key`.
+    std::os::unix::fs::symlink(binary(), folder.path().join("butterflyvit")).unwrap();
+    let programs = [folder.path().display().to_string(), std::env::var("PATH").unwrap()].join(":");
+    python.env("PATH", programs).env("BVIT_ADMIN_KEY_OUT", &key);
     std::fs::write(folder.path().join("cat.jpg"), image("test-00.jpg")).unwrap();
     std::fs::copy(root().join("models/cifar100.safetensors"), folder.path().join("flowers.safetensors")).unwrap();
     python::succeed(python.arg("api/examples.py").arg(server.address.to_string()).arg(root()).arg(folder.path()));

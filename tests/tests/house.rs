@@ -41,7 +41,7 @@ const SERVER: Rooms = &[
     &["app"],
     &["classify"],
     &["compute", "sets", "admission"],
-    &["keys", "statistics", "metrics", "lifecycle", "memory", "routing_map"],
+    &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map"],
     &["repeats", "sentence", "threads", "units"],
 ];
 

@@ -1,5 +1,6 @@
 //! The subcommands that are not `serve`.
 
+pub mod admin_key;
 pub mod bench;
 pub mod classify;
 pub mod healthcheck;

@@ -63,7 +63,7 @@ impl FromRequest<AppState> for User {
     }
 }
 
-/// A caller who may manage: the holder of an admin key or, when there are no admin keys, a client on this machine.
+/// A caller who may manage: the holder of an admin key or, with `--trust-loopback`, a client on this machine.
 #[derive(Debug)]
 pub struct Admin(
     /// Who it is, for the log.
@@ -73,16 +73,16 @@ pub struct Admin(
 impl FromRequestParts<AppState> for Admin {
     type Rejection = ApiError;
 
-    /// 401 without a known key; 403 for a user's key, or for a client of another machine when no admin key is configured.
+    /// 401 without a known key; 403 for a user's key, and for everyone where there is no admin key and no trust.
     async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, ApiError> {
         let context = RequestContext::from_request_parts(parts, app).await?;
         if app.admin_keys.is_empty() {
-            return if context.from_loopback {
-                Ok(Self("loopback".into()))
-            } else {
-                let message = "no admin key is configured, so management is possible from this machine only";
-                Err(ApiError::new(ErrorCode::Forbidden, message))
+            let message = match app.trusts_loopback {
+                true if context.from_loopback => return Ok(Self("loopback".into())),
+                true => "no admin key is configured, so management is possible from this machine only",
+                false => "no admin key is configured, and the server could not make one; its log says why",
             };
+            return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
         let key = presented(&parts.headers);
         if let Some(admin) = key.and_then(|key| app.admin_keys.find(key)) {

@@ -65,7 +65,7 @@ error_codes! {
     EmptyBody "empty_body" BAD_REQUEST;
     /// No key came, or not one that is known.
     Unauthorized "unauthorized" UNAUTHORIZED;
-    /// The key lacks the right, or a client of another machine wants to manage and no admin key is configured.
+    /// The key lacks the right, or there is no admin key that could give it.
     Forbidden "forbidden" FORBIDDEN;
     /// There is no such path.
     RouteNotFound "route_not_found" NOT_FOUND;

@@ -21,7 +21,7 @@ use crate::app::AppState;
 
 /// Errors of a request that needs a user's key when there are user keys.
 pub const USER: &[ErrorCode] = &[ErrorCode::Unauthorized, ErrorCode::RateLimited];
-/// Errors of a request that needs an admin key, or comes from this machine when there are no admin keys.
+/// Errors of a request that needs an admin key.
 pub const ADMIN: &[ErrorCode] = &[ErrorCode::Unauthorized, ErrorCode::Forbidden];
 /// Errors of a body that is read whole.
 pub const BODY: &[ErrorCode] = &[

@@ -232,7 +232,7 @@ fn views(app: &AppState, name: &str) -> Result<Json<Vec<SetView>>, ApiError> {
     ),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, LIFECYCLE, UPLOAD]))),
-        ("x-codeSamples" = json!(commands(&["curl -T flowers.safetensors http://127.0.0.1:8000/sets/flowers/1"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -T flowers.safetensors http://127.0.0.1:8000/sets/flowers/1"]))),
     ),
 )]
 async fn upload(
@@ -336,7 +336,7 @@ struct Deleted {
     responses((status = 200, description = "Done.", body = Deleted, example = json!({ "deleted": ["flowers:1:0a1b2c3d4e5f"] }))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict]]))),
-        ("x-codeSamples" = json!(commands(&["curl -X DELETE http://127.0.0.1:8000/sets/flowers"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X DELETE http://127.0.0.1:8000/sets/flowers"]))),
     ),
 )]
 async fn delete_set(
@@ -358,7 +358,7 @@ async fn delete_set(
     responses((status = 200, description = "Done.", body = Deleted, example = json!({ "deleted": ["flowers:1:0a1b2c3d4e5f"] }))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict, ErrorCode::InvalidRequest]]))),
-        ("x-codeSamples" = json!(commands(&["curl -X DELETE http://127.0.0.1:8000/sets/flowers/1"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X DELETE http://127.0.0.1:8000/sets/flowers/1"]))),
     ),
 )]
 async fn delete_version(
@@ -392,7 +392,7 @@ async fn delete(app: &AppState, by: &str, name: &str, version: Option<u64>) -> R
     responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, LOAD]))),
-        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/load"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/sets/flowers/load"]))),
     ),
 )]
 async fn load(
@@ -415,7 +415,7 @@ async fn load(
     responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict]]))),
-        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/unload"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/sets/flowers/unload"]))),
     ),
 )]
 async fn unload(
@@ -436,7 +436,7 @@ async fn unload(
     responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, LOAD, &[ErrorCode::Conflict]]))),
-        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/pin"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/sets/flowers/pin"]))),
     ),
 )]
 async fn pin(
@@ -458,7 +458,7 @@ async fn pin(
     responses((status = 200, description = "Done.", body = Vec<SetView>, example = json!([example_view()]))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound]]))),
-        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/sets/flowers/unpin"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/sets/flowers/unpin"]))),
     ),
 )]
 async fn unpin(

@@ -335,7 +335,7 @@ struct Done {}
     responses((status = 200, description = "Done.", body = Done, example = json!({}))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, BODY, LOAD]))),
-        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/load"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/v2/repository/models/flowers/load"]))),
     ),
 )]
 async fn load(
@@ -366,7 +366,7 @@ async fn load(
     responses((status = 200, description = "Done.", body = Done, example = json!({}))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::SetNotFound, ErrorCode::Conflict]]))),
-        ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/v2/repository/models/flowers/unload"]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/v2/repository/models/flowers/unload"]))),
     ),
 )]
 async fn unload(State(app): State<AppState>, set: ApiPath<String>, Admin(by): Admin) -> Result<Json<Done>, ApiError> {
