@@ -9,7 +9,6 @@ use model_core::image::DecodeLimits;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
 use crate::admission::Admission;
 use crate::app::{App, AppState, Limits};
@@ -21,7 +20,7 @@ use crate::config::{ServeArgs, threads_or_cores};
 use crate::keys::Keys;
 use crate::memory::ProcessMemory;
 use crate::metrics::{Metrics, saturating};
-use crate::net::connection::{ConnectionSettings, serve};
+use crate::net::connection::{ConnectionSettings, Stop, serve};
 use crate::net::tls::Tls;
 use crate::sets::catalog::{self, Catalog};
 use crate::sets::loaded::{ArtifactSource, Row, SetLease, SetRegistry};
@@ -47,7 +46,7 @@ const NO_THREADS: &str = "threads";
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const ALLOCATOR: [(&str, &str); 1] = [("MALLOC_MMAP_THRESHOLD_", "131072")];
 
-/// Runs the server until SIGTERM or SIGINT.
+/// Runs the server until SIGTERM, SIGINT or SIGHUP.
 ///
 /// # Errors
 /// Names what keeps it from starting.
@@ -58,9 +57,10 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         tracing::warn!(%error, "cannot start over with the allocator's setting: photos will take more memory");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let listener = listen(args.listen).with_context(|| args.listen.to_string())?;
-        let shutdown = shutdown_signal()?;
+        let stop = stop_signals()?;
+        let shutdown = stop.drain.clone();
         tokio::spawn(logging::report(shutdown.clone()));
         let settings = connection_settings(args)?;
         if let Some(tls) = settings.tls.clone() {
@@ -75,13 +75,16 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         }
         tracing::info!(%address, "listening");
         // The server answers probes while it loads models, so that a probe can tell a starting server from a dead one.
-        let mut server = tokio::spawn(serve(listener, app.clone(), settings, shutdown));
+        let mut server = tokio::spawn(serve(listener, app.clone(), settings, stop));
         tokio::select! {
             ready = make_ready(&app, args) => ready?,
             stopped = &mut server => return Ok(stopped?),
         }
         Ok(server.await?)
-    })
+    });
+    // Work that has not ended by now had its time.
+    runtime.shutdown_background();
+    result
 }
 
 /// Listens with a [`BACKLOG`], which `TcpListener::bind` does not let one choose.
@@ -315,18 +318,33 @@ fn log_start(args: &ServeArgs, app: &AppState) {
     );
 }
 
-/// Cancelled by the first SIGTERM or SIGINT.
-fn shutdown_signal() -> anyhow::Result<CancellationToken> {
-    let token = CancellationToken::new();
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let cancel = token.clone();
+/// Listens for SIGTERM, SIGINT and SIGHUP: the first drains, the second hurries.
+fn stop_signals() -> anyhow::Result<Stop> {
+    let stop = Stop::default();
+    let mut kinds = vec![SignalKind::terminate(), SignalKind::interrupt()];
+    // Where SIGHUP is ignored, as under `nohup`, a terminal that closes is to end nothing.
+    if !is_ignored(SignalKind::hangup()) {
+        kinds.push(SignalKind::hangup());
+    }
+    let (sender, mut signals) = tokio::sync::mpsc::unbounded_channel();
+    for kind in kinds {
+        let (mut signal, sender) = (signal(kind)?, sender.clone());
+        tokio::spawn(async move { while signal.recv().await.is_some() && sender.send(()).is_ok() {} });
+    }
+    let stopping = stop.clone();
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        cancel.cancel();
+        signals.recv().await;
+        stopping.drain.cancel();
+        signals.recv().await;
+        tracing::warn!("a second signal came: unanswered requests are dropped");
+        stopping.hurry.cancel();
     });
-    Ok(token)
+    Ok(stop)
+}
+
+/// Whether this process was started with a signal ignored.
+fn is_ignored(signal: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal.as_raw_value() - 1) & 1 == 1)
 }

@@ -10,7 +10,7 @@ use std::thread;
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
 use system_tests::fixtures::{expert_set_artifact, write, write_store};
-use system_tests::server::{Answer, Connection, Server, image, request_head, wait_until};
+use system_tests::server::{Answer, Connection, Server, binary, image, request_head, wait_until};
 
 fn config() -> ViTConfig {
     ViTConfig::preset("tiny").unwrap()
@@ -290,4 +290,122 @@ fn the_clock_of_the_wall_may_jump() {
     server.signal("TERM");
     let years: HashSet<u32> = server.log_to_end().iter().filter_map(|line| line.get(..4)?.parse().ok()).collect();
     assert!(years.len() >= 3, "the clock was seen in {years:?} only");
+}
+
+#[test]
+fn what_is_no_file_in_the_store_is_listed_and_holds_up_nothing() {
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["good", "turned"]);
+    let sets = store.path().join("expert-sets");
+    let fifo = |path: &Path| {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    };
+    fifo(&sets.join("pipe/1.safetensors"));
+    fifo(&store.path().join("backbones/pipe.safetensors"));
+    std::fs::create_dir_all(sets.join("folder/1.safetensors")).unwrap();
+    std::fs::create_dir_all(sets.join("device")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", sets.join("device/1.safetensors")).unwrap();
+    let server = serve(store.path());
+    assert_eq!(classify(&server, "good").status, 200);
+    let broken = server.get("/sets").json()["broken"].as_array().unwrap().clone();
+    assert_eq!(broken.len(), 4, "{broken:?}");
+    assert!(broken.iter().all(|file| file["reason"].as_str().unwrap().contains("not a file")), "{broken:?}");
+
+    // One that was a file when the server looked.
+    let turned = sets.join("turned/1.safetensors");
+    std::fs::remove_file(&turned).unwrap();
+    fifo(&turned);
+    classify(&server, "turned").assert_refused(503, "set_failed");
+    assert_eq!(classify(&server, "good").status, 200);
+}
+
+#[test]
+fn a_store_has_one_server_unless_nobody_can_write_to_it() {
+    let start = |store: &Path| {
+        let mut command = Command::new(binary());
+        command.args(["--listen", "127.0.0.1:0", "--model-store"]).arg(store);
+        let output = command.stdout(std::process::Stdio::null()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config(), &["first"]);
+    let first = serve(store.path());
+    let (code, said) = start(store.path());
+    assert!(code == Some(2) && said.contains("another server"), "{said}");
+    assert_eq!(classify(&first, "first").status, 200);
+    drop(first);
+    assert_eq!(classify(&serve(store.path()), "first").status, 200, "the lock went with its server");
+
+    let Some(disk) = SmallDisk::mount("8m") else { return };
+    write_store(disk.path(), &config(), &["first"]);
+    disk.remount("ro");
+    let (one, other) = (serve(disk.path()), serve(disk.path()));
+    assert_eq!((classify(&one, "first").status, classify(&other, "first").status), (200, 200));
+}
+
+#[test]
+fn hanging_up_drains_and_a_second_signal_hurries() {
+    for first in ["HUP", "INT", "TERM"] {
+        let mut server = Server::start(["--body-timeout", "60s", "--drain-timeout", "60s"]);
+        let picture = image("test-00.png");
+        let mut accepted = server.connect();
+        accepted.send(&request_head("POST /classify", picture.len())).send(&picture[..10]);
+        wait_until("it is in", || server.get("/metrics").text.contains("\nbvit_requests_in_flight 2\n"));
+        server.signal(first);
+        server.wait_for_log("draining");
+        let start = std::time::Instant::now();
+        server.signal("TERM");
+        assert_eq!(server.wait().code(), Some(0), "{first}");
+        assert!(start.elapsed() < std::time::Duration::from_secs(30), "{first}: the second signal was not heard");
+    }
+}
+
+/// The disk that the log goes to is full, as a gateway's card is after a year.
+#[test]
+fn a_full_disk_of_the_log_stops_nothing() {
+    let Some(disk) = SmallDisk::mount("1m") else { return };
+    let log = disk.path().join("log");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let file = std::fs::File::create(&log).unwrap();
+    let mut child = Command::new(binary())
+        .args([
+            "--listen",
+            &port.to_string(),
+            "--log",
+            "butterflyvit=debug",
+            "--trust-loopback",
+            "--log-format",
+            "json",
+        ])
+        .stdout(file)
+        .spawn()
+        .unwrap();
+    let ask = |path: &str| -> (u16, String) {
+        let Ok(stream) = std::net::TcpStream::connect(port) else { return (0, String::new()) };
+        let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+        Connection(stream).send(request.as_bytes()).read()
+    };
+    wait_until("it is ready", || ask("/health").0 == 200);
+    let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
+    while filler.write_all(&[0; 4096]).is_ok() {}
+    while filler.write_all(&[0; 1]).is_ok() {}
+    wait_until("lines are lost", || {
+        (0..100).for_each(|_| assert_eq!(ask("/health").0, 200));
+        !ask("/metrics").1.contains("\nbvit_log_lines_lost_total 0\n")
+    });
+    // Its space is free when nobody has it open.
+    drop(filler);
+    std::fs::remove_file(disk.path().join("filler")).unwrap();
+    // The next whole line stands by itself, whatever became of the last one.
+    wait_until("lines are written again", || {
+        ask("/health");
+        std::fs::read_to_string(&log).unwrap().contains("log lines were lost")
+    });
+    let text = std::fs::read_to_string(&log).unwrap();
+    let torn = text.lines().filter(|line| serde_json::from_str::<serde_json::Value>(line).is_err()).count();
+    assert!(torn <= 1, "{torn} lines are torn");
+    let pid = child.id();
+    assert!(Command::new("sh").args(["-c", &format!("kill -TERM {pid}")]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

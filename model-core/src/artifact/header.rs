@@ -41,13 +41,26 @@ pub struct Header {
     pub file_bytes: u64,
 }
 
+/// Opens an artifact's file. Folders, named pipes and devices are refused: opening a named pipe waits for a writer, and a
+/// device never ends.
+///
+/// # Errors
+/// When `path` cannot be opened or is not a file.
+pub fn open_file(path: &Path) -> std::io::Result<File> {
+    if std::fs::metadata(path)?.is_file() {
+        File::open(path)
+    } else {
+        Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "this is not a file"))
+    }
+}
+
 impl Header {
     /// Reads and checks the header of a file, and nothing behind it.
     ///
     /// # Errors
     /// [`ArtifactError`] when the file cannot be read or its header does not follow `FORMAT.md`.
     pub fn read(path: &Path) -> Result<Self, ArtifactError> {
-        let mut file = File::open(path)?;
+        let mut file = open_file(path)?;
         let file_bytes = file.metadata()?.len();
         let mut length = [0; LENGTH_BYTES];
         file.read_exact(&mut length).map_err(|error| match error.kind() {

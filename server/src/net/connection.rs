@@ -54,8 +54,18 @@ pub struct ConnectionSettings {
     pub tls: Option<Tls>,
 }
 
-/// Accepts connections until `shutdown`, then finishes what was accepted, for at most `drain_timeout`.
-pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSettings, shutdown: CancellationToken) {
+/// How the server is asked to stop.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    /// The server accepts no more connections and finishes those it has.
+    pub drain: CancellationToken,
+    /// The server drops unfinished requests.
+    pub hurry: CancellationToken,
+}
+
+/// Accepts connections until it is told to stop, then finishes what was accepted, for at most `drain_timeout`.
+pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSettings, stop: Stop) {
+    let Stop { drain: shutdown, hurry } = stop;
     let router = build_router(app.clone());
     let connections = TaskTracker::new();
     let slots = Arc::new(Semaphore::new(settings.max_connections));
@@ -102,11 +112,11 @@ pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSet
     drop(listener);
     connections.close();
     tracing::info!(connections = connections.len(), "draining");
-    if tokio::time::timeout(settings.drain_timeout, connections.wait()).await.is_err() {
+    if !in_time(connections.wait(), settings.drain_timeout, &hurry).await {
         tracing::warn!(connections = connections.len(), "the drain timeout passed; connections are cut");
     }
     let drained = tokio::task::spawn_blocking(move || app.classifier.pipeline.drain());
-    if tokio::time::timeout(settings.drain_timeout, drained).await.is_err() {
+    if !in_time(drained, settings.drain_timeout, &hurry).await {
         tracing::warn!("the drain timeout passed; queued images are dropped");
     }
     tracing::info!("stopped");
@@ -126,6 +136,15 @@ async fn refuse(mut stream: TcpStream, error: &ApiError) -> std::io::Result<()> 
     let mut unread = [0; 1024];
     while stream.read(&mut unread).await? > 0 {}
     Ok(())
+}
+
+/// Whether `end` comes within `time` and before a second signal.
+async fn in_time(end: impl Future, time: Duration, hurry: &CancellationToken) -> bool {
+    tokio::select! {
+        _ = end => true,
+        () = tokio::time::sleep(time) => false,
+        () = hurry.cancelled() => false,
+    }
 }
 
 async fn serve_connection(

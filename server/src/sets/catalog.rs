@@ -5,12 +5,13 @@
 //! and also when the client that asked for them has gone.
 
 use std::collections::HashSet;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use model_core::artifact::store_layout;
 use tokio_util::sync::CancellationToken;
 
@@ -75,6 +76,8 @@ pub struct Catalog {
 struct Shared {
     /// `None` for the embedded model, which cannot change.
     root: Option<PathBuf>,
+    /// The store's folder, locked for this server alone as long as it is open; `None` where nothing can be written.
+    _lock: Option<File>,
     registry: SetRegistry,
     broken: Mutex<Vec<Broken>>,
 }
@@ -85,6 +88,7 @@ impl Catalog {
     /// # Errors
     /// When the store's folder cannot be read; a broken file is only listed.
     pub fn open(root: Option<PathBuf>, registry: SetRegistry) -> anyhow::Result<Self> {
+        let lock = root.as_deref().map(lock).transpose()?.flatten();
         let contents = match &root {
             Some(root) => {
                 upload::remove_leftovers(root);
@@ -97,7 +101,7 @@ impl Catalog {
             tracing::warn!(reason = file.reason, "a file of the model store is left out");
         }
         let files = BlockingPool::start("files", 1, Priority::Background).context("threads")?;
-        let shared = Shared { root, registry, broken: Mutex::new(broken) };
+        let shared = Shared { root, _lock: lock, registry, broken: Mutex::new(broken) };
         Ok(Self { shared: Arc::new(shared), files })
     }
 
@@ -236,6 +240,26 @@ impl Shared {
 
     fn broken(&self) -> MutexGuard<'_, Vec<Broken>> {
         self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Locks a store that can be written to: of two servers, one would delete the other's uploads and not know of its sets.
+/// Servers may share a store that neither can write to.
+fn lock(root: &Path) -> anyhow::Result<Option<File>> {
+    if tempfile::tempfile_in(root).is_err() {
+        return Ok(None);
+    }
+    let folder = File::open(root).with_context(|| root.display().to_string())?;
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::WouldBlock) => {
+            bail!("{}: another server uses this model store; give each a store of its own", root.display())
+        }
+        // Some file systems have no locks.
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(%error, store = %root.display(), "the model store cannot be locked: let no other server use it");
+            Ok(None)
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Facts about an artifact from its header, without loading the artifact.
 
 use std::borrow::Cow;
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
-use model_core::artifact::{Contents, Digest, Header, read_expert_set};
+use model_core::artifact::{self, Contents, Digest, Header, read_expert_set};
 use model_core::footprint::Footprint;
 
 /// Where an artifact's bytes are.
@@ -38,7 +39,14 @@ impl Location {
     /// All of the artifact's bytes.
     pub fn read(&self) -> anyhow::Result<Cow<'static, [u8]>> {
         match self {
-            Self::File(path) => std::fs::read(path).map(Cow::Owned).with_context(|| self.to_string()),
+            Self::File(path) => {
+                let read = || {
+                    let mut bytes = Vec::new();
+                    artifact::open_file(path)?.read_to_end(&mut bytes)?;
+                    std::io::Result::Ok(Cow::Owned(bytes))
+                };
+                read().with_context(|| self.to_string())
+            }
             Self::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
         }
     }
