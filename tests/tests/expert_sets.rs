@@ -300,6 +300,8 @@ fn a_pinned_set_stays_and_what_cannot_fit_beside_it_is_507() {
     let used = roomy.get("/sets").json()["memory"]["accounted_bytes"].as_u64().unwrap();
     let set = accounted(&roomy)["sets"].as_u64().unwrap();
     let budget = (used + set / 2).to_string();
+    // A store has one server at a time.
+    drop(roomy);
     let classify =
         |server: &Server, set: &str| Answer::of(server.post(&format!("/classify/{set}")).body(image("test-00.png")));
 
@@ -309,6 +311,7 @@ fn a_pinned_set_stays_and_what_cannot_fit_beside_it_is_507() {
     assert_eq!(metric(&pinned, "bvit_set_resident{pinned=\"true\",set=\"alpha\"}"), 1.0);
     Answer::of(pinned.post("/sets/alpha/unload")).assert_refused(409, "conflict");
 
+    drop(pinned);
     let free = serve(store.path(), &["--memory-budget", &budget]);
     for set in ["alpha", "beta", "alpha", "beta"] {
         assert_eq!(classify(&free, set).status, 200);
@@ -330,6 +333,7 @@ fn one_bad_file_stops_nothing_unless_strict() {
     assert_eq!(server.classify(&image("test-00.png")).status, 200);
     assert_eq!(server.get("/sets").json()["broken"][0]["file"], "torn/1.safetensors");
     assert_eq!(metric(&server, "bvit_sets_failed"), 1.0);
+    drop(server);
     let strict = std::process::Command::new(system_tests::server::binary())
         .args(["--listen", "127.0.0.1:0", "--strict", "--model-store"])
         .arg(store.path())
