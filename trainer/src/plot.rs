@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use anyhow::{Context, Result, anyhow};
-use model_core::image::RgbImage;
+use image::RgbImage;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
