@@ -81,7 +81,7 @@ fn train_evaluate_and_specialise() {
     let rate = ["--preset", "tiny", "--learning-rate", "0.01"];
     let output = succeed(&train(&data, text(&out), &rate));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("1 unusable images skipped") && said.contains("broken.png"), "{said}");
+    assert!(said.contains("1 files and folders are no usable images") && said.contains("broken.png"), "{said}");
     for file in ["checkpoint.safetensors", "metrics.jsonl", "curve.png"] {
         assert!(out.join(file).is_file(), "{file}");
     }
