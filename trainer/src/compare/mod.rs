@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use model_core::config::{FeedForwardKind, ViTConfig};
 use model_core::footprint::{layer_bytes, runtime_compression};
+use model_core::random::AngleSpread;
 use serde::{Deserialize, Serialize};
 use training::ops::Activations;
 
@@ -37,6 +38,16 @@ pub enum Variant {
     NoSmoothness,
     /// Angles stay where they started.
     FrozenAngles,
+    /// Angles move at ten times the learning rate.
+    AngleRate10,
+    /// Angles move at thirty times the learning rate.
+    AngleRate30,
+    /// Angles start anywhere on the circle.
+    UniformAngles,
+    /// The same, and they move at thirty times the learning rate.
+    UniformAngleRate30,
+    /// The same, and they stay there.
+    UniformFrozenAngles,
     /// As many experts, each with ternary matrices of its own. Cannot be served.
     TernaryExperts,
     /// As many experts, each with 4-bit matrices of its own. Cannot be served.
@@ -87,6 +98,15 @@ impl Variant {
             Self::Dense => recipe.feed_forward = FeedForwardKind::Dense,
             Self::NoSmoothness => (recipe.losses.smoothness, recipe.losses.contiguity) = (0.0, 0.0),
             Self::FrozenAngles => recipe.optimizer.angle_rate = 0.0,
+            Self::AngleRate10 => recipe.optimizer.angle_rate = 10.0,
+            Self::AngleRate30 => recipe.optimizer.angle_rate = 30.0,
+            Self::UniformAngles => recipe.angle_spread = AngleSpread::Uniform,
+            Self::UniformAngleRate30 => {
+                (recipe.angle_spread, recipe.optimizer.angle_rate) = (AngleSpread::Uniform, 30.0);
+            }
+            Self::UniformFrozenAngles => {
+                (recipe.angle_spread, recipe.optimizer.angle_rate) = (AngleSpread::Uniform, 0.0);
+            }
             Self::TernaryExperts => recipe.feed_forward = FeedForwardKind::TernaryExperts,
             Self::Int4Experts => recipe.feed_forward = FeedForwardKind::Int4Experts,
             Self::Int8Experts => recipe.feed_forward = FeedForwardKind::Int8Experts,
@@ -319,6 +339,9 @@ mod tests {
             let mut recipe = base.clone();
             variant.apply(&mut recipe);
             recipe.validate().unwrap_or_else(|error| panic!("{}: {error}", variant.name()));
+            // The preset has 4-bit angles and 8-bit routers.
+            let same = matches!(variant, Variant::Butterfly | Variant::Angles4 | Variant::Router8);
+            assert_eq!(recipe == base, same, "{}", variant.name());
         }
         let mut recipe = base.clone();
         Variant::StagesAll.apply(&mut recipe);
