@@ -53,8 +53,9 @@ fn values(count: usize) -> Vec<f32> {
     (0..count).map(|i| (i * 7919 % 401) as f32 / 100.0 - 2.0).collect()
 }
 
+/// From -127 to 127: the code -128 is no weight.
 fn codes(count: usize) -> Vec<i8> {
-    (0..count).map(|i| (i * 31 % 255) as u8 as i8).collect()
+    (0..count).map(|i| ((i * 31 % 255) as i16 - 127) as i8).collect()
 }
 
 /// Times `work` for every instruction set; `prepare` packs for it.
