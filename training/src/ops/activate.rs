@@ -22,7 +22,7 @@ pub fn activate(
     grid: AngleGrid,
 ) -> Result<Tensor> {
     let ((num_experts, stages, half), (rows, n), (tokens, top_k)) = (angles.dims3()?, h.dims2()?, weights.dims2()?);
-    if n != 2 * half || n % (1 << stages) != 0 || rows != tokens * top_k || rows != experts.len() {
+    if half != n / 2 || n % (1 << stages) != 0 || rows != tokens * top_k || rows != experts.len() {
         candle_core::bail!("activate: {rows} rows of {n}, {} choices, angles {:?}", experts.len(), angles.shape());
     }
     if experts.iter().any(|&e| usize::from(e) >= num_experts) {
@@ -50,9 +50,8 @@ impl CustomOp3 for Activate {
         weights: &CpuStorage,
         weights_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (_, stages, half) = angles_layout.shape().dims3()?;
+        let ((_, stages, _), (_, n)) = (angles_layout.shape().dims3()?, h_layout.shape().dims2()?);
         let (tokens, top_k) = weights_layout.shape().dims2()?;
-        let n = 2 * half;
         let (h, angles, weights) =
             (slice(h, h_layout)?, slice(angles, angles_layout)?, slice(weights, weights_layout)?);
         let coefficients = Coefficients::new(angles, stages, n, self.grid);
@@ -81,8 +80,7 @@ impl CustomOp3 for Activate {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let ((_, stages, half), (_, top_k)) = (angles.dims3()?, weights.dims2()?);
-        let n = 2 * half;
+        let ((_, stages, _), (_, n), (_, top_k)) = (angles.dims3()?, h.dims2()?, weights.dims2()?);
         let grad = grad.contiguous()?;
         let (h_view, angles_view, weights_view, grad_view) = (view(h)?, view(angles)?, view(weights)?, view(&grad)?);
         let (h_values, weight_values, g) = (h_view.values()?, weights_view.values()?, grad_view.values()?);

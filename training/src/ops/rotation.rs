@@ -69,11 +69,11 @@ impl Rotations {
 /// Rotates each row of `x [rows, n]` once for every expert it is sent to.
 ///
 /// `angles` is `[experts, stages, n / 2]` in radians; `experts` is `[rows * copies]`, and output row r is
-/// `B(angles[experts[r]]) x[r / copies]`. Returns `[rows * copies, n]`.
+/// `B(angles[experts[r]]) x[r / copies]`. Returns `[rows * copies, n]`. Without stages `n` may be odd.
 pub fn rotate_rows(x: &Tensor, angles: &Tensor, experts: Arc<Vec<u16>>, grid: AngleGrid) -> Result<Tensor> {
     let (num_experts, stages, half) = angles.dims3()?;
     let (rows, n) = x.dims2()?;
-    if n != 2 * half || n % (1 << stages) != 0 || !experts.len().is_multiple_of(rows.max(1)) {
+    if half != n / 2 || n % (1 << stages) != 0 || !experts.len().is_multiple_of(rows.max(1)) {
         candle_core::bail!("rotation: {rows} rows of {n} for {} experts, angles {:?}", experts.len(), angles.shape());
     }
     if experts.iter().any(|&e| usize::from(e) >= num_experts) {
@@ -101,7 +101,7 @@ impl Coefficients {
     pub(super) fn new(angles: &[f32], stages: usize, n: usize, grid: AngleGrid) -> Self {
         let (mut cos, mut sin) = (vec![0.0; angles.len() * 2], vec![0.0; angles.len() * 2]);
         let rotations = grid.rotations();
-        let rows = angles.chunks_exact(n / 2).zip(cos.chunks_exact_mut(n)).zip(sin.chunks_exact_mut(n));
+        let rows = angles.chunks_exact((n / 2).max(1)).zip(cos.chunks_exact_mut(n)).zip(sin.chunks_exact_mut(n));
         for (row, ((angles, cos), sin)) in rows.enumerate() {
             let stride = 1 << (row % stages.max(1));
             for (pair, &angle) in angles.iter().enumerate() {
@@ -145,7 +145,7 @@ impl GradientSums {
     /// The gradients `[experts, stages, n / 2]`.
     pub(super) fn angles(&self) -> Vec<f32> {
         let mut angles = vec![0.0; self.sums.len() / 2];
-        let rows = self.sums.chunks_exact(self.n).zip(angles.chunks_exact_mut(self.n / 2));
+        let rows = self.sums.chunks_exact(self.n).zip(angles.chunks_exact_mut((self.n / 2).max(1)));
         for (row, (sums, angles)) in rows.enumerate() {
             let stride = 1 << (row % self.stages.max(1));
             for (pair, angle) in angles.iter_mut().enumerate() {
@@ -306,8 +306,7 @@ impl CustomOp2 for Rotate {
         angles: &CpuStorage,
         angles_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (_, stages, half) = angles_layout.shape().dims3()?;
-        let n = 2 * half;
+        let ((_, stages, _), (_, n)) = (angles_layout.shape().dims3()?, x_layout.shape().dims2()?);
         let (x, angles) = (slice(x, x_layout)?, slice(angles, angles_layout)?);
         let coefficients = Coefficients::new(angles, stages, n, self.grid);
         let mut y = Vec::with_capacity(self.experts.len() * n);
@@ -324,8 +323,7 @@ impl CustomOp2 for Rotate {
     }
 
     fn bwd(&self, x: &Tensor, angles: &Tensor, y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (_, stages, half) = angles.dims3()?;
-        let n = 2 * half;
+        let ((_, stages, _), (_, n)) = (angles.dims3()?, x.dims2()?);
         let grad = grad.contiguous()?;
         let (angles_view, y_view, grad_view) = (view(angles)?, view(y)?, view(&grad)?);
         let coefficients = Coefficients::new(angles_view.values()?, stages, n, self.grid);
