@@ -41,7 +41,7 @@ impl Repeats {
         Some(std::mem::take(&mut window.more))
     }
 
-    /// Kind and count of what happened without a line, where the last line is a [`SILENCE`] ago. Counts start anew.
+    /// Kind and count of what happened without a line, where the last line is a `SILENCE` ago. Counts start anew.
     pub fn overdue(&self, now: Instant) -> Vec<(&'static str, u64)> {
         let mut counts = Vec::new();
         for (&kind, window) in self.windows().iter_mut() {

@@ -1,7 +1,7 @@
 //! Depthwise convolutions: every channel has a window of weights of its own. int8 in, int8 out, channels last, one row
 //! of the output at a time, so that a caller needs no more of the input in memory than its rows.
 //!
-//! The definition is [`scalar`]. The other instruction sets work on [`LANES`] channels of a row:
+//! The definition is [`scalar`]. The other instruction sets work on `LANES` channels of a row:
 //! ```text
 //! gather:  column[x] = for each channel the `kernel` codes above each other at x, four and four beside each other
 //! for each pixel:  sums[16] = start + sum over kx, groups of four ky of column[pixel * stride + kx] . w[kx]

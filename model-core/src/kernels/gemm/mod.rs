@@ -33,8 +33,8 @@
 //! `vpdpbusd` takes one cycle per 64, and building the tables eats what is left of the gain.
 //!
 //! # Layout
-//! A *group* is 64 bytes: byte `4 c + j` belongs to row c of a panel and column j of four. Panels of [`PANEL`] rows of w,
-//! blocks of [`K_BLOCK`] columns (four groups), zero-padded in both directions. Let g count the groups of the matrix, panel
+//! A *group* is 64 bytes: byte `4 c + j` belongs to row c of a panel and column j of four. Panels of `PANEL` rows of w,
+//! blocks of `K_BLOCK` columns (four groups), zero-padded in both directions. Let g count the groups of the matrix, panel
 //! by panel and in each from the first columns to the last:
 //! - int8: group g is bytes `64 g` and following;
 //! - two bits, as w + 1: bits `2 i..2 i + 2` of the bytes from `64 (g div 4)` on, with `i = g mod 4`;
