@@ -17,14 +17,12 @@ pub struct Limits {
     pub max_body_bytes: usize,
     /// Most images in one request.
     pub max_images: usize,
-    /// From a request's headers to its answer.
+    /// From the last byte of a request to its answer.
     pub request_timeout: Duration,
-    /// For a body to arrive.
+    /// For any more of a body to arrive.
     pub body_timeout: Duration,
     /// Largest expert set that may be uploaded.
     pub max_upload_bytes: usize,
-    /// For an upload to arrive.
-    pub upload_timeout: Duration,
 }
 
 /// The application; clones share it.

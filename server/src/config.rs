@@ -113,13 +113,13 @@ pub struct LimitArgs {
     /// Most open connections; more are answered 503 and closed.
     #[arg(long, env = "BVIT_MAX_CONNECTIONS", default_value_t = 1024, value_name = "N")]
     pub max_connections: usize,
-    /// Longest time from a request's headers to its answer.
+    /// Longest time from the last byte of a request to its answer.
     #[arg(long, env = "BVIT_REQUEST_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub request_timeout: Duration,
     /// Longest time a client may take to send its headers, or between two requests on one connection.
     #[arg(long, env = "BVIT_HEADER_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub header_timeout: Duration,
-    /// Longest time a client may take to send its body.
+    /// Longest time a client may take to send any more of a body, which is also to come with 4 KiB a second on average.
     #[arg(long, env = "BVIT_BODY_TIMEOUT", default_value = "8s", value_parser = parse_duration, value_name = "TIME")]
     pub body_timeout: Duration,
     /// Longest time a client may take to read any more bytes of an answer.
@@ -128,9 +128,6 @@ pub struct LimitArgs {
     /// Largest expert set that may be uploaded.
     #[arg(long, env = "BVIT_MAX_UPLOAD", default_value = "64MiB", value_name = "SIZE")]
     pub max_upload: ByteSize,
-    /// Longest time an upload of an expert set may take.
-    #[arg(long, env = "BVIT_UPLOAD_TIMEOUT", default_value = "5m", value_parser = parse_duration, value_name = "TIME")]
-    pub upload_timeout: Duration,
     /// Longest time to finish accepted work after SIGTERM.
     #[arg(long, env = "BVIT_DRAIN_TIMEOUT", default_value = "25s", value_parser = parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,

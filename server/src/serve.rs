@@ -169,7 +169,6 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
             request_timeout: args.limits.request_timeout,
             body_timeout: args.limits.body_timeout,
             max_upload_bytes: args.limits.max_upload.0,
-            upload_timeout: args.limits.upload_timeout,
         },
         default_set: OnceLock::new(),
         classifier: Classifier {

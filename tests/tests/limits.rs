@@ -2,7 +2,9 @@
 
 use std::io::Write;
 use std::thread;
+use std::time::Duration;
 
+use model_core::config::ViTConfig;
 use system_tests::server::{Answer, Server, image, wait_until};
 
 /// A valid 1-bit greyscale PNG of `side` x `side` black pixels: kilobytes that would decode to `side * side` bytes.
@@ -67,11 +69,78 @@ fn a_batch_over_the_limit_is_refused() {
 }
 
 #[test]
-fn a_slow_body_is_given_up() {
+fn a_body_that_stalls_or_trickles_is_given_up() {
     let server = Server::start(["--body-timeout", "300ms"]);
-    let (status, text) = server.connect().send(&head("POST /classify", 1000)).send(b"half of it").read();
-    assert_eq!(status, 408, "{text}");
-    assert!(text.contains(r#""error_type":"body_timeout""#), "{text}");
+    let refused = |(status, text): (u16, String)| {
+        assert_eq!(status, 408, "{text}");
+        assert!(text.contains(r#""error_type":"body_timeout""#), "{text}");
+    };
+    refused(server.connect().send(&head("POST /classify", 1000)).send(b"half of it").read());
+    // A byte now and then is no progress.
+    let mut trickle = server.connect();
+    trickle.send(&head("POST /classify", 1000));
+    for _ in 0..6 {
+        trickle.send(b"x");
+        thread::sleep(Duration::from_millis(100));
+    }
+    refused(trickle.read());
+    // Uploads of expert sets are bodies like others.
+    let store = tempfile::tempdir().unwrap();
+    system_tests::fixtures::write_store(store.path(), &ViTConfig::preset("tiny").unwrap(), &["first"]);
+    let flags = ["--body-timeout", "300ms", "--model-store", store.path().to_str().unwrap()];
+    let server = Server::start_with(flags, [("BVIT_ADMIN_KEYS", "ops:admin-key-0123456789")]);
+    let upload = String::from_utf8(head("PUT /sets/second/1", 1000)).unwrap();
+    let upload = upload.replace("\r\n\r\n", "\r\nX-Api-Key: admin-key-0123456789\r\n\r\n");
+    refused(server.connect().send(upload.as_bytes()).send(b"half of it").read());
+}
+
+/// A camera on a thin line: the time for the whole body is many times `--body-timeout` and `--request-timeout`.
+#[test]
+fn a_body_that_comes_steadily_takes_its_time() {
+    let server = Server::start(["--body-timeout", "300ms", "--request-timeout", "300ms"]);
+    let picture = image("test-00.png");
+    // Something after the end mark makes it long without changing it.
+    let padded = [picture.as_slice(), &vec![0; 100 << 10]].concat();
+    let mut steady = server.connect();
+    steady.send(&head("POST /classify", padded.len()));
+    for piece in padded.chunks(padded.len() / 20) {
+        thread::sleep(Duration::from_millis(100));
+        steady.send(piece);
+    }
+    let (status, text) = steady.read();
+    assert_eq!(status, 200, "{text}");
+}
+
+/// Whatever a body's form: at the limit it is read, above it is refused for good, and no client is told to try again in
+/// vain.
+#[test]
+fn compressed_bodies_near_the_limit_get_a_truthful_status() {
+    const LIMIT: usize = 1 << 20;
+    let server = Server::start(["--max-body", "1MiB", "--body-memory", "1MiB"]);
+    let picture = image("test-00.png");
+    let noise = |length: usize| -> Vec<u8> {
+        let mut state = 1u64;
+        let step = |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        };
+        (0..length).map(step).collect()
+    };
+    let gzip = |bytes: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    let send = |body: Vec<u8>| Answer::of(server.post("/classify").header("content-encoding", "gzip").body(body));
+    for (what, filler) in [("zeros", vec![0; LIMIT + 1]), ("noise", noise(LIMIT + 1))] {
+        // A little less than the limit, because noise grows when it is compressed.
+        for length in [LIMIT / 2, LIMIT - LIMIT / 64] {
+            let body = [picture.as_slice(), &filler[picture.len()..length]].concat();
+            let answer = send(gzip(&body));
+            assert_eq!(answer.status, 200, "{what}, {length} bytes: {}", answer.text);
+        }
+        send(gzip(&[picture.as_slice(), &filler[picture.len()..]].concat())).assert_refused(413, "body_too_large");
+    }
 }
 
 #[test]

@@ -29,6 +29,9 @@ pub enum Refused {
     /// Bodies take as much memory as they may.
     #[error("too many bytes of requests are being received; try again later")]
     Bodies,
+    /// Its body takes more memory than all bodies may.
+    #[error("the request's body takes more than the {0} bytes for all bodies")]
+    LargeBody(usize),
     /// There are no places for its images.
     #[error(transparent)]
     Images(#[from] NoPlace),
@@ -40,6 +43,8 @@ pub struct Admission {
     pub lifecycle: Lifecycle,
     requests: Arc<Semaphore>,
     body_bytes: Arc<Semaphore>,
+    /// In grains.
+    body_capacity: usize,
     images: Images,
 }
 
@@ -84,18 +89,21 @@ impl Entry {
 #[derive(Debug)]
 pub struct BodyPermit {
     source: Arc<Semaphore>,
+    /// In grains.
+    capacity: usize,
     held: OwnedSemaphorePermit,
-    bytes: usize,
 }
 
 impl Admission {
     /// Bounds on requests, on bytes of bodies and on images.
     pub fn new(requests: usize, body_bytes: usize, images: ImageLimits) -> Self {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
+        let body_capacity = body_bytes / GRAIN;
         Self {
             lifecycle: Lifecycle::default(),
             requests: semaphore(requests),
-            body_bytes: semaphore(body_bytes / GRAIN),
+            body_bytes: semaphore(body_capacity),
+            body_capacity,
             images: Images::new(images),
         }
     }
@@ -117,27 +125,31 @@ impl Admission {
         self.images.held()
     }
 
-    /// A permit for a body that grows as it arrives: bytes are counted when a client has sent them, so that announcing
-    /// a large body holds nothing.
+    /// A permit for a body, which holds nothing yet: bytes are counted when a client has sent them, so that announcing a
+    /// large body holds nothing.
     ///
     /// # Errors
     /// Never in practice: zero bytes always fit.
     pub fn body(&self) -> Result<BodyPermit, Refused> {
         let held = take(&self.body_bytes, 0).ok_or(Refused::Bodies)?;
-        Ok(BodyPermit { source: Arc::clone(&self.body_bytes), held, bytes: 0 })
+        Ok(BodyPermit { source: Arc::clone(&self.body_bytes), capacity: self.body_capacity, held })
     }
 }
 
 impl BodyPermit {
-    /// Counts `bytes` more.
+    /// Counts `bytes` from now on, more or fewer than before.
     ///
     /// # Errors
-    /// [`Refused::Bodies`] when they do not fit.
-    pub fn grow(&mut self, bytes: usize) -> Result<(), Refused> {
-        self.bytes = self.bytes.saturating_add(bytes);
-        let missing = self.bytes.div_ceil(GRAIN).saturating_sub(self.held.num_permits());
-        if missing > 0 {
-            self.held.merge(take(&self.source, missing).ok_or(Refused::Bodies)?);
+    /// [`Refused::Bodies`] when they do not fit now, [`Refused::LargeBody`] when they never will.
+    pub fn hold(&mut self, bytes: usize) -> Result<(), Refused> {
+        let (wanted, held) = (bytes.div_ceil(GRAIN), self.held.num_permits());
+        if wanted > self.capacity {
+            return Err(Refused::LargeBody(self.capacity * GRAIN));
+        }
+        if wanted > held {
+            self.held.merge(take(&self.source, wanted - held).ok_or(Refused::Bodies)?);
+        } else {
+            drop(self.held.split(held - wanted));
         }
         Ok(())
     }
@@ -156,12 +168,14 @@ mod tests {
         let images = ImageLimits { images: 1, bytes: 1, images_per_set: 1, images_when_busy: 1 };
         let admission = Admission::new(1, 2 * GRAIN, images);
         let mut first = admission.body().unwrap();
-        first.grow(1).unwrap();
-        first.grow(GRAIN - 1).unwrap();
+        assert_eq!(first.hold(1), Ok(()));
+        assert_eq!(first.hold(GRAIN), Ok(()));
         let mut second = admission.body().unwrap();
-        second.grow(GRAIN).unwrap();
-        assert!(first.grow(1).is_err());
+        assert_eq!(second.hold(GRAIN), Ok(()));
+        assert_eq!(first.hold(GRAIN + 1), Err(Refused::Bodies));
+        assert_eq!(first.hold(2 * GRAIN + 1), Err(Refused::LargeBody(2 * GRAIN)), "alone, too");
+        assert_eq!(second.hold(0), Ok(()));
+        assert_eq!(first.hold(GRAIN + 1), Ok(()));
         drop(second);
-        assert!(first.grow(1).is_ok());
     }
 }

@@ -1,6 +1,8 @@
 //! Reading request bodies: bounded in size, in time and in bytes held by all requests together.
 
-use std::io::Read;
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::io::{self, Read};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -18,10 +20,15 @@ use crate::app::AppState;
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 << 20;
 
+/// Bytes a second that a body needs on average, once `--body-timeout` has passed: one that trickles must end, too.
+pub const LEAST_RATE: usize = 4 << 10;
+
 /// A request body with the bytes it holds accounted for.
 #[derive(Debug)]
 pub struct Received {
     pub bytes: Bytes,
+    /// When the answer must be there. A client's time to send its body is its own.
+    pub deadline: Instant,
     _permit: BodyPermit,
 }
 
@@ -30,14 +37,48 @@ pub struct Received {
 /// # Errors
 /// 413 over the limit, 429 when bodies take too much memory already, 408 when it comes too slowly, 415 for an unknown
 /// encoding, 400 when it breaks off or does not decompress.
-pub async fn receive(app: &AppState, headers: &HeaderMap, body: Body, deadline: Instant) -> Result<Received, ApiError> {
-    let mut body = body;
-    match receive_limited(app, headers, &mut body, deadline).await {
+pub async fn receive(app: &AppState, headers: &HeaderMap, mut body: Body) -> Result<Received, ApiError> {
+    match receive_limited(app, headers, &mut body).await {
         Err(error) if [ErrorCode::BodyTooLarge, ErrorCode::QueueFull].contains(&error.code()) => {
             linger(body).await;
             Err(error)
         }
         result => result,
+    }
+}
+
+/// The pieces of a body, as long as they keep coming.
+pub struct Pieces<'a> {
+    body: &'a mut Body,
+    patience: Duration,
+    started: Instant,
+    received: usize,
+}
+
+impl<'a> Pieces<'a> {
+    /// None has come yet. A client may take `patience` for each piece, and is then to keep up [`LEAST_RATE`].
+    pub fn of(body: &'a mut Body, patience: Duration) -> Self {
+        Self { body, patience, started: Instant::now(), received: 0 }
+    }
+
+    /// The next piece, or `None` at the end.
+    ///
+    /// # Errors
+    /// 408 when it comes too slowly, 400 when the body breaks off.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        loop {
+            let earned = Duration::from_secs_f64(self.received as f64 / LEAST_RATE as f64);
+            let deadline = (Instant::now() + self.patience).min(self.started + self.patience + earned);
+            let frame = tokio::time::timeout_at(deadline, self.body.frame())
+                .await
+                .map_err(|_| ApiError::new(ErrorCode::BodyTimeout, "the request's body came too slowly"))?;
+            let Some(frame) = frame else { return Ok(None) };
+            let frame = frame.map_err(|error| ApiError::invalid(format!("the request's body broke off: {error}")))?;
+            if let Ok(data) = frame.into_data() {
+                self.received += data.len();
+                return Ok(Some(data));
+            }
+        }
     }
 }
 
@@ -53,39 +94,36 @@ pub async fn linger(mut body: Body) {
     let _ = tokio::time::timeout(LINGER, read_away).await;
 }
 
-async fn receive_limited(
-    app: &AppState,
-    headers: &HeaderMap,
-    body: &mut Body,
-    deadline: Instant,
-) -> Result<Received, ApiError> {
+async fn receive_limited(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result<Received, ApiError> {
     let limit = app.limits.max_body_bytes;
     let encoding = Encoding::of(headers)?;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|announced| announced > limit as u64) {
         return Err(too_large(limit));
     }
-    let deadline = deadline.min(Instant::now() + app.limits.body_timeout);
     let mut permit = app.classifier.admission.body()?;
+    let mut pieces = Pieces::of(body, app.limits.body_timeout);
     let mut received = BytesMut::new();
-    loop {
-        let frame = tokio::time::timeout_at(deadline, body.frame())
-            .await
-            .map_err(|_| ApiError::new(ErrorCode::BodyTimeout, "the request's body did not arrive in time"))?;
-        let Some(frame) = frame else { break };
-        let frame = frame.map_err(|error| ApiError::invalid(format!("the request's body broke off: {error}")))?;
-        let Ok(data) = frame.into_data() else { continue };
-        if received.len() + data.len() > limit {
+    let mut compressed = VecDeque::new();
+    while let Some(piece) = pieces.next().await? {
+        if pieces.received > limit {
             return Err(too_large(limit));
         }
-        permit.grow(data.len())?;
-        received.extend_from_slice(&data);
+        permit.hold(pieces.received)?;
+        if encoding == Encoding::Identity {
+            received.extend_from_slice(&piece);
+        } else {
+            // Apart, so that each piece's memory is given back when it has been decompressed.
+            compressed.push_back(piece);
+        }
     }
-    let bytes = received.freeze();
-    if encoding == Encoding::Identity || bytes.is_empty() {
-        return Ok(Received { bytes, _permit: permit });
+    let deadline = Instant::now() + app.limits.request_timeout;
+    if compressed.is_empty() {
+        return Ok(Received { bytes: received.freeze(), deadline, _permit: permit });
     }
-    app.decompression.run(move || decompress(encoding, &bytes, limit, permit)).await?
+    let decompressed = app.decompression.run(move || decompress(encoding, compressed, limit, permit));
+    let (bytes, _permit) = decompressed.await??;
+    Ok(Received { bytes, deadline, _permit })
 }
 
 fn too_large(limit: usize) -> ApiError {
@@ -114,13 +152,21 @@ impl Encoding {
     }
 }
 
-/// Grows the permit as bytes come out, so that a small bomb stops at the limit, not at the end of memory.
-fn decompress(encoding: Encoding, bytes: &[u8], limit: usize, mut permit: BodyPermit) -> Result<Received, ApiError> {
+/// Counts bytes as they come out and no more as they go in, so that a small bomb stops at the limit, not at the end of
+/// memory.
+fn decompress(
+    encoding: Encoding,
+    pieces: VecDeque<Bytes>,
+    limit: usize,
+    mut permit: BodyPermit,
+) -> Result<(Bytes, BodyPermit), ApiError> {
+    let left = Cell::new(pieces.iter().map(Bytes::len).sum());
+    let source = Compressed { pieces, left: &left };
     let mut decoder: Box<dyn Read + '_> = match encoding {
-        Encoding::Identity => Box::new(bytes),
-        Encoding::Gzip => Box::new(flate2::read::MultiGzDecoder::new(bytes)),
+        Encoding::Identity => Box::new(source),
+        Encoding::Gzip => Box::new(flate2::read::MultiGzDecoder::new(source)),
         // "deflate" means the zlib format (RFC 9110, section 8.4.1.2).
-        Encoding::Deflate => Box::new(flate2::read::ZlibDecoder::new(bytes)),
+        Encoding::Deflate => Box::new(flate2::read::ZlibDecoder::new(source)),
     };
     let mut out = Vec::new();
     let mut chunk = [0; 16 << 10];
@@ -129,12 +175,32 @@ fn decompress(encoding: Encoding, bytes: &[u8], limit: usize, mut permit: BodyPe
             .read(&mut chunk)
             .map_err(|error| ApiError::invalid(format!("the request's body does not decompress: {error}")))?;
         if count == 0 {
-            return Ok(Received { bytes: out.into(), _permit: permit });
+            permit.hold(out.len())?;
+            return Ok((out.into(), permit));
         }
         if out.len() + count > limit {
             return Err(too_large(limit));
         }
-        permit.grow(count)?;
+        permit.hold(left.get() + out.len() + count)?;
         out.extend_from_slice(&chunk[..count]);
+    }
+}
+
+/// Pieces of a compressed body, each dropped when it has been read.
+struct Compressed<'a> {
+    pieces: VecDeque<Bytes>,
+    left: &'a Cell<usize>,
+}
+
+impl Read for Compressed<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let Some(piece) = self.pieces.front_mut() else { return Ok(0) };
+        let count = piece.len().min(out.len());
+        out[..count].copy_from_slice(&piece.split_to(count));
+        self.left.set(self.left.get() - count);
+        if piece.is_empty() {
+            self.pieces.pop_front();
+        }
+        Ok(count)
     }
 }

@@ -204,7 +204,7 @@ async fn classify(
     user: User,
 ) -> Result<Response, ApiError> {
     let User { mut entry, headers, body } = user;
-    let received = body::receive(&app, &headers, body, context.deadline).await?;
+    let received = body::receive(&app, &headers, body).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
     let top_k = match query.top_k {
         Some(text) => Some(input::parse_top_k(&text)?),
@@ -216,7 +216,7 @@ async fn classify(
         images: input.images,
         routing: query.routing,
         started: context.started,
-        deadline: context.deadline,
+        deadline: received.deadline,
     };
     let answers = app.classifier.answer(&mut entry, request).await?;
     // The encoded bytes are not needed any more, and the answer may be slow to leave.

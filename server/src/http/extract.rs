@@ -35,8 +35,6 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Api
 pub struct RequestContext {
     /// When its headers were there.
     pub started: Instant,
-    /// When its answer must be there.
-    pub deadline: Instant,
     /// Whether it came from this machine; `false` when unknown.
     pub from_loopback: bool,
 }

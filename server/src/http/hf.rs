@@ -67,7 +67,7 @@ async fn classify(
     user: User,
 ) -> Result<Json<Labels>, ApiError> {
     let User { mut entry, headers, body } = user;
-    let received = body::receive(&app, &headers, body, context.deadline).await?;
+    let received = body::receive(&app, &headers, body).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
     let request = Request {
         set: set.0,
@@ -75,7 +75,7 @@ async fn classify(
         images: input.images,
         routing: false,
         started: context.started,
-        deadline: context.deadline,
+        deadline: received.deadline,
     };
     let answers = app.classifier.answer(&mut entry, request).await?;
     let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);

@@ -1,4 +1,4 @@
-//! What happens to every request: an id, a deadline, counters and one log line.
+//! What happens to every request: an id, counters and one log line.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -43,11 +43,7 @@ impl Drop for InFlight<'_> {
 pub async fn observe(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let peer = request.extensions().get::<PeerAddress>().copied();
-    let context = RequestContext {
-        started,
-        deadline: started + app.limits.request_timeout,
-        from_loopback: peer.is_some_and(|peer| is_local(peer, request.headers())),
-    };
+    let context = RequestContext { started, from_loopback: peer.is_some_and(|peer| is_local(peer, request.headers())) };
     request.extensions_mut().insert(context);
     let id = request.headers().get(&REQUEST_ID).cloned();
     let method = request.method().clone();

@@ -8,11 +8,9 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use http_body_util::BodyExt;
 use model_core::artifact::store_layout;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -296,16 +294,10 @@ async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result
     if announced.is_some_and(|announced| announced > limit as u64) {
         return too_large();
     }
-    let deadline = Instant::now() + app.limits.upload_timeout;
     let mut upload = app.catalog.begin_upload().await?;
+    let mut pieces = body::Pieces::of(body, app.limits.body_timeout);
     let mut received = 0;
-    loop {
-        let frame = timeout_at(deadline, body.frame())
-            .await
-            .map_err(|_| ApiError::new(ErrorCode::BodyTimeout, "the upload did not arrive in time"))?;
-        let Some(frame) = frame else { break };
-        let frame = frame.map_err(|error| ApiError::invalid(format!("the upload broke off: {error}")))?;
-        let Ok(data) = frame.into_data() else { continue };
+    while let Some(data) = pieces.next().await? {
         received += data.len();
         if received > limit {
             return too_large();

@@ -292,7 +292,7 @@ pub(super) async fn infer(
 ) -> Result<Response, ApiError> {
     let User { mut entry, headers, body } = user;
     let version = path.0.version()?;
-    let received = body::receive(&app, &headers, body, context.deadline).await?;
+    let received = body::receive(&app, &headers, body).await?;
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
     let images = images(&mut request.inputs, binary, app.limits.max_images)?;
     let images = Request {
@@ -301,7 +301,7 @@ pub(super) async fn infer(
         images: images.into_iter().map(Ok).collect(),
         routing: false,
         started: context.started,
-        deadline: context.deadline,
+        deadline: received.deadline,
     };
     let answers = app.classifier.answer(&mut entry, images).await?;
     drop(received);
