@@ -76,7 +76,8 @@ def port_in(line):
 
 def butterflyvit(arguments, *flags):
     store = ["--model-store", arguments.model_store] if arguments.model_store else []
-    command = [arguments.binary, "--listen", "127.0.0.1:0", *store, *arguments.flag, *flags]
+    # All clients come from one address here, and stand for many.
+    command = [arguments.binary, "--listen", "127.0.0.1:0", "--client-share", "100", *store, *arguments.flag, *flags]
     return Server(command, lambda line: " ready " in line)
 
 

@@ -29,7 +29,7 @@ class Server:
     def __init__(self, store, binaries, *flags):
         key = pathlib.Path(store) / "admin-key"
         command = [binaries / "butterflyvit", "--listen", "127.0.0.1:0", "--model-store", store,
-                   "--admin-key-out", key, *flags]
+                   "--client-share", "100", "--admin-key-out", key, *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seen = []
         for line in self.process.stdout:

@@ -11,7 +11,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model_core::config::ViTConfig;
 
-use crate::admission::ImageLimits;
+use crate::admission::{Ceilings, ImageLimits};
 use crate::units::{ByteSize, parse_duration};
 
 /// Image-classification inference server for edge gateways: ButterflyViT over HTTP.
@@ -99,7 +99,7 @@ pub struct LimitArgs {
     #[arg(long, env = "BVIT_MAX_BODY", default_value = "16MiB", value_name = "SIZE")]
     pub max_body: ByteSize,
     /// Bytes of request bodies held at once, all requests together.
-    #[arg(long, env = "BVIT_BODY_MEMORY", default_value = "16MiB", value_name = "SIZE")]
+    #[arg(long, env = "BVIT_BODY_MEMORY", default_value = "24MiB", value_name = "SIZE")]
     pub body_memory: ByteSize,
     /// Most pixels (width times height) of an image.
     #[arg(long, env = "BVIT_MAX_PIXELS", default_value_t = 16_777_216, value_name = "N")]
@@ -113,6 +113,10 @@ pub struct LimitArgs {
     /// Most open connections; more are answered 503 and closed.
     #[arg(long, env = "BVIT_MAX_CONNECTIONS", default_value_t = 1024, value_name = "N")]
     pub max_connections: usize,
+    /// Percentage of connections, requests, queued images and body bytes that one address (of IPv6: one /64 network) may
+    /// take, but always one full request; 100 for no such limit. Behind a reverse proxy, all clients have its address: 100.
+    #[arg(long, env = "BVIT_CLIENT_SHARE", default_value_t = 25, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub client_share: u8,
     /// Longest time from the last byte of a request to its answer.
     #[arg(long, env = "BVIT_REQUEST_TIMEOUT", default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub request_timeout: Duration,
@@ -389,6 +393,20 @@ pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, 
 }
 
 impl ServeArgs {
+    /// What one client may hold at once.
+    pub fn ceilings(&self) -> Ceilings {
+        let LimitArgs { client_share, max_connections, max_requests, max_images, max_body, body_memory, .. } =
+            self.limits;
+        if client_share == 100 {
+            return Ceilings::NONE;
+        }
+        // Rounded up, so that a limit of one has a share of one.
+        let share = |limit: usize| (limit as u128 * u128::from(client_share)).div_ceil(100) as usize;
+        // A request that passes when nothing else is going on has to pass for a client that sends nothing else.
+        let images = share(self.pipeline.queue_images).max(max_images);
+        Ceilings([share(max_connections), share(max_requests), images, share(body_memory.0).max(max_body.0)])
+    }
+
     /// Images that a user key may send at once.
     pub fn key_burst(&self) -> NonZeroU32 {
         let full_request = u32::try_from(self.limits.max_images).ok().and_then(NonZeroU32::new);

@@ -181,6 +181,8 @@ metrics! {
     pub connections_open: IntGauge = "bvit_connections_open";
     /// Failed requests, failed images of a batch and refused connections, by error code.
     pub request_failures: IntCounterVec = "bvit_request_failures_total" ["reason"];
+    /// What was refused because one address had its share of a limit, by limit.
+    pub share_refusals: IntCounterVec = "bvit_share_refusals_total" ["limit"];
     /// 1 for each expert set in memory.
     pub set_resident: IntGaugeVec = "bvit_set_resident" ["set", "pinned"];
     /// Known expert sets.
@@ -244,6 +246,11 @@ impl Metrics {
         for reason in ["budget", "replaced", "unload", "delete"] {
             self.sets.evictions.with_label_values(&[reason]);
         }
+    }
+
+    /// Makes the series of a limit exist before the first refusal.
+    pub fn declare_share(&self, limit: &str) {
+        self.share_refusals.with_label_values(&[limit]);
     }
 
     /// Makes the series of a route exist before its first request.

@@ -10,13 +10,13 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::admission::Admission;
+use crate::admission::{self, Admission, Shares};
 use crate::app::{App, AppState, Limits};
 use crate::classify::Classifier;
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
-use crate::config::{ServeArgs, threads_or_cores};
+use crate::config::{LimitArgs, ServeArgs, threads_or_cores};
 use crate::keys::Keys;
 use crate::memory::ProcessMemory;
 use crate::metrics::{Metrics, saturating};
@@ -30,8 +30,8 @@ use crate::threads::{BlockingPool, Priority};
 use crate::units::ByteSize;
 use crate::{http, logging, made_key};
 
-/// Files that are open beside connections: the model store's, uploads, the runtime's own.
-const OTHER_FILES: u64 = 128;
+/// Files that are open beside connections: probes' connections, the model store's files, uploads, the runtime's own.
+const OTHER_FILES: u64 = 192;
 /// Connections that may wait to be accepted; one more costs its client a second, after which TCP asks again.
 const BACKLOG: u32 = 1024;
 /// Longest wait for a set at start, while no client waits for an answer.
@@ -67,8 +67,9 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
             tokio::spawn(tls.watch(args.tls.tls_reload, shutdown.clone()));
         }
         let address = listener.local_addr()?;
-        // With the port that port 0 stands for.
-        let args = &ServeArgs { listen: address, ..args.clone() };
+        // With the port that port 0 stands for, and as many connections as there can be.
+        let limits = LimitArgs { max_connections: settings.max_connections, ..args.limits.clone() };
+        let args = &ServeArgs { listen: address, limits, ..args.clone() };
         let app = assemble(args)?;
         if !args.registry.watch_store.is_zero() {
             tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
@@ -97,16 +98,7 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 }
 
 fn connection_settings(args: &ServeArgs) -> anyhow::Result<ConnectionSettings> {
-    let max_connections = args.limits.max_connections;
-    // Shells and services start programs with 1024 open files allowed; more need only be asked for.
-    let wanted = max_connections as u64 + OTHER_FILES;
-    match allow_open_files(wanted) {
-        Ok(allowed) if allowed < wanted => {
-            tracing::warn!(allowed, max_connections, "fewer files may be open than there may be connections");
-        }
-        Ok(_) => {}
-        Err(error) => tracing::warn!(%error, "cannot ask for more open files"),
-    }
+    let max_connections = possible_connections(args.limits.max_connections);
     let tls = match (&args.tls.tls_cert, &args.tls.tls_key) {
         (Some(certificate), Some(key)) => Some(Tls::load(certificate.clone(), key.clone())?),
         _ => None,
@@ -118,6 +110,28 @@ fn connection_settings(args: &ServeArgs) -> anyhow::Result<ConnectionSettings> {
         drain_timeout: args.limits.drain_timeout,
         tls,
     })
+}
+
+/// `wanted` connections, or as many as the process may have open beside [`OTHER_FILES`].
+fn possible_connections(wanted: usize) -> usize {
+    // Shells and services start programs with 1024 open files allowed; more need only be asked for.
+    let files = wanted as u64 + OTHER_FILES;
+    match allow_open_files(files) {
+        Ok(allowed) if allowed < files => {
+            let possible = usize::try_from(allowed.saturating_sub(OTHER_FILES)).unwrap_or(usize::MAX).max(1);
+            tracing::warn!(
+                allowed,
+                max_connections = possible,
+                "few files may be open, so there are fewer connections"
+            );
+            possible
+        }
+        Ok(_) => wanted,
+        Err(error) => {
+            tracing::warn!(%error, "cannot ask for more open files");
+            wanted
+        }
+    }
 }
 
 /// Raises the soft limit of open files to `wanted`, or as far as the hard limit lets it. Returns how many are allowed.
@@ -151,6 +165,8 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     let pipeline = Pipeline::start(batching, &metrics).context(NO_THREADS)?;
     let images = args.pipeline.image_limits(compute_threads);
     metrics.queue_capacity.set(saturating(images.images));
+    admission::Resource::ALL.iter().for_each(|resource| metrics.declare_share(resource.as_str()));
+    let shares = Shares::new(args.ceilings(), Some(metrics.share_refusals.clone()));
     let decoder = Decoder::start(
         threads_or_cores(args.pipeline.decode_threads),
         args.pipeline.decode_memory.0,
@@ -175,7 +191,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
             registry,
             decoder: decoder.context(NO_THREADS)?,
             pipeline,
-            admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images),
+            admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images, shares),
             metrics,
             statistics: Statistics::default(),
             load_wait: args.registry.load_wait,

@@ -31,7 +31,8 @@ fn artifacts() -> Vec<Vec<u8>> {
 fn images() -> Vec<Vec<u8>> {
     let folders = ["model-core/tests/pictures", "model-core/tests/fixtures"].map(|folder| root().join(folder));
     let files = folders.iter().flat_map(|folder| folder.read_dir().expect("the folder is there")).flatten();
-    let pictures = files.filter(|file| file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() < 1 << 16));
+    let pictures =
+        files.filter(|file| file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() < 1 << 16));
     let pictures = pictures.map(|file| std::fs::read(file.path()).expect("the file is there"));
     image_names().iter().map(|name| image(name)).chain(pictures).collect()
 }

@@ -2,11 +2,13 @@
 
 use std::io::Read;
 use std::net::TcpStream;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use system_tests::server::{Answer, Connection, Server, image, request_head, wait_until};
+use system_tests::server::{Answer, Connection, Server, binary, image, request_head, wait_until};
 
+/// A probe, which is answered whatever else goes on.
 const GOOD: &str = "GET /v2/health/live HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
 
 fn still_serves(server: &Server) {
@@ -92,7 +94,7 @@ fn ten_thousand_connections_leave_those_that_were_there_alone() {
     const CONNECTIONS: usize = 10_000;
     let allowed = rlimit::increase_nofile_limit(CONNECTIONS as u64 + 1000).unwrap();
     assert!(allowed > CONNECTIONS as u64 + 500, "this test needs more open files than {allowed}");
-    let server = Server::start(["--max-connections", "64", "--header-timeout", "10m"]);
+    let server = Server::start(["--max-connections", "64", "--client-share", "100", "--header-timeout", "10m"]);
     let picture = image("test-00.png");
     let classify = |connection: &mut Connection| {
         connection.send(&request_head("POST /classify", picture.len())).send(&picture).read_one()
@@ -109,9 +111,10 @@ fn ten_thousand_connections_leave_those_that_were_there_alone() {
             assert_eq!(status, 200, "with {i} others: {text}");
         }
     }
-    // One more is told that there is no room, or closed without a word; it never waits.
-    let (status, text) = server.connect().send(GOOD.as_bytes()).read();
-    assert!(status == 0 || (status == 503 && text.contains("too_many_connections")), "{text}");
+    // One more is told that there is no room; it never waits.
+    let (status, text) = server.connect().send(&request_head("POST /classify", picture.len())).send(&picture).read();
+    assert!(status == 503 && text.contains("too_many_connections"), "{text}");
+    assert_eq!(server.connect().send(GOOD.as_bytes()).read().0, 200, "a probe");
     let metrics = early.send(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n").read_one().1;
     assert!(metrics.contains("\nbvit_connections_open 64\n"), "{metrics}");
     // 64 idle connections and as many refusals under way: some kilobytes each.
@@ -119,7 +122,7 @@ fn ten_thousand_connections_leave_those_that_were_there_alone() {
     assert!(grown < 8 << 20, "10,000 connections took {grown} bytes");
     drop(held);
     // The server notices that they are gone when it reads from them.
-    wait_until("there is room again", || server.connect().send(GOOD.as_bytes()).read().0 == 200);
+    wait_until("there is room again", || classify(&mut server.connect()).0 == 200);
     assert_eq!(classify(&mut early).0, 200);
     still_serves(&server);
 }
@@ -129,9 +132,124 @@ fn a_refused_connection_says_why() {
     let server = Server::start(["--max-connections", "1", "--header-timeout", "60s"]);
     let mut only = server.connect();
     assert_eq!(only.send(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n").read_one().0, 200);
-    let (status, text) = server.connect().send(GOOD.as_bytes()).read();
+    let listing = b"GET /sets HTTP/1.1\r\nHost: test\r\n\r\n";
+    let (status, text) = server.connect().send(listing).read();
     assert_eq!(status, 503, "{text}");
     assert!(text.contains(r#""error_type":"too_many_connections""#) && text.contains("retry-after: 1"), "{text}");
+    // Whatever it sends: a body is read away, so that the answer is not lost to a reset.
+    let body = vec![0; 1 << 20];
+    let (status, text) = server.connect().send(&request_head("POST /classify", body.len())).send(&body).read();
+    assert_eq!(status, 503, "{text}");
+    assert_eq!(only.send(listing).read_one().0, 200);
+}
+
+/// A bare connection that comes from an address of the loopback.
+fn connect_from(server: &Server, last_byte: u8) -> Connection {
+    use std::net::{Ipv4Addr, SocketAddr};
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from((Ipv4Addr::new(127, 0, 0, last_byte), 0)).into()).unwrap();
+    socket.connect(&server.address.into()).unwrap();
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(system_tests::server::PATIENCE)).unwrap();
+    Connection(stream)
+}
+
+fn metric(server: &Server, name: &str) -> u64 {
+    let text =
+        connect_from(server, 1).send(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").read().1;
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+}
+
+#[test]
+fn probes_are_answered_while_a_thousand_connections_are_held() {
+    const HELD: usize = 1024;
+    rlimit::increase_nofile_limit(4 * HELD as u64).unwrap();
+    let probe = |server: &Server, from: u8| {
+        for path in ["/health", "/v2/health/live", "/v2/health/ready", "/metrics"] {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+            let (status, text) = connect_from(server, from).send(request.as_bytes()).read();
+            assert_eq!(status, 200, "{path} from 127.0.0.{from}: {text}");
+        }
+        let listen = server.address.to_string();
+        let status = Command::new(binary()).args(["healthcheck", "--listen", &listen]).status().unwrap();
+        assert!(status.success(), "healthcheck");
+    };
+    let picture = image("test-00.png");
+    let classify = |server: &Server, from: u8| {
+        let request = request_head("POST /classify", picture.len());
+        connect_from(server, from).send(&request).send(&picture).read_one()
+    };
+    for addresses in [1, 8] {
+        let server = Server::start(["--header-timeout", "10m"]);
+        let held: Vec<_> = (0..HELD).map(|i| connect_from(&server, 1 + (i % addresses) as u8)).collect();
+        wait_until("all are in", || metric(&server, "bvit_connections_open") as usize >= addresses * HELD / 8);
+        probe(&server, 1);
+        probe(&server, 99);
+        if addresses == 1 {
+            assert_eq!(metric(&server, "bvit_connections_open"), HELD as u64 / 4, "a quarter");
+            assert!(metric(&server, "bvit_share_refusals_total{limit=\"connections\"}") > 0);
+            let (status, text) = classify(&server, 1);
+            assert!(status == 503 && text.contains("too_many_connections"), "{text}");
+            assert_eq!(classify(&server, 2).0, 200, "others go on");
+        }
+        drop(held);
+        wait_until("there is room again", || classify(&server, 1).0 == 200);
+    }
+}
+
+/// Requests that wait for the rest of their bodies, from one address; another address goes on.
+#[test]
+fn one_address_takes_a_quarter_of_the_requests_and_leaves_body_memory_to_others() {
+    let picture = image("test-00.png");
+    let classify = |server: &Server, from: u8| {
+        connect_from(server, from).send(&request_head("POST /classify", picture.len())).send(&picture).read_one()
+    };
+    let expecting = |length: usize| {
+        let head = String::from_utf8(request_head("POST /classify", length)).unwrap();
+        head.replace("\r\n\r\n", "\r\nExpect: 100-continue\r\n\r\n")
+    };
+    let server = Server::start(["--max-requests", "8", "--body-timeout", "60s"]);
+    let mut waiting: Vec<_> = (0..2).map(|_| connect_from(&server, 1)).collect();
+    for connection in &mut waiting {
+        assert_eq!(connection.send(expecting(picture.len()).as_bytes()).read_one().0, 100, "asked for its body");
+    }
+    let (status, text) = classify(&server, 1);
+    assert!(status == 429 && text.contains("queue_full") && text.contains("address"), "{text}");
+    assert_eq!(metric(&server, "bvit_share_refusals_total{limit=\"requests\"}"), 1);
+    assert_eq!(classify(&server, 2).0, 200);
+    for connection in &mut waiting {
+        assert_eq!(connection.send(&picture).read_one().0, 200);
+    }
+    assert_eq!(classify(&server, 1).0, 200);
+
+    // By default one address may fill 16 of 24 MiB: the largest body.
+    let server = Server::start(["--body-timeout", "60s"]);
+    let part = vec![0; 6 << 20];
+    let mut hogs: Vec<_> = (0..2).map(|_| connect_from(&server, 1)).collect();
+    for hog in &mut hogs {
+        hog.send(&request_head("POST /classify", part.len() + 1)).send(&part);
+    }
+    let mut refused = connect_from(&server, 1);
+    refused.send(&request_head("POST /classify", part.len())).send(&part);
+    let (status, text) = refused.read_one();
+    assert!(status == 429 && text.contains("body bytes") && text.contains("address"), "{text}");
+    assert_eq!(metric(&server, "bvit_share_refusals_total{limit=\"body_bytes\"}"), 1);
+    let large = [picture.as_slice(), &vec![0; 4 << 20]].concat();
+    let mut other = connect_from(&server, 2);
+    let (status, text) = other.send(&request_head("POST /classify", large.len())).send(&large).read_one();
+    assert_eq!(status, 200, "{text}");
+}
+
+#[test]
+fn a_full_request_passes_whatever_the_shares_are() {
+    let server = Server::start(["--max-connections", "1", "--max-requests", "1", "--client-share", "1"]);
+    let picture = image("test-00.png");
+    let large = [picture.as_slice(), &vec![0; (16 << 20) - picture.len()]].concat();
+    assert_eq!(server.classify(&large).status, 200);
+    let batch = serde_json::json!({"inputs": vec![base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &picture); 32]});
+    let answer = Answer::of(server.post("/classify").json(&batch));
+    assert_eq!(answer.status, 200, "{}", answer.text);
 }
 
 #[test]
@@ -185,7 +303,7 @@ fn bodies_of_64_mebibytes_are_refused_without_being_kept() {
             assert!([413, 429, 0].contains(&status), "{text}");
         }
     });
-    // `--body-memory`, 32 MiB, bounds what all bodies hold; growing buffers double, so old and new may meet.
+    // `--body-memory`, 24 MiB, bounds what all bodies hold; growing buffers double, so old and new may meet.
     let grown = server.memory().1.saturating_sub(before);
     assert!(grown < 72 << 20, "eight bodies of 64 MiB took {grown} bytes");
     still_serves(&server);

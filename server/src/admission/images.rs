@@ -9,6 +9,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::shares::Share;
+
 /// How long requests are counted before an overload is judged anew.
 const WINDOW: Duration = Duration::from_secs(1);
 /// At most one request of so many is refused in a window: the full queue can serve that load. Random arrivals at nine
@@ -94,6 +96,17 @@ pub struct ImagePermit {
     books: Arc<Mutex<Books>>,
     set: Arc<str>,
     bytes: usize,
+    /// What its client holds with all images of the request.
+    share: Option<Arc<Share>>,
+}
+
+impl ImagePermit {
+    /// The place, and its client's share with it.
+    #[must_use]
+    pub fn with(mut self, share: Arc<Share>) -> Self {
+        self.share = Some(share);
+        self
+    }
 }
 
 impl Images {
@@ -155,7 +168,8 @@ impl Images {
         books.bytes += count * bytes_each;
         books.all.admit(count);
         books.per_set.entry(Arc::clone(&name)).or_default().admit(count);
-        let permit = || ImagePermit { books: Arc::clone(&self.books), set: Arc::clone(&name), bytes: bytes_each };
+        let permit =
+            || ImagePermit { books: Arc::clone(&self.books), set: Arc::clone(&name), bytes: bytes_each, share: None };
         Ok(std::iter::repeat_with(permit).take(count).collect())
     }
 }

@@ -2,6 +2,7 @@
 //! a normal answer (429), decided before any work is spent.
 
 mod images;
+mod shares;
 
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::keys::{Caller, OverRate};
 use crate::lifecycle::{Lifecycle, NotServing};
 pub use images::{ImageLimits, ImagePermit, Images, NoPlace};
+pub use shares::{Ceilings, Client, Resource, Share, Shares};
 
 /// Semaphores count this many bytes as one, so that large budgets fit their counters on 32-bit machines.
 const GRAIN: usize = 1024;
@@ -35,12 +37,17 @@ pub enum Refused {
     /// There are no places for its images.
     #[error(transparent)]
     Images(#[from] NoPlace),
+    /// Its client has as much as one client may have.
+    #[error("this address has as many {} at once as one address may have; try again later", .0.as_str().replace('_', " "))]
+    Share(Resource),
 }
 
 #[derive(Debug)]
 pub struct Admission {
     /// Requests are let in only while the server is ready.
     pub lifecycle: Lifecycle,
+    /// What each client has.
+    pub shares: Shares,
     requests: Arc<Semaphore>,
     body_bytes: Arc<Semaphore>,
     /// In grains.
@@ -52,10 +59,13 @@ pub struct Admission {
 #[derive(Debug)]
 pub struct Entry {
     caller: Caller,
+    client: Client,
     /// Images that count against the caller's rate so far.
     charged: usize,
     images: Images,
+    shares: Shares,
     _request: OwnedSemaphorePermit,
+    _share: Share,
 }
 
 impl Entry {
@@ -73,15 +83,23 @@ impl Entry {
     /// not fit at first, `make_room` is called, which may drop places that are not needed any more.
     ///
     /// # Errors
-    /// [`Refused::Images`] when there is no room.
+    /// [`Refused::Images`] when there is no room, [`Refused::Share`] when the client has too many already.
     pub fn images(
         &self,
         set: &str,
         count: usize,
         bytes_each: usize,
-        make_room: impl FnOnce(),
+        make_room: impl Fn(),
     ) -> Result<Vec<ImagePermit>, Refused> {
-        Ok(self.images.admit(set, count, bytes_each, make_room)?)
+        let take = || self.shares.take(self.client, Resource::Images, count);
+        let again = || {
+            make_room();
+            take()
+        };
+        let share = take().or_else(again).ok_or_else(|| self.shares.refused(Resource::Images))?;
+        let share = Arc::new(share);
+        let permits = self.images.admit(set, count, bytes_each, &make_room)?;
+        Ok(permits.into_iter().map(|permit| permit.with(Arc::clone(&share))).collect())
     }
 }
 
@@ -92,15 +110,17 @@ pub struct BodyPermit {
     /// In grains.
     capacity: usize,
     held: OwnedSemaphorePermit,
+    share: Share,
 }
 
 impl Admission {
-    /// Bounds on requests, on bytes of bodies and on images.
-    pub fn new(requests: usize, body_bytes: usize, images: ImageLimits) -> Self {
+    /// Bounds on requests, on bytes of bodies and on images, and each client's share of them.
+    pub fn new(requests: usize, body_bytes: usize, images: ImageLimits, shares: Shares) -> Self {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
         let body_capacity = body_bytes / GRAIN;
         Self {
             lifecycle: Lifecycle::default(),
+            shares,
             requests: semaphore(requests),
             body_bytes: semaphore(body_capacity),
             body_capacity,
@@ -113,11 +133,21 @@ impl Admission {
     ///
     /// # Errors
     /// [`Refused`], but for [`Refused::Images`] and [`Refused::Bodies`].
-    pub fn enter(&self, caller: &Caller) -> Result<Entry, Refused> {
+    pub fn enter(&self, caller: &Caller, client: Client) -> Result<Entry, Refused> {
         caller.charge(1)?;
         self.lifecycle.check()?;
+        let share = self.shares.take(client, Resource::Requests, 1);
+        let share = share.ok_or_else(|| self.shares.refused(Resource::Requests))?;
         let request = take(&self.requests, 1).ok_or(Refused::Requests)?;
-        Ok(Entry { caller: caller.clone(), charged: 1, images: self.images.clone(), _request: request })
+        Ok(Entry {
+            caller: caller.clone(),
+            client,
+            charged: 1,
+            images: self.images.clone(),
+            shares: self.shares.clone(),
+            _request: request,
+            _share: share,
+        })
     }
 
     /// Images and preprocessed bytes on their way.
@@ -125,14 +155,16 @@ impl Admission {
         self.images.held()
     }
 
-    /// A permit for a body, which holds nothing yet: bytes are counted when a client has sent them, so that announcing a
+    /// A permit for a client's body, which holds nothing yet: bytes are counted when a client has sent them, so that announcing a
     /// large body holds nothing.
     ///
     /// # Errors
     /// Never in practice: zero bytes always fit.
-    pub fn body(&self) -> Result<BodyPermit, Refused> {
+    pub fn body(&self, client: Client) -> Result<BodyPermit, Refused> {
         let held = take(&self.body_bytes, 0).ok_or(Refused::Bodies)?;
-        Ok(BodyPermit { source: Arc::clone(&self.body_bytes), capacity: self.body_capacity, held })
+        let share = self.shares.take(client, Resource::BodyBytes, 0).ok_or(Refused::Bodies)?;
+        let capacity = self.body_capacity.min(self.shares.ceiling(Resource::BodyBytes).div_ceil(GRAIN));
+        Ok(BodyPermit { source: Arc::clone(&self.body_bytes), capacity, held, share })
     }
 }
 
@@ -140,17 +172,18 @@ impl BodyPermit {
     /// Counts `bytes` from now on, more or fewer than before.
     ///
     /// # Errors
-    /// [`Refused::Bodies`] when they do not fit now, [`Refused::LargeBody`] when they never will.
+    /// [`Refused::Bodies`] or [`Refused::Share`] when they do not fit now, [`Refused::LargeBody`] when they never will.
     pub fn hold(&mut self, bytes: usize) -> Result<(), Refused> {
         let (wanted, held) = (bytes.div_ceil(GRAIN), self.held.num_permits());
         if wanted > self.capacity {
             return Err(Refused::LargeBody(self.capacity * GRAIN));
         }
-        if wanted > held {
-            self.held.merge(take(&self.source, wanted - held).ok_or(Refused::Bodies)?);
-        } else {
-            drop(self.held.split(held - wanted));
+        let more = take(&self.source, wanted.saturating_sub(held)).ok_or(Refused::Bodies)?;
+        if !self.share.resize(bytes) {
+            return Err(self.share.refused());
         }
+        self.held.merge(more);
+        drop(self.held.split(held.saturating_sub(wanted)));
         Ok(())
     }
 }
@@ -166,11 +199,11 @@ mod tests {
     #[test]
     fn bodies_count_what_has_arrived() {
         let images = ImageLimits { images: 1, bytes: 1, images_per_set: 1, images_when_busy: 1 };
-        let admission = Admission::new(1, 2 * GRAIN, images);
-        let mut first = admission.body().unwrap();
+        let admission = Admission::new(1, 2 * GRAIN, images, Shares::new(Ceilings::NONE, None));
+        let mut first = admission.body(Client::UNKNOWN).unwrap();
         assert_eq!(first.hold(1), Ok(()));
         assert_eq!(first.hold(GRAIN), Ok(()));
-        let mut second = admission.body().unwrap();
+        let mut second = admission.body(Client::UNKNOWN).unwrap();
         assert_eq!(second.hold(GRAIN), Ok(()));
         assert_eq!(first.hold(GRAIN + 1), Err(Refused::Bodies));
         assert_eq!(first.hold(2 * GRAIN + 1), Err(Refused::LargeBody(2 * GRAIN)), "alone, too");

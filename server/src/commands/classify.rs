@@ -11,7 +11,7 @@ use model_core::image::DecodeLimits;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use crate::admission::{Admission, ImageLimits};
+use crate::admission::{Admission, Ceilings, Client, ImageLimits, Shares};
 use crate::classify::{Classifier, Image, Prediction, Request, predictions};
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
@@ -90,7 +90,7 @@ fn classifier(args: &ClassifyArgs, backbone: BackboneDescriptor, set: SetDescrip
     let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };
     let batching = QueueSettings { max_batch: 1, max_wait: Duration::ZERO, threads: 1 };
     let images = ImageLimits { images: 1, bytes: usize::MAX, images_per_set: 1, images_when_busy: 1 };
-    let admission = Admission::new(1, 0, images);
+    let admission = Admission::new(1, 0, images, Shares::new(Ceilings::NONE, None));
     admission.lifecycle.set_ready();
     Ok(Classifier {
         registry,
@@ -115,7 +115,7 @@ async fn logits(classifier: &Classifier, set: &SetDescriptor, file: &Path) -> an
         started,
         deadline: started + DAY,
     };
-    let mut entry = classifier.admission.enter(&Caller::default())?;
+    let mut entry = classifier.admission.enter(&Caller::default(), Client::UNKNOWN)?;
     let mut answers = classifier.answer(&mut entry, request).await?;
     Ok(answers.images.pop().context("the image has no answer")??.logits)
 }

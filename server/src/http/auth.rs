@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, header};
 use super::body;
 use super::error::{ApiError, ErrorCode};
 use super::extract::RequestContext;
-use crate::admission::Entry;
+use crate::admission::{Client, Entry};
 use crate::app::{App, AppState};
 use crate::keys::Caller;
 
@@ -32,6 +32,7 @@ fn missing_or_wrong(headers: &HeaderMap) -> ApiError {
 /// request was let in; its body waits to be read.
 #[derive(Debug)]
 pub struct User {
+    pub client: Client,
     pub entry: Entry,
     pub headers: HeaderMap,
     pub body: Body,
@@ -52,9 +53,11 @@ impl FromRequest<AppState> for User {
 
     /// 401 without a known key; 429 and 503 when the request is not let in, after its body was read away.
     async fn from_request(request: Request, app: &AppState) -> Result<Self, ApiError> {
-        let (Parts { headers, .. }, body) = request.into_parts();
-        match app.classifier.admission.enter(&Self::caller(app, &headers)?) {
-            Ok(entry) => Ok(Self { entry, headers, body }),
+        let (mut parts, body) = request.into_parts();
+        let RequestContext { client, .. } = RequestContext::from_request_parts(&mut parts, app).await?;
+        let headers = parts.headers;
+        match app.classifier.admission.enter(&Self::caller(app, &headers)?, client) {
+            Ok(entry) => Ok(Self { client, entry, headers, body }),
             Err(refused) => {
                 body::linger(body).await;
                 Err(refused.into())

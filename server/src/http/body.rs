@@ -12,7 +12,7 @@ use http_body_util::BodyExt;
 use tokio::time::Instant;
 
 use super::error::{ApiError, ErrorCode};
-use crate::admission::BodyPermit;
+use crate::admission::{BodyPermit, Client};
 use crate::app::AppState;
 
 /// How long and how much of a refused body is read away before the answer. A client that is still sending when the
@@ -37,8 +37,13 @@ pub struct Received {
 /// # Errors
 /// 413 over the limit, 429 when bodies take too much memory already, 408 when it comes too slowly, 415 for an unknown
 /// encoding, 400 when it breaks off or does not decompress.
-pub async fn receive(app: &AppState, headers: &HeaderMap, mut body: Body) -> Result<Received, ApiError> {
-    match receive_limited(app, headers, &mut body).await {
+pub async fn receive(
+    app: &AppState,
+    client: Client,
+    headers: &HeaderMap,
+    mut body: Body,
+) -> Result<Received, ApiError> {
+    match receive_limited(app, client, headers, &mut body).await {
         Err(error) if [ErrorCode::BodyTooLarge, ErrorCode::QueueFull].contains(&error.code()) => {
             linger(body).await;
             Err(error)
@@ -94,14 +99,19 @@ pub async fn linger(mut body: Body) {
     let _ = tokio::time::timeout(LINGER, read_away).await;
 }
 
-async fn receive_limited(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result<Received, ApiError> {
+async fn receive_limited(
+    app: &AppState,
+    client: Client,
+    headers: &HeaderMap,
+    body: &mut Body,
+) -> Result<Received, ApiError> {
     let limit = app.limits.max_body_bytes;
     let encoding = Encoding::of(headers)?;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|announced| announced > limit as u64) {
         return Err(too_large(limit));
     }
-    let mut permit = app.classifier.admission.body()?;
+    let mut permit = app.classifier.admission.body(client)?;
     let mut pieces = Pieces::of(body, app.limits.body_timeout);
     let mut received = BytesMut::new();
     let mut compressed = VecDeque::new();

@@ -203,8 +203,8 @@ async fn classify(
     query: ClassifyQuery,
     user: User,
 ) -> Result<Response, ApiError> {
-    let User { mut entry, headers, body } = user;
-    let received = body::receive(&app, &headers, body).await?;
+    let User { client, mut entry, headers, body } = user;
+    let received = body::receive(&app, client, &headers, body).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
     let top_k = match query.top_k {
         Some(text) => Some(input::parse_top_k(&text)?),

@@ -257,9 +257,10 @@ impl From<Refused> for ApiError {
             Refused::OverRate(OverRate::Always) => Self::new(ErrorCode::RateLimited, error.to_string()),
             Refused::Images(NoPlace::TooMany { .. }) => Self::new(ErrorCode::BatchTooLarge, error.to_string()),
             Refused::LargeBody(_) => Self::new(ErrorCode::BodyTooLarge, error.to_string()),
-            Refused::Requests | Refused::Bodies | Refused::Images(NoPlace::Full | NoPlace::SetFull) => {
-                Self::new(ErrorCode::QueueFull, error.to_string())
-            }
+            Refused::Requests
+            | Refused::Bodies
+            | Refused::Share(_)
+            | Refused::Images(NoPlace::Full | NoPlace::SetFull) => Self::new(ErrorCode::QueueFull, error.to_string()),
         }
     }
 }

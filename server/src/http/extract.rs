@@ -5,6 +5,7 @@ use axum::http::request::Parts;
 use tokio::time::Instant;
 
 use super::error::ApiError;
+use crate::admission::Client;
 
 #[derive(Debug)]
 pub struct ApiPath<T>(pub T);
@@ -35,6 +36,8 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Api
 pub struct RequestContext {
     /// When its headers were there.
     pub started: Instant,
+    /// Whom it counts against.
+    pub client: Client,
     /// Whether it came from this machine; `false` when unknown.
     pub from_loopback: bool,
 }

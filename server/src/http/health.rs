@@ -1,8 +1,9 @@
 //! Probes and metrics. None of them loads a set or changes which set is evicted next.
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -10,7 +11,8 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::error::ApiError;
+use super::body;
+use super::error::{ApiError, ErrorCode, Failure};
 use super::openapi::{LIFECYCLE, commands, errors};
 use crate::app::AppState;
 use crate::classify::Classifier;
@@ -22,6 +24,28 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(live))
         .routes(routes!(ready))
         .routes(routes!(metrics))
+}
+
+/// Marks a request that came beyond the limit of connections.
+#[derive(Debug, Clone, Copy)]
+pub struct ProbesOnly;
+
+/// What is answered on any connection: who has to know how the server is should not have to wait for a place.
+const PROBES: [&str; 4] = ["/health", "/v2/health/live", "/v2/health/ready", "/metrics"];
+
+/// Refuses what came beyond the limit of connections and is no probe.
+pub async fn refuse_surplus(request: Request, next: Next) -> Response {
+    let matched = request.extensions().get::<MatchedPath>();
+    let is_probe = matched.is_some_and(|path| PROBES.contains(&path.as_str()));
+    if is_probe || request.extensions().get::<ProbesOnly>().is_none() {
+        return next.run(request).await;
+    }
+    body::linger(request.into_body()).await;
+    let message = "too many connections are open, of all clients or from this address; try again later";
+    let mut response = ApiError::new(ErrorCode::TooManyConnections, message).into_response();
+    // The connection was counted as refused when it came.
+    response.extensions_mut().remove::<Failure>();
+    response
 }
 
 /// The process is alive: it answers.

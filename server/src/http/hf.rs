@@ -66,8 +66,8 @@ async fn classify(
     set: ApiPath<String>,
     user: User,
 ) -> Result<Json<Labels>, ApiError> {
-    let User { mut entry, headers, body } = user;
-    let received = body::receive(&app, &headers, body).await?;
+    let User { client, mut entry, headers, body } = user;
+    let received = body::receive(&app, client, &headers, body).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
     let request = Request {
         set: set.0,

@@ -28,6 +28,7 @@ use tower_http::set_header::SetResponseHeaderLayer;
 
 use error::{ApiError, ErrorCode};
 pub use extract::RequestContext;
+pub use health::ProbesOnly;
 pub use observe::PeerAddress;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -63,7 +64,8 @@ pub fn build_router(app: AppState) -> Router {
         .layer(Extension(Arc::new(document)))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
-        .layer(CatchPanicLayer::custom(panicked));
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(health::refuse_surplus));
     let secure =
         |router: Router<AppState>, (name, value)| router.layer(SetResponseHeaderLayer::if_not_present(name, value));
     SECURITY_HEADERS

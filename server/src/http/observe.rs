@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::error::{Failure, cut};
 use super::extract::RequestContext;
+use crate::admission::Client;
 use crate::app::AppState;
 use crate::repeats::REPEATS;
 
@@ -43,7 +44,11 @@ impl Drop for InFlight<'_> {
 pub async fn observe(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let peer = request.extensions().get::<PeerAddress>().copied();
-    let context = RequestContext { started, from_loopback: peer.is_some_and(|peer| is_local(peer, request.headers())) };
+    let context = RequestContext {
+        started,
+        client: peer.map_or(Client::UNKNOWN, |PeerAddress(peer)| peer.ip().into()),
+        from_loopback: peer.is_some_and(|peer| is_local(peer, request.headers())),
+    };
     request.extensions_mut().insert(context);
     let id = request.headers().get(&REQUEST_ID).cloned();
     let method = request.method().clone();

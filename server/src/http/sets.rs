@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 use super::auth::Admin;
 use super::body;
 use super::error::{ApiError, ErrorCode};
-use super::extract::ApiPath;
+use super::extract::{ApiPath, RequestContext};
 use super::openapi::{ADMIN, LIFECYCLE, LOAD, commands, errors};
 use crate::app::AppState;
 use crate::keys::Caller;
@@ -235,6 +235,7 @@ fn views(app: &AppState, name: &str) -> Result<Json<Vec<SetView>>, ApiError> {
 )]
 async fn upload(
     State(app): State<AppState>,
+    context: RequestContext,
     path: ApiPath<(String, String)>,
     admin: Result<Admin, ApiError>,
     headers: HeaderMap,
@@ -243,7 +244,7 @@ async fn upload(
     let (name, version) = path.0;
     let checked = async {
         let Admin(by) = admin?;
-        let _entry = app.classifier.admission.enter(&Caller::default())?;
+        let _entry = app.classifier.admission.enter(&Caller::default(), context.client)?;
         let version = checked_version(&name, &version)?;
         let upload = receive(&app, &headers, &mut body).await?;
         let is_new = app.catalog.publish(upload, &name, version).await?;

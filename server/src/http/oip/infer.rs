@@ -290,9 +290,9 @@ pub(super) async fn infer(
     path: ApiPath<ModelPath>,
     user: User,
 ) -> Result<Response, ApiError> {
-    let User { mut entry, headers, body } = user;
+    let User { client, mut entry, headers, body } = user;
     let version = path.0.version()?;
-    let received = body::receive(&app, &headers, body).await?;
+    let received = body::receive(&app, client, &headers, body).await?;
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
     let images = images(&mut request.inputs, binary, app.limits.max_images)?;
     let images = Request {

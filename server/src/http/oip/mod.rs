@@ -20,11 +20,12 @@ use path::ModelPath;
 
 use super::auth::Admin;
 use super::error::{ApiError, ErrorCode};
-use super::extract::ApiPath;
+use super::extract::{ApiPath, RequestContext};
 use super::health::Ready;
 use super::json::Object;
 use super::openapi::{ADMIN, BODY, LIFECYCLE, LOAD, commands, errors, with_version};
 use super::{body, sets};
+use crate::admission::Client;
 use crate::app::AppState;
 use crate::sets::registry::{SetState, SetStatus};
 
@@ -267,8 +268,13 @@ struct IndexRequest {
         ("x-codeSamples" = json!(commands(&["curl -X POST http://127.0.0.1:8000/v2/repository/index"]))),
     ),
 )]
-async fn index(State(app): State<AppState>, headers: HeaderMap, body: Body) -> Result<Json<Vec<IndexEntry>>, ApiError> {
-    let request: IndexRequest = read(&app, &headers, body).await?;
+async fn index(
+    State(app): State<AppState>,
+    context: RequestContext,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Vec<IndexEntry>>, ApiError> {
+    let request: IndexRequest = read(&app, context.client, &headers, body).await?;
     let statuses = app.classifier.registry.list();
     Ok(Json(statuses.iter().filter(|status| status.ready || !request.ready).map(index_entry).collect()))
 }
@@ -336,11 +342,12 @@ struct Done {}
 async fn load(
     State(app): State<AppState>,
     set: ApiPath<String>,
+    context: RequestContext,
     Admin(by): Admin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Done>, ApiError> {
-    let request: RepositoryRequest = read(&app, &headers, body).await?;
+    let request: RepositoryRequest = read(&app, context.client, &headers, body).await?;
     if let Some(name) = request.parameters.keys().find(|name| *name == "config" || name.starts_with("file:")) {
         let message = format!("`{name}` cannot be given with a load; upload expert sets with PUT /sets/NAME/VERSION");
         return Err(ApiError::invalid(message));
@@ -371,10 +378,11 @@ async fn unload(State(app): State<AppState>, set: ApiPath<String>, Admin(by): Ad
 /// A JSON body that may be left out.
 async fn read<T: Default + serde::de::DeserializeOwned>(
     app: &AppState,
+    client: Client,
     headers: &HeaderMap,
     body: Body,
 ) -> Result<T, ApiError> {
-    let received = body::receive(app, headers, body).await?;
+    let received = body::receive(app, client, headers, body).await?;
     if received.bytes.is_empty() {
         return Ok(T::default());
     }
