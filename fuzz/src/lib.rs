@@ -33,7 +33,7 @@ fn start() -> Result<(Runtime, Router), Box<dyn std::error::Error + Send + Sync>
         let args = Cli::try_parse_from(flags)?.serve;
         let app = serve::assemble(&args)?;
         serve::make_ready(&app, &args).await?;
-        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(http::build_router(app))
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(http::build_router(app)?)
     })?;
     Ok((runtime, router))
 }

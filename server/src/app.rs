@@ -41,6 +41,8 @@ pub struct App {
     pub user_keys: Keys,
     /// Keys that may do everything.
     pub admin_keys: Keys,
+    /// Other sites whose pages may send requests, as browsers write them.
+    pub cors_origins: Vec<String>,
     /// Whether management without a key is open to this machine.
     pub trusts_loopback: bool,
     pub catalog: Catalog,

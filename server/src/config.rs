@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use model_core::config::ViTConfig;
 
 use crate::admission::{Ceilings, ImageLimits};
+use crate::http::origin::parse_origin;
 use crate::units::{ByteSize, parse_duration};
 
 /// Image-classification inference server for edge gateways: ButterflyViT over HTTP.
@@ -233,6 +234,10 @@ pub struct AuthArgs {
     /// lets everybody manage.
     #[arg(long, env = "BVIT_TRUST_LOOPBACK", default_value_t = false, conflicts_with_all = ["admin_key_file", "admin_key_out"])]
     pub trust_loopback: bool,
+    /// Other site whose pages may send requests and read answers, as `https://HOST` or `https://HOST:PORT`; several
+    /// separated by commas. Without one, what pages of other sites send is refused unless it carries a key.
+    #[arg(long, env = "BVIT_CORS_ORIGIN", value_delimiter = ',', value_parser = parse_origin, value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
     /// File of user keys, one `NAME:KEY` or `KEY` a line; without user keys anyone may classify.
     #[arg(long, env = "BVIT_USER_KEY_FILE", value_name = "FILE")]
     pub user_key_file: Option<PathBuf>,

@@ -17,6 +17,7 @@ use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
 use crate::config::{LimitArgs, ServeArgs, threads_or_cores};
+use crate::http::build_router;
 use crate::keys::Keys;
 use crate::memory::ProcessMemory;
 use crate::metrics::{Metrics, saturating};
@@ -71,12 +72,13 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         let limits = LimitArgs { max_connections: settings.max_connections, ..args.limits.clone() };
         let args = &ServeArgs { listen: address, limits, ..args.clone() };
         let app = assemble(args)?;
+        let router = build_router(app.clone())?;
         if !args.registry.watch_store.is_zero() {
             tokio::spawn(catalog::watch(app.catalog.clone(), args.registry.watch_store, shutdown.clone()));
         }
         tracing::info!(%address, "listening");
         // The server answers probes while it loads models, so that a probe can tell a starting server from a dead one.
-        let mut server = tokio::spawn(serve(listener, app.clone(), settings, stop));
+        let mut server = tokio::spawn(serve(listener, router, app.clone(), settings, stop));
         tokio::select! {
             ready = make_ready(&app, args) => ready?,
             stopped = &mut server => return Ok(stopped?),
@@ -199,6 +201,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         decompression: BlockingPool::start("inflate", 1, Priority::Normal).context(NO_THREADS)?,
         user_keys: user_keys(args)?,
         admin_keys: admin_keys(args)?,
+        cors_origins: args.auth.cors_origin.clone(),
         trusts_loopback: args.auth.trust_loopback,
         catalog,
         started: Instant::now(),

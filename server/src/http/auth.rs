@@ -28,6 +28,11 @@ fn missing_or_wrong(headers: &HeaderMap) -> ApiError {
     ApiError::new(ErrorCode::Unauthorized, message)
 }
 
+/// Whether a request carries a key that is known here, a user's or an admin's.
+pub fn is_known(app: &App, headers: &HeaderMap) -> bool {
+    presented(headers).is_some_and(|key| app.user_keys.find(key).or_else(|| app.admin_keys.find(key)).is_some())
+}
+
 /// The request of someone who may classify: without user keys anyone, with them the holder of a user or admin key. The
 /// request was let in; its body waits to be read.
 #[derive(Debug)]

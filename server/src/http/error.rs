@@ -67,6 +67,8 @@ error_codes! {
     Unauthorized "unauthorized" UNAUTHORIZED;
     /// The key lacks the right, or there is no admin key that could give it.
     Forbidden "forbidden" FORBIDDEN;
+    /// A page of another site sent the request, without a key.
+    CrossSite "cross_site" FORBIDDEN;
     /// There is no such path.
     RouteNotFound "route_not_found" NOT_FOUND;
     /// There is no such expert set or version.

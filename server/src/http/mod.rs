@@ -14,6 +14,7 @@ pub mod json;
 pub mod observe;
 pub mod oip;
 pub mod openapi;
+pub mod origin;
 pub mod sets;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use axum::http::{HeaderName, HeaderValue, Uri, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router};
+use tower::util::option_layer;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::set_header::SetResponseHeaderLayer;
@@ -57,7 +59,10 @@ pub fn declare(metrics: &Metrics) {
 }
 
 /// Every route with what surrounds it.
-pub fn build_router(app: AppState) -> Router {
+///
+/// # Errors
+/// Names an origin that no browser sends.
+pub fn build_router(app: AppState) -> anyhow::Result<Router> {
     let (router, described) = api().split_for_parts();
     let document = openapi::Document::new(openapi::describe(&described));
     let router = router
@@ -65,17 +70,21 @@ pub fn build_router(app: AppState) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(origin::refuse_other_sites(&app.cors_origins)?)
+        .layer(middleware::map_request_with_state(app.clone(), origin::forget_origin))
+        .layer(option_layer((!app.cors_origins.is_empty()).then(|| origin::allow_sites(&app.cors_origins))))
         .layer(middleware::from_fn(health::refuse_surplus));
     let secure =
         |router: Router<AppState>, (name, value)| router.layer(SetResponseHeaderLayer::if_not_present(name, value));
-    SECURITY_HEADERS
+    let router = SECURITY_HEADERS
         .into_iter()
         .fold(router, secure)
         .layer(middleware::from_fn_with_state(app.clone(), observe::observe))
         .layer(PropagateRequestIdLayer::x_request_id())
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
         .layer(middleware::map_request(observe::forget_unusable_id))
-        .with_state(app)
+        .with_state(app);
+    Ok(router)
 }
 
 /// For answers that say nothing else: no browser is to guess a type, show them inside another site's page, run anything

@@ -15,7 +15,7 @@ use crate::admission::Client;
 use crate::app::AppState;
 use crate::repeats::REPEATS;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id taken from a client.
 const MAX_REQUEST_ID: usize = 128;
 /// Stands for every path that matches no route, so that clients cannot make labels.

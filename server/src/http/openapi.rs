@@ -50,6 +50,8 @@ pub const LOAD: &[ErrorCode] = &[
 ];
 /// Errors of requests that are refused while the server starts or stops.
 pub const LIFECYCLE: &[ErrorCode] = &[ErrorCode::NotReady, ErrorCode::Draining];
+/// Errors of every request that is no GET.
+const CHANGES: &[ErrorCode] = &[ErrorCode::CrossSite];
 /// Errors of every request.
 const ALWAYS: &[ErrorCode] = &[ErrorCode::Internal, ErrorCode::TooManyConnections];
 
@@ -128,7 +130,7 @@ pub fn describe(api: &OpenApi) -> Value {
                 operation["operationId"] =
                     json!(format!("{}_put", operation["operationId"].as_str().unwrap_or_default()));
             }
-            describe_operation(&path, operation);
+            describe_operation(&path, method, operation);
         }
         paths.insert(path, item);
     }
@@ -157,7 +159,7 @@ pub fn describe(api: &OpenApi) -> Value {
     })
 }
 
-fn describe_operation(path: &str, operation: &mut Value) {
+fn describe_operation(path: &str, method: &str, operation: &mut Value) {
     let names: Vec<&str> = path.split(['{', '}']).skip(1).step_by(2).collect();
     let mut described = operation["parameters"].as_array().cloned().unwrap_or_default();
     // What the path names, the query need not.
@@ -177,7 +179,9 @@ fn describe_operation(path: &str, operation: &mut Value) {
     }
     let errors = operation.as_object_mut().and_then(|operation| operation.remove(ERRORS)).unwrap_or_default();
     let is_listed = |code: &ErrorCode| {
-        ALWAYS.contains(code) || errors.as_array().is_some_and(|errors| errors.contains(&json!(code.as_str())))
+        ALWAYS.contains(code)
+            || (method != "get" && CHANGES.contains(code))
+            || errors.as_array().is_some_and(|errors| errors.contains(&json!(code.as_str())))
     };
     let codes: Vec<ErrorCode> = ErrorCode::ALL.into_iter().filter(is_listed).collect();
     let needs_key = codes.contains(&ErrorCode::Unauthorized);

@@ -27,7 +27,7 @@ use tower::ServiceExt;
 use crate::admission::{Client, Resource, Share};
 use crate::app::AppState;
 use crate::http::error::ErrorCode;
-use crate::http::{PeerAddress, ProbesOnly, build_router};
+use crate::http::{PeerAddress, ProbesOnly};
 use crate::net::tls::Tls;
 use crate::repeats::REPEATS;
 
@@ -67,9 +67,8 @@ pub struct Stop {
 }
 
 /// Accepts connections until it is told to stop, then finishes what was accepted, for at most `drain_timeout`.
-pub async fn serve(listener: TcpListener, app: AppState, settings: ConnectionSettings, stop: Stop) {
+pub async fn serve(listener: TcpListener, router: Router, app: AppState, settings: ConnectionSettings, stop: Stop) {
     let Stop { drain: shutdown, hurry } = stop;
-    let router = build_router(app.clone());
     let connections = TaskTracker::new();
     let slots = Arc::new(Semaphore::new(settings.max_connections));
     let mut surplus = Surplus::default();

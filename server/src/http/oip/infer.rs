@@ -40,7 +40,7 @@ const LOGITS: &str = "logits";
 const LABEL: &str = "label";
 
 /// Length of the JSON that comes before binary tensors.
-const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
+pub const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 /// JSON longer than this is parsed off the async threads.
 const INLINE_JSON_BYTES: usize = 64 << 10;
 

@@ -16,6 +16,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use infer::HEADER_LENGTH;
 use path::ModelPath;
 
 use super::auth::Admin;
