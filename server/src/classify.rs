@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::join_all;
 use model_core::image::{ImageError, RgbImage};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
@@ -231,7 +231,7 @@ fn finish(
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Prediction {
     pub label: String,
-    /// Softmax over all labels of the set.
+    /// Softmax over all labels of the set, unless another function was asked for.
     pub score: f32,
     /// The label's place in the set.
     pub index: usize,
@@ -250,6 +250,35 @@ pub fn predictions(logits: &[f32], labels: &[String], top_k: usize) -> Vec<Predi
     order.into_iter().map(prediction).collect()
 }
 
+/// What turns logits into scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(rename_all = "lowercase")]
+pub enum ScoreFunction {
+    /// All scores together are 1.
+    #[default]
+    Softmax,
+    /// Each by itself, between 0 and 1.
+    Sigmoid,
+    /// The logits themselves.
+    None,
+}
+
+impl ScoreFunction {
+    /// As [`predictions`], with the scores of this function. The order is the same for all.
+    pub fn predictions(self, logits: &[f32], labels: &[String], top_k: usize) -> Vec<Prediction> {
+        let mut found = predictions(logits, labels, top_k);
+        for prediction in &mut found {
+            match self {
+                Self::Softmax => {}
+                Self::Sigmoid => prediction.score = 1.0 / (1.0 + (-logits[prediction.index]).exp()),
+                Self::None => prediction.score = logits[prediction.index],
+            }
+        }
+        found
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +290,13 @@ mod tests {
         assert_eq!(all.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2, 0]);
         assert!((all.iter().map(|p| p.score).sum::<f32>() - 1.0).abs() < 1e-6);
         assert_eq!(predictions(&[1.0, 3.0, 2.0], &labels, 1), all[..1]);
+        let scores = |function: ScoreFunction| {
+            let found = function.predictions(&[1.0, 3.0, 2.0], &labels, 3);
+            found.iter().map(|p| p.score).collect::<Vec<_>>()
+        };
+        assert_eq!(scores(ScoreFunction::None), [3.0, 2.0, 1.0]);
+        assert!(scores(ScoreFunction::Sigmoid).iter().zip([0.9526, 0.8808, 0.7311]).all(|(a, b)| (a - b).abs() < 1e-4));
+        assert_eq!(scores(ScoreFunction::Softmax), all.iter().map(|p| p.score).collect::<Vec<_>>());
         assert_eq!(predictions(&[500.0, 500.0, -500.0], &labels, 1)[0].index, 0, "ties in label order, no overflow");
     }
 }

@@ -2,17 +2,20 @@
 //!
 //! Variables are prefixed because docker and systemd put unprefixed ones such as `HOSTNAME` into every environment.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::PossibleValuesParser;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use model_core::config::ViTConfig;
 
 use crate::admission::{Ceilings, ImageLimits};
 use crate::http::origin::parse_origin;
+use crate::sentence::nearest;
 use crate::units::{ByteSize, parse_duration};
 
 /// Image-classification inference server for edge gateways: ButterflyViT over HTTP.
@@ -397,6 +400,27 @@ pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, 
     Ok(cli)
 }
 
+/// A sentence for each variable that looks like a setting and is none. Values may be keys, so none is said.
+pub fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
+    /// Variables without a flag.
+    const OTHERS: [&str; 3] = ["BVIT_ADMIN_KEYS", "BVIT_USER_KEYS", "BVIT_ISA"];
+    let command = Cli::command();
+    let commands = std::iter::once(&command).chain(command.get_subcommands());
+    let mut known: BTreeSet<&str> =
+        commands.flat_map(clap::Command::get_arguments).filter_map(|arg| arg.get_env()?.to_str()).collect();
+    known.extend(OTHERS);
+    let settings = names.map(|name| name.to_string_lossy().into_owned()).filter(|name| name.starts_with("BVIT_"));
+    let unknown = settings.filter(|name| !known.contains(name.as_str()));
+    let sentence = |name: String| {
+        // Every name begins alike.
+        let ends: Vec<&str> = known.iter().filter_map(|known| known.strip_prefix("BVIT_")).collect();
+        let meant = name.strip_prefix("BVIT_").and_then(|end| nearest(end, &ends));
+        let meant = meant.map(|meant| format!("; did you mean `BVIT_{meant}`?")).unwrap_or_default();
+        format!("no setting is called `{name}`{meant}")
+    };
+    unknown.map(sentence).collect()
+}
+
 impl ServeArgs {
     /// What one client may hold at once.
     pub fn ceilings(&self) -> Ceilings {
@@ -480,7 +504,6 @@ pub fn one_line(error: &clap::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn parse_strs(args: &[&str]) -> Result<Cli, clap::Error> {
         parse(std::iter::once("butterflyvit").chain(args.iter().copied()).map(Into::into))
@@ -513,6 +536,16 @@ mod tests {
         let command = Cli::command();
         check(&command);
         command.get_subcommands().for_each(check);
+    }
+
+    #[test]
+    fn a_variable_that_is_no_setting_is_named_without_its_value() {
+        let names = ["BVIT_MAX_BODY", "BVIT_ADMIN_KEYS", "BVIT_ISA", "BVIT_TOP_K", "PATH", "BVIT_MAXBODY", "BVIT_X"];
+        let said = unknown_variables(names.map(OsString::from).into_iter());
+        assert_eq!(
+            said,
+            ["no setting is called `BVIT_MAXBODY`; did you mean `BVIT_MAX_BODY`?", "no setting is called `BVIT_X`"]
+        );
     }
 
     #[test]

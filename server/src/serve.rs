@@ -16,7 +16,7 @@ use crate::classify::Classifier;
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
-use crate::config::{LimitArgs, ServeArgs, threads_or_cores};
+use crate::config::{self, LimitArgs, ServeArgs, threads_or_cores};
 use crate::http::build_router;
 use crate::keys::Keys;
 use crate::memory::ProcessMemory;
@@ -56,6 +56,9 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     if let Err(error) = model_core::restart::with_environment(&ALLOCATOR) {
         tracing::warn!(%error, "cannot start over with the allocator's setting: photos will take more memory");
+    }
+    for unknown in config::unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
+        tracing::warn!("{unknown}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {

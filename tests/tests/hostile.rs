@@ -342,7 +342,7 @@ fn the_log_shows_neither_keys_nor_images() {
     let base64 = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &picture);
     let json = serde_json::json!({ "inputs": base64 });
     assert_eq!(Answer::of(server.post("/classify").bearer_auth("the-users-secret").json(&json)).status, 200);
-    let wrong = server.post("/classify?key=in-a-query").bearer_auth("a-wrong-secret").body(picture);
+    let wrong = server.post("/classify?set=in-a-query").bearer_auth("a-wrong-secret").body(picture);
     Answer::of(wrong).assert_refused(401, "unauthorized");
     let unknown = server.get("/no/such/route?token=in-a-query");
     unknown.assert_refused(404, "route_not_found");

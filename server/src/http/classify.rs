@@ -17,7 +17,7 @@ use super::input::{ImageForm, JsonRequest};
 use super::openapi::{BODY, IMAGES, LIFECYCLE, LOAD, SetName, USER, Version, commands, errors};
 use super::{body, input};
 use crate::app::AppState;
-use crate::classify::{self, Answers, Prediction, Request, predictions};
+use crate::classify::{self, Answers, Prediction, Request, ScoreFunction};
 use crate::routing_map::RoutingMap;
 use crate::sets::loaded::{Answer, SetLease};
 use crate::statistics::Timings;
@@ -221,17 +221,17 @@ async fn classify(
     let answers = app.classifier.answer(&mut entry, request).await?;
     // The encoded bytes are not needed any more, and the answer may be slow to leave.
     drop(received);
-    respond(answers, top_k.unwrap_or(DEFAULT_TOP_K), input.is_batch)
+    respond(answers, top_k.unwrap_or(DEFAULT_TOP_K), input.function, input.is_batch)
 }
 
-fn respond(answers: Answers, top_k: usize, is_batch: bool) -> Result<Response, ApiError> {
+fn respond(answers: Answers, top_k: usize, function: ScoreFunction, is_batch: bool) -> Result<Response, ApiError> {
     let Answers { lease, images } = answers;
     let timings = slowest(&images);
     let classification = |answer: Answer| Classification {
         set: lease.descriptor.name.clone(),
         version: lease.descriptor.version,
         generation: lease.descriptor.generation(),
-        predictions: predictions(&answer.logits, lease.value.labels(), top_k),
+        predictions: function.predictions(&answer.logits, lease.value.labels(), top_k),
         timings_ms: answer.timings,
         routing: answer.routing,
     };

@@ -16,7 +16,7 @@ use super::input::{ImageForm, JsonRequest};
 use super::openapi::{commands, errors};
 use super::{body, input};
 use crate::app::AppState;
-use crate::classify::{Prediction, Request, predictions};
+use crate::classify::{Prediction, Request};
 use crate::sets::loaded::Answer;
 
 /// The routes of this resource.
@@ -80,7 +80,7 @@ async fn classify(
     let answers = app.classifier.answer(&mut entry, request).await?;
     let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);
     let labels = answers.lease.value.labels();
-    let list = |answer: Answer| predictions(&answer.logits, labels, top_k);
+    let list = |answer: Answer| input.function.predictions(&answer.logits, labels, top_k);
     // The schema has no place for one image's error among other images' answers.
     let mut lists: Vec<Vec<Prediction>> =
         answers.images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;

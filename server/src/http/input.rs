@@ -4,6 +4,7 @@ use std::fmt;
 use std::num::IntErrorKind;
 
 use axum::body::Body;
+use axum::extract::multipart::Field;
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request};
 use axum::http::{HeaderMap, header};
 use base64::Engine;
@@ -11,14 +12,16 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
 use model_core::image::ImageError;
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny, IntoDeserializer, SeqAccess, Visitor};
 use serde_json::{Value, json};
 use utoipa::openapi::{ArrayBuilder, ObjectBuilder, OneOfBuilder, RefOr, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::error::{ApiError, ErrorCode};
-use super::json::{Count, Object};
-use crate::classify::{self, Image};
+use super::error::{ApiError, ErrorCode, cut};
+use super::json::{self, Count, Object};
+use crate::classify::{self, Image, ScoreFunction};
+use crate::repeats::REPEATS;
+use crate::sentence::{nearest, unknown_name};
 
 /// Padding is optional: some encoders leave it out.
 const STANDARD: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::STANDARD, LENIENT);
@@ -37,6 +40,8 @@ pub struct ClassifyInput {
     pub set: Option<String>,
     /// Number of labels asked for in the body.
     pub top_k: Option<usize>,
+    /// What turns logits into scores.
+    pub function: ScoreFunction,
 }
 
 /// Reads a body by its content type. `max_images` bounds what is collected.
@@ -110,6 +115,7 @@ impl Form {
 
 /// Images in JSON: Hugging Face's schema.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(super) struct JsonRequest {
     inputs: Inputs,
     #[serde(default)]
@@ -118,27 +124,48 @@ pub(super) struct JsonRequest {
     /// The expert set to ask, unless path or query name one; `set` is understood too.
     #[serde(default, alias = "set")]
     model: Option<String>,
+    /// What Hugging Face's hosted service is told; changes nothing here.
+    #[serde(default, rename = "options")]
+    #[schema(value_type = Option<JsonOptions>)]
+    _options: Option<Object<JsonOptions>>,
 }
 
 /// What else is asked for.
 #[derive(Deserialize, Default, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct JsonParameters {
     /// How many labels to answer, best first.
     #[serde(default)]
     #[schema(value_type = Option<usize>, minimum = 1)]
     top_k: Option<Count>,
+    /// What turns the model's numbers into scores; `softmax` when left out.
+    #[serde(default)]
+    function_to_apply: Option<ScoreFunction>,
+}
+
+/// Hints for Hugging Face's hosted service. A set is always waited for, and answers are never cached.
+#[derive(Deserialize, Default, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct JsonOptions {
+    #[serde(default, rename = "wait_for_model")]
+    _wait_for_model: Option<bool>,
+    #[serde(default, rename = "use_cache")]
+    _use_cache: Option<bool>,
 }
 
 /// Images in a form.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes a form that axum reads")]
 pub(super) struct ImageForm {
-    /// A file; further files, and this one, may have any name.
+    /// A file; further files, and this one, may have any name. Text fields and files without a byte are no images.
     #[schema(value_type = String, format = Binary)]
     image: Bytes,
     /// How many labels to answer, best first.
     #[schema(minimum = 1, required = false)]
     top_k: usize,
+    /// What turns the model's numbers into scores; `softmax` when left out.
+    #[schema(required = false)]
+    function_to_apply: ScoreFunction,
 }
 
 /// A request that can be sent as it stands.
@@ -213,12 +240,12 @@ impl<'de> Deserialize<'de> for Inputs {
 }
 
 fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError> {
-    let Object(request): Object<JsonRequest> = serde_json::from_slice(body)
-        .map_err(|error| ApiError::invalid(format!("the request's JSON is not understood: {error}")))?;
+    let request: JsonRequest = json::read(body)?;
     if request.inputs.count > max_images.min(Inputs::KEEP) {
         return Err(too_many(max_images));
     }
-    let top_k = request.parameters.and_then(|parameters| parameters.0.top_k).map(|count| count.0);
+    let Object(parameters) = request.parameters.unwrap_or_default();
+    let top_k = parameters.top_k.map(|count| count.0);
     if top_k == Some(0) {
         return Err(bad_top_k());
     }
@@ -227,6 +254,7 @@ fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError>
         is_batch: request.inputs.is_list,
         set: request.model,
         top_k,
+        function: parameters.function_to_apply.unwrap_or_default(),
     })
 }
 
@@ -258,25 +286,55 @@ async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) ->
     let mut input = ClassifyInput::default();
     while let Some(part) = parts.next_field().await.map_err(|error| broken(&error.body_text()))? {
         let name = part.name().unwrap_or_default().to_owned();
-        let is_parameter = part.file_name().is_none() && ["set", "model", "top_k"].contains(&name.as_str());
+        let is_file = is_file(&part);
         let bytes = part.bytes().await.map_err(|error| broken(&error.body_text()))?;
-        if is_parameter {
-            let text = std::str::from_utf8(&bytes).map_err(|error| broken(&error))?.trim();
-            if name == "top_k" {
-                input.top_k = Some(parse_top_k(text)?);
-            } else {
-                input.set = Some(text.to_owned());
-            }
+        if !is_file {
+            let text = std::str::from_utf8(&bytes).map_err(|error| broken(&error))?;
+            parameter(&mut input, &name, text.trim())?;
+        } else if bytes.is_empty() {
+            // What a page sends for a file that nobody chose.
         } else if input.images.len() == max_images {
             return Err(too_many(max_images));
-        } else if bytes.is_empty() {
-            input.images.push(Err(ImageError::Empty.into()));
         } else {
             input.images.push(Ok(Image::Encoded(bytes)));
         }
     }
     input.is_batch = input.images.len() > 1;
     Ok(input)
+}
+
+/// A file has a name, or a content type that is not text's; everything else in a form is a text field.
+fn is_file(part: &Field<'_>) -> bool {
+    let is_text = |kind: &str| kind.trim().is_empty() || kind.trim_start().to_ascii_lowercase().starts_with("text/");
+    part.file_name().is_some() || part.content_type().is_some_and(|kind| !is_text(kind))
+}
+
+/// Takes in a text field of a form. A page's form may have fields that mean nothing here, such as its button; one that
+/// looks like a parameter must not be passed over without a word.
+fn parameter(input: &mut ClassifyInput, name: &str, text: &str) -> Result<(), ApiError> {
+    const PARAMETERS: [&str; 4] = ["set", "model", "top_k", "function_to_apply"];
+    /// Parameters of the query.
+    const ELSEWHERE: [&str; 2] = ["version", "routing"];
+    match name {
+        "set" | "model" => input.set = Some(text.to_owned()),
+        "top_k" => input.top_k = Some(parse_top_k(text)?),
+        "function_to_apply" => {
+            let wrong = |_: serde::de::value::Error| ApiError::invalid("function_to_apply is softmax, sigmoid or none");
+            input.function = ScoreFunction::deserialize(text.into_deserializer()).map_err(wrong)?;
+        }
+        _ if ELSEWHERE.contains(&name) => {
+            return Err(ApiError::invalid(format!("`{name}` goes into the query: /classify?{name}={text}")));
+        }
+        _ if nearest(name, &PARAMETERS).is_some() => {
+            return Err(ApiError::invalid(unknown_name("the form's field", name, &PARAMETERS)));
+        }
+        _ => {
+            if let Some(repeated) = REPEATS.admit("unknown field of a form") {
+                tracing::warn!(field = cut(name).as_ref(), repeated, "a form has a field that nobody knows");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `top_k` as text.
@@ -350,7 +408,7 @@ mod tests {
         assert_eq!(files(single.images), [Ok(Bytes::from_static(b"hi"))]);
         assert_eq!((single.top_k, single.set.as_deref(), single.is_batch), (Some(2), Some("s"), false));
 
-        let list = br#"{"inputs":["data:image/png;base64,aGk","aG\nk=","%"],"parameters":null,"extra":[1,{}]}"#;
+        let list = br#"{"inputs":["data:image/png;base64,aGk","aG\nk=","%"],"parameters":null,"options":{"wait_for_model":true}}"#;
         let list = parse_as(json, list).await.unwrap();
         assert!(list.is_batch);
         let hi = || Ok(Bytes::from_static(b"hi"));
@@ -360,7 +418,11 @@ mod tests {
     #[tokio::test]
     async fn wrong_json_is_refused_with_a_reason() {
         let many = format!(r#"{{"inputs":[{}"a"]}}"#, r#""","#.repeat(9000));
-        let cases: [(&[u8], ErrorCode); 10] = [
+        let cases: [(&[u8], ErrorCode); 14] = [
+            (br#"{"inputs":"aGk=","parameters":{"topk":1}}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":"aGk=","threshold":0.5}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":"aGk=","options":{"wait":true}}"#, ErrorCode::InvalidRequest),
+            (br#"{"inputs":"aGk=","parameters":{"function_to_apply":"relu"}}"#, ErrorCode::InvalidRequest),
             (br#"{"inputs":"aGk=","parameters":{"top_k":0}}"#, ErrorCode::InvalidRequest),
             (br#"{"inputs":"aGk=","parameters":[1]}"#, ErrorCode::InvalidRequest),
             (b"{", ErrorCode::InvalidRequest),
@@ -386,12 +448,24 @@ mod tests {
         let body = part("name=\"file\"; filename=\"a.png\"", "one")
             + &part("name=\"top_k\"", "3")
             + &part("name=\"set\"", "flowers")
-            + &part("name=\"whatever\"", "two")
+            + &part("name=\"whatever\"", "a text field")
+            + &part("name=\"nothing chosen\"; filename=\"\"", "")
+            + &part("name=\"none\"\r\nContent-Type: image/png", "two")
             + "--b--\r\n";
         let input = parse_as(Some("multipart/form-data; boundary=b"), body.as_bytes()).await.unwrap();
         assert_eq!(files(input.images), [Ok(Bytes::from_static(b"one")), Ok(Bytes::from_static(b"two"))]);
         assert_eq!((input.top_k, input.set.as_deref(), input.is_batch), (Some(3), Some("flowers"), true));
 
+        for (field, said) in
+            [("topk", "did you mean `top_k`?"), ("Model ", "did you mean `model`?"), ("routing", "query")]
+        {
+            let body = part("name=\"f\"; filename=\"x\"", "x") + &part(&format!("name=\"{field}\""), "1") + "--b--\r\n";
+            let error = parse_as(Some("multipart/form-data; boundary=b"), body.as_bytes()).await.unwrap_err();
+            assert!(error.code() == ErrorCode::InvalidRequest && error.to_string().contains(said), "{field}: {error}");
+        }
+        let none = part("name=\"image\"", "a text") + &part("name=\"f\"; filename=\"\"", "") + "--b--\r\n";
+        let error = parse_as(Some("multipart/form-data; boundary=b"), none.as_bytes()).await.unwrap_err();
+        assert!(error.to_string().contains("no image"), "{error}");
         let too_many = part("name=\"f\"; filename=\"x\"", "x").repeat(4) + "--b--\r\n";
         let error = parse_as(Some("multipart/form-data; boundary=b"), too_many.as_bytes()).await.unwrap_err();
         assert_eq!(error.code(), ErrorCode::BatchTooLarge);

@@ -1,10 +1,47 @@
 //! JSON bodies of requests and answers.
 
+use super::error::ApiError;
+use crate::sentence::unknown_name;
+
 use std::marker::PhantomData;
 
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+
+/// Names of Hugging Face's zero-shot requests.
+const ZERO_SHOT: [&str; 4] = ["candidate_labels", "candidateLabels", "hypothesis_template", "hypothesisTemplate"];
+
+/// Reads a request's JSON, an object.
+///
+/// # Errors
+/// 400 with a sentence that names what is wrong; a field that nobody knows, by its name.
+pub fn read<T: DeserializeOwned>(json: &[u8]) -> Result<T, ApiError> {
+    let parsed: Result<Object<T>, _> = serde_json::from_slice(json);
+    parsed.map(|Object(value)| value).map_err(|error| ApiError::invalid(explain(&error.to_string())))
+}
+
+/// What a reader derived with `deny_unknown_fields` says, as a sentence of ours.
+fn explain(error: &str) -> String {
+    let Some((name, known)) = unknown_field(error) else {
+        return format!("the request's JSON is not understood: {error}");
+    };
+    if ZERO_SHOT.contains(&name) {
+        return format!(
+            "`{name}` asks for zero-shot classification, which is not done here: an expert set has the labels it was \
+             trained for, and answers with those"
+        );
+    }
+    unknown_name("the request's field", name, &known)
+}
+
+/// The unknown field and the known ones of "unknown field `a`, expected one of `b`, `c` at line 1 column 2".
+fn unknown_field(error: &str) -> Option<(&str, Vec<&str>)> {
+    let named = error.strip_prefix("unknown field `")?;
+    // From behind, since the client chose the name.
+    let (name, known) = named.rsplit_once("`, expected ").or_else(|| named.rsplit_once("`, there are no fields"))?;
+    Some((name, known.split('`').skip(1).step_by(2).collect()))
+}
 
 /// A `T` that came as a JSON object. Derived readers take a list of a struct's values in its place, which no client
 /// means and no document mentions.
@@ -85,6 +122,29 @@ mod tests {
         for text in ["-1", "0.5", "\"7\"", "null", "true", "[]"] {
             assert_eq!(read(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_with_the_known_ones() {
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        #[expect(dead_code, reason = "only the names matter")]
+        struct Known {
+            #[serde(default)]
+            top_k: u8,
+            #[serde(default, alias = "set")]
+            model: u8,
+        }
+        let refused = |json: &str| read::<Known>(json.as_bytes()).unwrap_err().to_string();
+        let topk = refused(r#"{"topk":3}"#);
+        assert_eq!(
+            topk,
+            "the request's field `topk` is unknown; did you mean `top_k`? (there are `top_k`, `model`, `set`)"
+        );
+        let odd = refused(r#"{"a`, expected `b":3}"#);
+        assert!(odd.starts_with("the request's field `a`, expected `b` is unknown"), "{odd}");
+        assert!(refused(r#"{"candidate_labels":["cat"]}"#).contains("zero-shot"));
+        assert!(refused(r#"{"top_k":"#).contains("not understood"));
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod health;
 pub mod hf;
 pub mod input;
 pub mod json;
+pub mod known;
 pub mod observe;
 pub mod oip;
 pub mod openapi;
@@ -25,6 +26,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router};
 use tower::util::option_layer;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::normalize_path::NormalizePath;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::set_header::SetResponseHeaderLayer;
 
@@ -68,7 +70,9 @@ pub fn build_router(app: AppState) -> anyhow::Result<Router> {
     let router = router
         .layer(Extension(Arc::new(document)))
         .fallback(unknown_route)
-        .method_not_allowed_fallback(wrong_method)
+        .method_not_allowed_fallback(known::wrong_method)
+        .layer(middleware::from_fn(known::refuse_unknown))
+        .layer(Extension(Arc::new(known::Known::of(&described))))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(origin::refuse_other_sites(&app.cors_origins)?)
         .layer(middleware::map_request_with_state(app.clone(), origin::forget_origin))
@@ -84,7 +88,8 @@ pub fn build_router(app: AppState) -> anyhow::Result<Router> {
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
         .layer(middleware::map_request(observe::forget_unusable_id))
         .with_state(app);
-    Ok(router)
+    // Around the router, because a path is matched before what a router wraps sees it.
+    Ok(Router::new().fallback_service(NormalizePath::trim_trailing_slash(router)))
 }
 
 /// For answers that say nothing else: no browser is to guess a type, show them inside another site's page, run anything
@@ -98,13 +103,6 @@ const SECURITY_HEADERS: [(HeaderName, HeaderValue); 4] = [
 
 async fn unknown_route(uri: Uri) -> ApiError {
     ApiError::new(ErrorCode::RouteNotFound, format!("there is nothing at {}", uri.path()))
-}
-
-async fn wrong_method() -> ApiError {
-    ApiError::new(
-        ErrorCode::MethodNotAllowed,
-        "this path does not take this method; the Allow header has those it takes",
-    )
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {

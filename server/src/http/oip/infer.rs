@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use model_core::image::RgbImage;
-use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::openapi::schema::SchemaType;
@@ -20,7 +20,7 @@ use super::super::classify::{CLASSIFY, EXPERT_SET_GENERATION};
 use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::{ApiPath, RequestContext};
 use super::super::input::EXAMPLE_IMAGE;
-use super::super::json::{Count, Object};
+use super::super::json::{self, Count, Object};
 use super::super::openapi::{commands, errors};
 use super::path::ModelPath;
 use crate::app::AppState;
@@ -46,6 +46,7 @@ const INLINE_JSON_BYTES: usize = 64 << 10;
 
 /// Tensors in, and which ones are wanted out.
 #[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct InferRequest {
     /// Comes back with the answer.
     #[serde(default)]
@@ -59,6 +60,12 @@ struct InferRequest {
     #[serde(default)]
     #[schema(value_type = Option<Vec<OutputRequest>>)]
     outputs: Option<Vec<Object<OutputRequest>>>,
+    /// KServe's client repeats here what the path says; the path decides.
+    #[serde(default, rename = "model_name")]
+    _model_name: Option<String>,
+    /// As `model_name`.
+    #[serde(default, rename = "model_version")]
+    _model_version: Option<String>,
 }
 
 #[derive(Default, Deserialize, ToSchema)]
@@ -71,6 +78,7 @@ struct RequestParameters {
 /// `image` BYTES `[n]`, encoded files (base64 in JSON); `pixels` UINT8 `[n, height, width, 3]`, images of any size; or
 /// `input` FP32 `[n, 3, side, side]`, the model's own normalised input.
 #[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct InputTensor {
     #[schema(value_type = InputName)]
     name: String,
@@ -112,10 +120,15 @@ struct InputParameters {
     #[serde(default)]
     #[schema(value_type = Option<usize>)]
     binary_data_size: Option<Count>,
+    /// Always refused: no memory is shared with clients.
+    #[serde(default)]
+    #[schema(ignore)]
+    shared_memory_region: Option<IgnoredAny>,
 }
 
 /// `scores` FP32 `[n, classes]`, `logits` FP32 `[n, classes]` or `label` BYTES `[n, 1]`.
 #[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct OutputRequest {
     #[schema(value_type = OutputName)]
     name: String,
@@ -143,6 +156,10 @@ struct OutputParameters {
     /// Whether this output comes in binary.
     #[serde(default)]
     binary_data: Option<bool>,
+    /// Always refused: no memory is shared with clients.
+    #[serde(default)]
+    #[schema(ignore)]
+    shared_memory_region: Option<IgnoredAny>,
 }
 
 const CURL: &str = "curl http://127.0.0.1:8000/v2/models/cifar100/infer --json \"{\\\"inputs\\\": [{\\\"name\\\": \\\"image\\\", \\\"datatype\\\": \\\"BYTES\\\", \\\"shape\\\": [1], \\\"data\\\": [\\\"$(base64 -w0 cat.jpg)\\\"]}]}\"";
@@ -294,6 +311,7 @@ pub(super) async fn infer(
     let version = path.0.version()?;
     let received = body::receive(&app, client, &headers, body).await?;
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
+    refuse_shared_memory(&request)?;
     let images = images(&mut request.inputs, binary, app.limits.max_images)?;
     let images = Request {
         set: path.0.set,
@@ -323,14 +341,26 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
         let input = InputTensor { name: IMAGE.into(), shape: vec![Count(1)], ..InputTensor::default() };
         return Ok((InferRequest { inputs: vec![Object(input)], ..InferRequest::default() }, body));
     }
-    let (json, binary) = (body.slice(..length), body.slice(length..));
-    let parse = move || serde_json::from_slice(&json);
+    let (text, binary) = (body.slice(..length), body.slice(length..));
+    let parse = move || json::read(&text);
     let parsed = match length {
         0..=INLINE_JSON_BYTES => parse(),
         _ => app.decompression.run(parse).await?,
     };
-    let Object(request) = parsed.map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))?;
-    Ok((request, binary))
+    Ok((parsed?, binary))
+}
+
+/// Without this a tensor in shared memory would be missing, or answered in the body, without a word.
+fn refuse_shared_memory(request: &InferRequest) -> Result<(), ApiError> {
+    let inputs = request.inputs.iter().filter_map(|Object(input)| input.parameters.as_ref());
+    let outputs = request.outputs.iter().flatten().filter_map(|Object(output)| output.parameters.as_ref());
+    let mut regions = inputs
+        .map(|Object(parameters)| &parameters.shared_memory_region)
+        .chain(outputs.map(|Object(parameters)| &parameters.shared_memory_region));
+    if regions.any(Option::is_some) {
+        return Err(ApiError::invalid("`shared_memory_region` is not taken; send and receive tensors in the body"));
+    }
+    Ok(())
 }
 
 fn images(inputs: &mut [Object<InputTensor>], binary: Bytes, max_images: usize) -> Result<Vec<Image>, ApiError> {

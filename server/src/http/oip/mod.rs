@@ -23,9 +23,8 @@ use super::auth::Admin;
 use super::error::{ApiError, ErrorCode};
 use super::extract::{ApiPath, RequestContext};
 use super::health::Ready;
-use super::json::Object;
 use super::openapi::{ADMIN, BODY, LIFECYCLE, LOAD, commands, errors, with_version};
-use super::{body, sets};
+use super::{body, json, sets};
 use crate::admission::Client;
 use crate::app::AppState;
 use crate::sets::registry::{SetState, SetStatus};
@@ -248,6 +247,7 @@ async fn ready(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<
 
 /// What the index is asked for.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct IndexRequest {
     /// Only those that are ready.
     #[serde(default)]
@@ -315,6 +315,7 @@ fn index_entry(status: &SetStatus) -> IndexEntry {
 
 /// How a set is to be loaded.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct RepositoryRequest {
     #[serde(default)]
     #[schema(value_type = Object)]
@@ -327,7 +328,7 @@ struct Done {}
 
 /// Load the newest version there is on the disk.
 ///
-/// The body may be left out. Triton's parameters `config` and `file:` are refused.
+/// The body may be left out. Parameters, such as Triton's `config` and `file:`, are refused.
 #[utoipa::path(
     post,
     path = "/v2/repository/models/{set}/load",
@@ -349,7 +350,7 @@ async fn load(
     body: Body,
 ) -> Result<Json<Done>, ApiError> {
     let request: RepositoryRequest = read(&app, context.client, &headers, body).await?;
-    if let Some(name) = request.parameters.keys().find(|name| *name == "config" || name.starts_with("file:")) {
+    if let Some(name) = request.parameters.keys().next() {
         let message = format!("`{name}` cannot be given with a load; upload expert sets with PUT /sets/NAME/VERSION");
         return Err(ApiError::invalid(message));
     }
@@ -387,6 +388,5 @@ async fn read<T: Default + serde::de::DeserializeOwned>(
     if received.bytes.is_empty() {
         return Ok(T::default());
     }
-    let parsed: Result<Object<T>, _> = serde_json::from_slice(&received.bytes);
-    parsed.map(|Object(value)| value).map_err(|error| ApiError::invalid(format!("the request's JSON: {error}")))
+    json::read(&received.bytes)
 }
