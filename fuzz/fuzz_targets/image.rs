@@ -7,7 +7,7 @@ mod counting;
 
 use counting::{Counting, Taken, measure};
 use libfuzzer_sys::fuzz_target;
-use model_core::image::{DecodeLimits, Preprocess, decode_square, probe};
+use model_core::image::{Crop, DecodeLimits, Fit, Preprocess, decode_picture, probe};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -20,10 +20,13 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(probing <= 4096, "{probing} bytes to look at the header");
         let Ok(info) = result else { return };
         assert!(info.decode_bytes_upper_bound <= limits.max_bytes);
-        let Taken { result, peak, .. } = measure(|| decode_square(bytes, &limits, &|| false));
+        let Taken { result, peak, .. } = measure(|| decode_picture(bytes, &limits, &|| false));
         assert!(peak as u64 <= info.decode_bytes_upper_bound, "{peak} bytes, announced were {info:?}");
-        if let Ok(image) = result {
-            assert_eq!(Preprocess::default().pixels(&image, 32).len(), 32 * 32 * 3);
+        let Ok(picture) = result else { continue };
+        for fit in [Fit::Crop, Fit::Pad, Fit::Stretch] {
+            if let Ok((samples, _)) = Preprocess::default().see(&picture, (Crop::default(), fit), 32) {
+                assert_eq!(samples.len(), 32 * 32 * 3);
+            }
         }
     }
 });

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use model_core::image::{DecodeLimits, decode_square, probe};
+use model_core::image::{DecodeLimits, Preprocess, decode_picture, probe};
 
 fn main() {
     for path in std::env::args().skip(1) {
@@ -20,13 +20,14 @@ fn main() {
 fn figures(path: &str, side: usize) -> Result<String, Box<dyn std::error::Error>> {
     let bytes = std::fs::read(path)?;
     // The server's default.
-    let limits = DecodeLimits { max_bytes: 60 << 20, ..DecodeLimits::default() }.for_side(side);
+    let limits =
+        DecodeLimits { max_bytes: 60 << 20, ..DecodeLimits::default() }.for_input(&Preprocess::default(), side);
     let info = probe(&bytes, &limits)?;
     let mut best = Duration::MAX;
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(1) {
         let begun = Instant::now();
-        decode_square(&bytes, &limits, &|| false)?;
+        decode_picture(&bytes, &limits, &|| false)?;
         best = best.min(begun.elapsed());
     }
     let (scale, memory) = (info.reduction, info.decode_bytes_upper_bound as f64 / 1e6);

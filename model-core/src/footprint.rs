@@ -319,11 +319,9 @@ mod tests {
     use super::*;
     use serde_json::Value;
 
-    use crate::artifact::{
-        BackboneEncoding, BackboneHeader, Digest, ExpertSetEncoding, ExpertSetHeader, StemEncoding, View,
-    };
+    use crate::artifact::{BackboneEncoding, BackboneHeader, Digest, ExpertSetEncoding, ExpertSetHeader, StemEncoding};
     use crate::config::{AngleSeed, FloatFormat, Generator};
-    use crate::image::Preprocess;
+    use crate::image::{Preprocess, View};
     use crate::weights::Precision;
 
     fn paper() -> ViTConfig {

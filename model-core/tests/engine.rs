@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::{expert_configs, minute_config, packed_config, relative_error};
-use model_core::artifact::{Digest, ExpertSetArtifact, View};
+use model_core::artifact::{Digest, ExpertSetArtifact};
 use model_core::config::{ExpertConfig, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet, Row, Session, SessionGroup};
 use model_core::error::ModelError;
-use model_core::image::Preprocess;
+use model_core::image::{Preprocess, View};
 use model_core::kernels::Isa;
 use model_core::random::SplitMix64;
 use model_core::random_weights::{backbone_weights, expert_set_weights};

@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
-use model_core::image::{DecodeLimits, ImageError, Preprocess, decode, probe};
+use model_core::image::{Crop, DecodeLimits, Fit, ImageError, Picture, Preprocess, decode, decode_picture, probe};
 use proptest::prelude::*;
 
 fn fixture(name: &str) -> Vec<u8> {
@@ -31,6 +31,54 @@ fn resizing_equals_pillows_to_the_last_bit() {
         let expected = decoded(&fixture(&format!("photo_{side}.png")));
         assert_eq!(Preprocess::default().fit(&photo, side), expected.as_raw()[..], "side {side}");
     }
+}
+
+#[test]
+fn parts_are_fitted_as_pillow_does_it() {
+    let picture = Picture::from(photo());
+    for (name, crop, fit) in [
+        ("photo_pad_32.png", "0,0,1,1", Fit::Pad),
+        ("photo_stretch_32.png", "0,0,1,1", Fit::Stretch),
+        ("photo_part_crop_32.png", "20,5,60,41", Fit::Crop),
+        ("photo_part_stretch_80.png", "20,5,60,41", Fit::Stretch),
+    ] {
+        let expected = decoded(&fixture(name));
+        let crop = crop.parse().unwrap();
+        let (seen, _) = Preprocess::default().see(&picture, (crop, fit), expected.width() as usize).unwrap();
+        assert!(seen == expected.as_raw()[..], "{name}");
+    }
+}
+
+/// A part counts with its own size, so that a small part of a large file keeps its detail.
+#[test]
+fn files_are_reduced_by_the_part_that_is_looked_at() {
+    let bytes = encoded(&DynamicImage::new_rgb8(2048, 1600), ImageFormat::Jpeg);
+    for (crop, reduction, size) in
+        [("0,0,1,1", 4, (512, 400)), ("0,0,0.25,0.25", 1, (2048, 1600)), ("0,0,1024,512", 2, (1024, 800))]
+    {
+        let crop: Crop = crop.parse().unwrap();
+        let limits = DecodeLimits { crop, ..DecodeLimits::default() }.for_input(&Preprocess::default(), 32);
+        assert_eq!(probe(&bytes, &limits).unwrap().reduction, reduction, "{crop:?}");
+        assert_eq!(decode(&bytes, &limits).unwrap().dimensions(), size, "{crop:?}");
+        let picture = decode_picture(&bytes, &limits, &|| false).unwrap();
+        let (_, seen) = Preprocess::default().see(&picture, (crop, Fit::Stretch), 32).unwrap();
+        assert_eq!(seen.crop, crop.shares((2048, 1600)).unwrap());
+    }
+    let outside = DecodeLimits { crop: Crop::Pixels([2000, 0, 49, 10]), ..DecodeLimits::default() };
+    assert!(matches!(probe(&bytes, &outside), Err(ImageError::Crop { width: 2048, height: 1600, .. })));
+}
+
+/// A line of pixels would make a square of terabytes.
+#[test]
+fn a_picture_of_any_shape_takes_little_memory() {
+    let line = Picture::from(RgbImage::new(70_000, 1));
+    for fit in [Fit::Pad, Fit::Stretch] {
+        let error = Preprocess::default().see(&line, (Crop::default(), fit), 32).unwrap_err();
+        assert!(matches!(error, ImageError::TooLong { .. }), "{error}");
+        let part = Crop::Pixels([0, 0, 60_000, 1]);
+        assert_eq!(Preprocess::default().see(&line, (part, fit), 32).unwrap().0.len(), 32 * 32 * 3);
+    }
+    assert!(Preprocess::default().see(&line, (Crop::default(), Fit::Crop), 32).is_ok());
 }
 
 #[test]
@@ -239,7 +287,7 @@ fn short_of_memory_a_jpeg_is_reduced_to_about_the_means() {
 
 /// The distance from what the model would see of the whole image, at most.
 fn distance_with_detail_for(side: usize, bytes: &[u8]) -> (u32, u8) {
-    let limits = DecodeLimits::default().for_side(side);
+    let limits = DecodeLimits::default().for_input(&Preprocess::default(), side);
     let seen = |image: &RgbImage| Preprocess::default().fit(image, side);
     let (whole, reduced) = (seen(&decoded(bytes)), seen(&decode(bytes, &limits).unwrap()));
     let worst = whole.iter().zip(&reduced).map(|(&a, &b)| a.abs_diff(b)).max().unwrap();

@@ -7,7 +7,7 @@ use std::io::Cursor;
 
 use counting::{Counting, Taken, measure};
 use image::{DynamicImage, ImageFormat, RgbImage};
-use model_core::image::{DecodeLimits, decode_square, probe};
+use model_core::image::{DecodeLimits, decode_picture, probe};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -59,7 +59,7 @@ fn decoding_takes_no_more_memory_than_its_bound() {
         }
     }
     for (name, bytes, limits) in limited {
-        let decoding = measure(|| decode_square(&bytes, &limits, &|| false).unwrap()).peak;
+        let decoding = measure(|| decode_picture(&bytes, &limits, &|| false).unwrap()).peak;
         let Taken { result, peak: probing, .. } = measure(|| probe(&bytes, &limits).unwrap());
         let bound = result.decode_bytes_upper_bound;
         eprintln!("{name}: file {}, peak {decoding}, probing {probing}, bound {bound}", bytes.len());

@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
-use model_core::image::{DecodeLimits, ImageError, decode, decode_square, probe};
+use model_core::image::{DecodeLimits, ImageError, Preprocess, decode, decode_picture, probe};
 
 /// What a file of `tests/pictures` gives.
 enum Gives {
@@ -380,7 +380,7 @@ fn decoding_of_every_format_ends_once_it_is_stopped() {
         let stops_after = |count: u32| {
             asked.set(0);
             let stopped = || asked.replace(asked.get() + 1) >= count;
-            decode_square(&bytes, &DecodeLimits::default(), &stopped)
+            decode_picture(&bytes, &DecodeLimits::default(), &stopped)
         };
         stops_after(u32::MAX).unwrap();
         let most = asked.get();
@@ -405,12 +405,12 @@ fn photos_of_twelve_megapixels_pass_within_the_default_memory() {
     for side in [32, 192] {
         for (width, height) in [(4000, 3000), (4032, 3024), (3000, 4000)] {
             for luma in [0x22, 0x21, 0x12, 0x11] {
-                let info = probe(&header(width, height, luma), &limits.for_side(side));
+                let info = probe(&header(width, height, luma), &limits.for_input(&Preprocess::default(), side));
                 assert!(info.is_ok(), "{width}x{height}, luma {luma:#x}, for {side}: {info:?}");
             }
         }
     }
-    let limits = limits.for_side(32);
+    let limits = limits.for_input(&Preprocess::default(), 32);
     assert_eq!(decode(&read("jpeg_progressive_4000x3000_420.jpg"), &limits).unwrap().dimensions(), (500, 375));
 }
 

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use model_core::image::{ImageError, RgbImage};
+use model_core::image::{Crop, Fit, ImageError, RgbImage, Seen, View};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 use utoipa::ToSchema;
 
 use crate::admission::{Admission, Entry, Refused};
-use crate::compute::decode::{DecodeError, Decoder};
+use crate::compute::decode::{DecodeError, Decoder, Input, Prepared};
 use crate::compute::{Closed, ForwardFailed, Job, Pipeline};
 use crate::metrics::{ImageResult, Metrics};
 use crate::sets::loaded::{Answer, SetLease, SetRegistry};
@@ -44,10 +44,31 @@ pub struct Request {
     pub images: Vec<Result<Image, Error>>,
     /// Whether routing maps are wanted.
     pub routing: bool,
+    /// Where to look.
+    pub look: Look,
     /// When the request began.
     pub started: Instant,
     /// When the answer must be there.
     pub deadline: Instant,
+}
+
+/// Which part of each picture a request wants looked at, and how it becomes a square; the set decides what is left out.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Look {
+    pub crop: Option<Crop>,
+    pub fit: Option<Fit>,
+}
+
+impl Look {
+    /// What it leaves out, from another one.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self { crop: self.crop.or(other.crop), fit: self.fit.or(other.fit) }
+    }
+
+    fn of(self, view: View) -> (Crop, Fit) {
+        (self.crop.unwrap_or(Crop::Shares(view.crop)), self.fit.unwrap_or(view.fit))
+    }
 }
 
 /// An image to classify.
@@ -154,7 +175,7 @@ impl Classifier {
     }
 
     async fn answer_in_time(&self, entry: &mut Entry, request: Request) -> Result<Answers, Error> {
-        let Request { set, version, images, routing, started, deadline } = request;
+        let Request { set, version, images, routing, look, started, deadline } = request;
         entry.charge(images.len())?;
         let wait = self.load_wait.min(deadline.saturating_duration_since(Instant::now()));
         let lease = self.registry.acquire(&set, version, wait).await?;
@@ -162,14 +183,14 @@ impl Classifier {
         let places =
             entry.images(&set, images.len(), lease.backbone.value.input_bytes(), || self.pipeline.drop_dead())?;
 
-        let prepared = join_all(images.into_iter().map(|image| self.prepare(&lease, image))).await;
+        let prepared = join_all(images.into_iter().map(|image| self.prepare(&lease, image, look))).await;
 
         let mut jobs = Vec::new();
         let mut slots = Vec::with_capacity(prepared.len());
         for (image, permit) in prepared.into_iter().zip(places) {
-            slots.push(image.map(|(pixels, decode)| {
+            slots.push(image.map(|(Prepared { pixels, seen }, decode)| {
                 jobs.push(Job { lease: lease.clone(), pixels, routing, deadline: deadline.into_std(), permit });
-                decode
+                (seen, decode)
             }));
         }
         let mut receivers = self.pipeline.submit(jobs)?.into_iter();
@@ -177,8 +198,8 @@ impl Classifier {
         let mut answers = Vec::with_capacity(slots.len());
         for slot in slots {
             answers.push(match slot {
-                Ok(decode) => match receivers.next() {
-                    Some(receiver) => finish(receiver.await, decode, started),
+                Ok(before) => match receivers.next() {
+                    Some(receiver) => finish(receiver.await, before, started),
                     None => Err(Error::Internal("an image has no receiver".into())),
                 },
                 Err(error) => Err(error),
@@ -188,17 +209,27 @@ impl Classifier {
     }
 
     /// The model's input, with the time it took.
-    async fn prepare(&self, lease: &SetLease, image: Result<Image, Error>) -> Result<(Vec<f32>, Duration), Error> {
+    async fn prepare(
+        &self,
+        lease: &SetLease,
+        image: Result<Image, Error>,
+        look: Look,
+    ) -> Result<(Prepared, Duration), Error> {
         let started = Instant::now();
         let model = &lease.backbone.value;
         let side = model.config().image_size;
-        let pixels = match image? {
-            Image::Encoded(bytes) => self.decoder.pixels(bytes, model.preprocess().clone(), side).await?,
-            Image::Rgb(image) => self.decoder.fit(image, model.preprocess().clone(), side).await?,
-            Image::Prepared(pixels) if pixels.len() == side * side * 3 => pixels,
+        let input = || Input { preprocess: model.preprocess().clone(), side, view: look.of(lease.value.view()) };
+        let prepared = match image? {
+            Image::Encoded(bytes) => self.decoder.decode(bytes, input()).await?,
+            Image::Rgb(image) => self.decoder.fit(image, input()).await?,
+            Image::Prepared(_) if look != Look::default() => {
+                let reason = "`crop` and `fit` are of pictures; nothing can be cut out of the model's own input";
+                return Err(Error::Form(reason.into()));
+            }
+            Image::Prepared(pixels) if pixels.len() == side * side * 3 => Prepared { pixels, seen: None },
             Image::Prepared(_) => return Err(Error::Side { set: lease.descriptor.name.clone(), side }),
         };
-        Ok((pixels, started.elapsed()))
+        Ok((prepared, started.elapsed()))
     }
 
     fn count(&self, set: &str, images: &[Result<Answer, Error>]) {
@@ -213,7 +244,7 @@ impl Classifier {
 
 fn finish(
     reply: Result<Result<Answer, ForwardFailed>, RecvError>,
-    decode: Duration,
+    (seen, decode): (Option<Seen>, Duration),
     started: Instant,
 ) -> Result<Answer, Error> {
     let mut answer = match reply {
@@ -222,6 +253,7 @@ fn finish(
         // The queue drops only images whose deadline has passed.
         Err(_) => return Err(Error::Deadline),
     };
+    answer.seen = seen;
     answer.timings.decode = milliseconds(decode);
     answer.timings.total = milliseconds(started.elapsed());
     Ok(answer)

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use model_core::config::ViTConfig;
+use model_core::image::{Crop, Fit};
 
 use crate::admission::{Ceilings, ImageLimits};
 use crate::http::origin::parse_origin;
@@ -299,6 +300,13 @@ pub struct ClassifyArgs {
     /// Expert set to use.
     #[arg(long, env = "BVIT_SET", value_name = "SET")]
     pub set: Option<String>,
+    /// The part of each picture to look at, of the upright picture: in shares when any of the four has a decimal point or
+    /// all are at most 1, otherwise in pixels; the set decides when left out.
+    #[arg(long, env = "BVIT_CROP", value_name = "X,Y,W,H")]
+    pub crop: Option<Crop>,
+    /// How that part becomes a square, `crop`, `pad` or `stretch`; the set decides when left out.
+    #[arg(long, env = "BVIT_FIT", value_name = "FIT")]
+    pub fit: Option<Fit>,
     /// How many labels to print for each image.
     #[arg(long, env = "BVIT_TOP_K", default_value_t = 5, value_name = "N")]
     pub top_k: usize,

@@ -107,6 +107,57 @@ fn every_form_of_request_gets_the_same_answer() {
 }
 
 #[test]
+fn every_form_of_request_says_where_to_look() {
+    let server = embedded();
+    let bytes = image("test-01.jpg");
+    let ask = |query: &str| Answer::of(server.post(&format!("/classify?{query}")).body(bytes.clone())).json();
+    let whole = ask("");
+    assert_eq!(whole["seen"], json!({"crop": [0.0, 0.0, 1.0, 1.0], "fit": "crop"}), "the image is a square");
+    assert_eq!(ask("crop=0,0,1,1&fit=pad")["predictions"], whole["predictions"]);
+    let part = ask("crop=0,0,0.5,1&fit=stretch");
+    assert_eq!(part["seen"], json!({"crop": [0.0, 0.0, 0.5, 1.0], "fit": "stretch"}));
+    assert_ne!(part["predictions"], whole["predictions"]);
+
+    let json = |crop: Value| {
+        let parameters = json!({"crop": crop, "fit": "stretch"});
+        json!({"inputs": base64(&bytes), "parameters": parameters})
+    };
+    let file = || Part::bytes(bytes.clone()).file_name("a.jpg");
+    let form = Form::new().text("crop", "0,0,16,32").text("fit", "stretch").part("a", file());
+    for request in [
+        server.post("/classify?crop=0,0,16,32&fit=stretch").body(bytes.clone()),
+        server.post("/classify").json(&json(json!("0,0,.5,1"))),
+        server.post("/classify").json(&json(json!([0, 0, 16, 32]))),
+        server.post("/classify?crop=0,0,0.5,1").json(&json(json!([0, 0, 1, 1]))),
+        server.post("/classify").multipart(form),
+    ] {
+        assert_eq!(Answer::of(request).json()["predictions"], part["predictions"]);
+    }
+    for request in [
+        server.post("/hf/cifar100?crop=0,0,16,32&fit=stretch").body(bytes.clone()),
+        server.post("/hf/cifar100").json(&json(json!([0, 0, 0.5, 1]))),
+    ] {
+        assert_eq!(Answer::of(request).json(), part["predictions"]);
+    }
+    let input = json!({"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64(&bytes)]});
+    let outputs = json!([{"name": "label"}]);
+    let parameters = json!({"crop": [0, 0, 16, 32], "fit": "stretch"});
+    let body = json!({"inputs": [input], "outputs": outputs, "parameters": parameters});
+    let answer = Answer::of(server.post("/v2/models/cifar100/infer").json(&body)).json();
+    assert_eq!(answer["outputs"][0]["data"][0], part["predictions"][0]["label"]);
+
+    for query in
+        ["crop=0,0,33,10", "crop=5,5,5,0", "crop=0,0,2.0,1", "crop=1,2,3", "crop=", "fit=zoom", "crop=-1,0,4,4"]
+    {
+        Answer::of(server.post(&format!("/classify?{query}")).body(bytes.clone()))
+            .assert_refused(400, "invalid_request");
+    }
+    let both = json!({"inputs": [base64(&bytes), base64(&image("test-00.png"))], "parameters": {"crop": "0,0,33,10"}});
+    let items = Answer::of(server.post("/classify").json(&both)).json();
+    assert_eq!(items[0]["error_type"], "invalid_request", "{items}");
+}
+
+#[test]
 fn a_bad_image_of_a_batch_is_an_error_in_its_place() {
     let server = embedded();
     let (first, last) = (image("test-00.jpg"), image("test-02.png"));

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::digest::Digest;
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat};
-use crate::image::Preprocess;
+use crate::image::{Preprocess, View};
 use crate::weights::Precision;
 
 /// Most bytes of a name or label.
@@ -120,35 +120,6 @@ pub struct Card {
     pub origin: String,
     /// What they learned from.
     pub data: String,
-}
-
-/// How a picture becomes a square.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Fit {
-    /// Its largest centred square.
-    #[default]
-    Crop,
-    /// All of it, between bars of black.
-    Pad,
-    /// All of it, its sides scaled apart.
-    Stretch,
-}
-
-/// The part of a picture that a set looks at, unless a request says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct View {
-    /// Left edge, top edge, width and height, as shares of the upright picture.
-    pub crop: [f64; 4],
-    /// How that part becomes a square.
-    pub fit: Fit,
-}
-
-impl Default for View {
-    fn default() -> Self {
-        Self { crop: [0.0, 0.0, 1.0, 1.0], fit: Fit::Crop }
-    }
 }
 
 /// Forms of a set's covariance.

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 pub use contents::{
     BackboneEncoding, BackboneHeader, BackgroundSource, Card, Contents, CovarianceForm, ExpertSetEncoding,
-    ExpertSetHeader, FamiliarityConfig, Fit, MAX_TEXT_BYTES, StemEncoding, View,
+    ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES, StemEncoding,
 };
 pub use digest::{Digest, ParseDigestError};
 use document::Document;
@@ -31,7 +31,7 @@ pub use layout::{Encoding, TensorSize};
 use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
 
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig};
-use crate::image::Preprocess;
+use crate::image::{Preprocess, View};
 use crate::weights::{BackboneWeights, Covariance, ExpertSetWeights, Familiarity};
 
 /// A backbone as read from a file.

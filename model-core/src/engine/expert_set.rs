@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::backbone::Backbone;
 use super::moe::ExpertLayer;
 use super::packed::PackedLayer;
-use crate::artifact::{ArtifactError, Digest, ExpertSetArtifact, Lender, View, read_expert_set};
+use crate::artifact::{Digest, ExpertSetArtifact, Lender, read_expert_set};
 use crate::config::{BackboneConfig, ExpertConfig};
 use crate::error::{ModelError, expect_len};
 use crate::familiarity::Familiarity;
+use crate::image::View;
 use crate::weights::{ExpertSetWeights, Precision};
 
 /// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay
@@ -26,6 +27,7 @@ pub struct ExpertSet {
     pub(super) head: PackedLayer,
     pub(super) temperature: f32,
     familiarity: Option<Familiarity>,
+    view: View,
 }
 
 impl ExpertSet {
@@ -42,9 +44,8 @@ impl ExpertSet {
     /// they stay where they are.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] when it is bound to another backbone, may not borrow from `lender`
-    /// ([`ExpertSetArtifact::check_lender`]), or looks at a part of the picture, which the engine's callers cannot cut out
-    /// yet.
+    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not borrow from `lender`
+    /// ([`ExpertSetArtifact::check_lender`]).
     pub fn from_artifact(
         artifact: ExpertSetArtifact,
         backbone: &Backbone,
@@ -52,18 +53,14 @@ impl ExpertSet {
     ) -> Result<Self, ModelError> {
         artifact.check_backbone(backbone.config(), backbone.digest())?;
         artifact.check_lender(lender.map(Self::as_lender))?;
-        // Better no answer than one about another part of the picture.
-        if artifact.view != View::default() {
-            let reason = "this program looks at the centre of whole pictures only".to_owned();
-            return Err(ArtifactError::Field { field: "view", reason }.into());
-        }
-        let ExpertSetArtifact { name, weights, digest, borrowed_experts, .. } = artifact;
-        match lender.filter(|_| borrowed_experts.is_some()) {
+        let ExpertSetArtifact { name, weights, digest, borrowed_experts, view, .. } = artifact;
+        let set = match lender.filter(|_| borrowed_experts.is_some()) {
             None => Self::from_weights(name, weights, digest, backbone),
             Some(lender) => {
                 Self::with_layers(name, weights, digest, backbone, (Arc::clone(&lender.layers), borrowed_experts))
             }
-        }
+        }?;
+        Ok(Self { view, ..set })
     }
 
     fn as_lender(&self) -> Lender<'_> {
@@ -120,6 +117,7 @@ impl ExpertSet {
             head,
             temperature: weights.temperature,
             familiarity,
+            view: View::default(),
         })
     }
 
@@ -150,6 +148,11 @@ impl ExpertSet {
     /// What tells images of its kind from others, if it has the statistics.
     pub fn familiarity(&self) -> Option<&Familiarity> {
         self.familiarity.as_ref()
+    }
+
+    /// The part of a picture that it looks at, unless a request says otherwise.
+    pub fn view(&self) -> View {
+        self.view
     }
 
     /// The set whose experts it uses, if it has none of its own.

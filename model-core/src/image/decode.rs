@@ -6,9 +6,10 @@ use ::image::metadata::Orientation;
 use ::image::{DynamicImage, RgbImage};
 
 use super::error::ImageError;
+use super::picture::Picture;
 use super::probe::{DecodeLimits, Header, Opened};
 use super::source::Stopped;
-use super::{bmp, gif, jpeg, png, turned, webp};
+use super::{bmp, gif, jpeg, png, webp};
 
 /// Decodes an image to RGB8, at the scale that [`probe`](super::probe) says: EXIF orientation applied, grey and palette
 /// expanded, 16 bits rounded to 8, transparency flattened on black, of an animation the first frame.
@@ -16,25 +17,28 @@ use super::{bmp, gif, jpeg, png, turned, webp};
 /// # Errors
 /// [`ImageError`] saying which kind of wrong the bytes are.
 pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
-    let (rgb, orientation) = decode_as_stored(bytes, limits, &|| false)?;
+    let (rgb, orientation, _) = decode_as_stored(bytes, limits, &|| false)?;
     let mut rgb = DynamicImage::ImageRgb8(rgb);
     rgb.apply_orientation(orientation);
     Ok(rgb.into_rgb8())
 }
 
-/// The largest centred square of what [`decode`] gives, without ever holding two copies of the image. `stopped` is asked
-/// now and then, at least once for every 64 KiB of the file and every row of a JPEG's blocks.
-pub fn decode_square(bytes: &[u8], limits: &DecodeLimits, stopped: &dyn Fn() -> bool) -> Result<RgbImage, ImageError> {
-    let (rgb, orientation) = decode_as_stored(bytes, limits, stopped)?;
-    Ok(turned::square(rgb, orientation))
+/// As [`decode`], without ever holding two copies of the image. `stopped` is asked now and then, at least once for every
+/// 64 KiB of the file and every row of a JPEG's blocks.
+///
+/// # Errors
+/// As [`decode`], and [`ImageError::Stopped`].
+pub fn decode_picture(bytes: &[u8], limits: &DecodeLimits, stopped: &dyn Fn() -> bool) -> Result<Picture, ImageError> {
+    let (rgb, orientation, full_size) = decode_as_stored(bytes, limits, stopped)?;
+    Ok(Picture::new(rgb, orientation, full_size))
 }
 
-/// The image before its EXIF orientation is applied.
+/// The image before its EXIF orientation is applied, with its width and height before it was reduced.
 fn decode_as_stored(
     bytes: &[u8],
     limits: &DecodeLimits,
     stopped: Stopped,
-) -> Result<(RgbImage, Orientation), ImageError> {
+) -> Result<(RgbImage, Orientation, (u32, u32)), ImageError> {
     let Opened { header, info } = Opened::new(bytes, limits)?;
     let decode = || match &header {
         Header::Jpeg(header) => jpeg::decode(bytes, header, info.reduction, stopped),
@@ -45,5 +49,5 @@ fn decode_as_stored(
     };
     // Libraries have panicked at files. All that a decoder works on goes with it.
     let rgb = catch_unwind(AssertUnwindSafe(decode)).unwrap_or(Err(ImageError::DecoderFailed))?;
-    Ok((rgb, header.orientation()))
+    Ok((rgb, header.orientation(), (info.width, info.height)))
 }

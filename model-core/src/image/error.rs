@@ -45,6 +45,19 @@ pub enum ImageError {
         /// Height in the header.
         height: u32,
     },
+    /// What is to be looked at is not in the picture.
+    #[error("the crop {},{},{},{} reaches outside of the picture, which has {width}x{height} pixels", crop[0], crop[1], crop[2], crop[3])]
+    Crop {
+        /// Left edge, top edge, width and height, in pixels.
+        crop: [u64; 4],
+        /// Width of the upright picture.
+        width: u32,
+        /// Height of the upright picture.
+        height: u32,
+    },
+    /// A picture too long to be padded or stretched.
+    #[error("the part of the picture is longer than {most} pixels, which is too long for `pad` and `stretch`")]
+    TooLong { most: usize },
     /// A JPEG with four components, whose conversion to RGB depends on an ink profile.
     #[error("CMYK JPEG images are not accepted; convert to RGB")]
     Cmyk,

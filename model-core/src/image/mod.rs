@@ -1,7 +1,7 @@
 //! From image bytes to the pixels a model sees; trainer and server share it, so they cannot drift apart.
 //!
-//! [`decode`] turns an untrusted file into RGB8, with memory bounded from the header on; [`Preprocess`] crops, resizes
-//! and normalises as `FORMAT.md` says, to the last bit.
+//! [`decode`] turns an untrusted file into RGB8, with memory bounded from the header on; [`Preprocess`] cuts out a [`View`],
+//! resizes and normalises as `FORMAT.md` says, to the last bit.
 //!
 //! [`probe`] reads a header with no decoder at all. Then each format has a file with a decoder that bounds itself, or that
 //! is shown only what has been bounded before: `jpeg` is our own, `png`, `gif`, `webp` and `bmp` go around libraries.
@@ -14,19 +14,22 @@ mod format;
 mod gif;
 mod jpeg;
 mod orientation;
+mod picture;
 mod png;
 mod preprocess;
 mod probe;
 mod resize;
 mod rgb;
 mod source;
-mod turned;
+mod view;
 mod webp;
 
 pub use ::image::RgbImage;
 
-pub use decode::{decode, decode_square};
+pub use decode::{decode, decode_picture};
 pub use error::ImageError;
 pub use folder::{ClassFolder, FileError, FolderError, ImageFolder, read_image};
+pub use picture::Picture;
 pub use preprocess::{Preprocess, Resize};
 pub use probe::{DecodeLimits, ImageInfo, probe};
+pub use view::{Crop, Fit, Seen, View, ViewError};

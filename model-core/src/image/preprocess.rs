@@ -3,7 +3,10 @@
 use ::image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::resize::resize_square;
+use super::error::ImageError;
+use super::picture::{Picture, part};
+use super::resize::resize;
+use super::view::{Crop, Fit, Seen};
 
 /// How an image of any size becomes the square a model was trained on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -43,18 +46,26 @@ impl Default for Preprocess {
 }
 
 impl Preprocess {
-    /// The model's input `[side, side, 3]` from an image of any size.
+    /// The model's input `[side, side, 3]` from the centre of an image of any size.
     pub fn pixels(&self, image: &RgbImage, side: usize) -> Vec<f32> {
         self.normalize(&self.fit(image, side))
     }
 
-    /// The image cropped and resized to RGB8 `[side, side, 3]`.
+    /// The largest centred square of an image, resized to RGB8 `[side, side, 3]`.
     pub fn fit(&self, image: &RgbImage, side: usize) -> Vec<u8> {
+        let whole = part(image, Crop::default(), Fit::Crop);
+        resize(&whole.expect("the whole of an image is in it").0, side)
+    }
+
+    /// What a model whose input has that side sees of a picture: RGB8 `[side, side, 3]`, and which part that is.
+    ///
+    /// # Errors
+    /// [`ImageError::Crop`] when the crop reaches outside of the picture; [`ImageError::TooLong`] when a side is longer than
+    /// is padded or stretched.
+    pub fn see(&self, picture: &Picture, (crop, fit): (Crop, Fit), side: usize) -> Result<(Vec<u8>, Seen), ImageError> {
         let Resize::CenterCropBilinear = self.resize;
-        let (width, height) = (image.width() as usize, image.height() as usize);
-        let square = width.min(height);
-        let corner = ((width - square) / 2, (height - square) / 2);
-        resize_square(image.as_raw(), width, corner, square, side)
+        let (part, seen) = picture.part(crop, fit)?;
+        Ok((resize(&part, side), seen))
     }
 
     /// RGB8 samples `[.., 3]` to the values the model sees.

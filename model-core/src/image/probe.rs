@@ -5,10 +5,13 @@ use ::image::metadata::Orientation;
 
 use super::error::ImageError;
 use super::format::Format;
+use super::picture::Turn;
+use super::preprocess::Preprocess;
+use super::view::Crop;
 use super::{bmp, gif, jpeg, png, webp};
 
 /// The largest image that is decoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DecodeLimits {
     /// Most pixels of an image, whatever its shape.
     pub max_pixels: u64,
@@ -17,17 +20,18 @@ pub struct DecodeLimits {
     /// Pixels of the shorter side that are detail enough: JPEG and PNG files with more are decoded at a reduced scale that
     /// leaves at least so many, which takes less time and memory.
     pub detail: u32,
+    /// The part whose sides count for the detail.
+    pub crop: Crop,
 }
 
 impl DecodeLimits {
-    /// Pixels decoded for each that a model sees, along a side. Each of the model's is then a weighted mean of 16 x 16,
-    /// and moves by a sixteenth of the range of samples at the very most along each side.
-    const OVERSAMPLING: u32 = 8;
-
-    /// The same, with detail enough for a model whose input has this side.
+    /// The same, with detail enough for a model whose input has this side and comes out of `preprocess`: with a reduction
+    /// of 8, each of its pixels is a weighted mean of 16 x 16, and moves by a sixteenth of the range of samples at the very
+    /// most along each side.
     #[must_use]
-    pub fn for_side(self, side: usize) -> Self {
-        Self { detail: u32::try_from(side).unwrap_or(u32::MAX).saturating_mul(Self::OVERSAMPLING), ..self }
+    pub fn for_input(self, preprocess: &Preprocess, side: usize) -> Self {
+        // The cast saturates.
+        Self { detail: (f64::from(preprocess.reduction) * side as f64).ceil() as u32, ..self }
     }
 }
 
@@ -35,7 +39,7 @@ impl Default for DecodeLimits {
     /// 16 Mi pixels: a 4096 x 4096 image, or any photo of a 16-megapixel camera; in whatever memory that takes,
     /// at its own scale.
     fn default() -> Self {
-        Self { max_pixels: 16 << 20, max_bytes: u64::MAX, detail: u32::MAX }
+        Self { max_pixels: 16 << 20, max_bytes: u64::MAX, detail: u32::MAX, crop: Crop::default() }
     }
 }
 
@@ -48,7 +52,7 @@ pub struct ImageInfo {
     pub height: u32,
     /// Pixels in a row of the file for each that is decoded.
     pub reduction: u32,
-    /// No call of [`decode_square`](super::decode_square) on these bytes holds more memory than this at any moment,
+    /// No call of [`decode_picture`](super::decode_picture) on these bytes holds more memory than this at any moment,
     /// the result included and the encoded bytes not. [`decode`](super::decode) holds an image twice while it turns it
     /// by a right angle.
     pub decode_bytes_upper_bound: u64,
@@ -144,7 +148,10 @@ impl<'a> Opened<'a> {
         }
         let scales = [1, 2, 4, 8].map(|n| header.bytes_upper_bound(n).map(|bytes| (n, bytes)));
         let scales: Vec<(u32, u64)> = scales.into_iter().flatten().collect();
-        let enough = |&(n, _): &(u32, u64)| n == 1 || width.min(height) / n >= limits.detail;
+        let upright = Turn::from(header.orientation()).upright((width, height));
+        let [_, _, w, h] = limits.crop.shares(upright)?;
+        let shorter = (w * f64::from(upright.0)).min(h * f64::from(upright.1));
+        let enough = |&(n, _): &(u32, u64)| n == 1 || shorter >= f64::from(n) * f64::from(limits.detail);
         // The smallest that is detail enough, or where memory is short a smaller one still.
         let start = scales.iter().rposition(enough).unwrap_or(0);
         let fitting = scales[start..].iter().find(|(_, bytes)| *bytes <= limits.max_bytes);

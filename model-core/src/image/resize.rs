@@ -1,8 +1,10 @@
-//! Antialiased bilinear reduction of a square to a square, in integers: the algorithm of Pillow's
+//! Antialiased bilinear resizing to a square, in integers: the algorithm of Pillow's
 //! `Image.resize(.., Image.Resampling.BILINEAR)`, bit for bit, so that anyone can reproduce a model's input.
 //!
 //! Each output sample is a weighted mean of the input samples within `max(scale, 1)` of its centre, weights falling
 //! off linearly. Columns first, rounded to 8 bits, then rows.
+
+use super::picture::Part;
 
 /// Fractional bits of a weight: 8-bit samples, 22 bits of weight and two spare make 32.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
@@ -15,6 +17,11 @@ struct Window {
 }
 
 impl Window {
+    /// Behind the last sample.
+    fn end(&self) -> usize {
+        self.start + self.weights.len()
+    }
+
     /// The windows of all `output` samples over `input` samples.
     fn all(input: usize, output: usize) -> Vec<Self> {
         let scale = input as f64 / output as f64;
@@ -41,46 +48,46 @@ fn round(sum: i32) -> u8 {
 /// Half a unit, so that [`round`] rounds to nearest.
 const HALF: i32 = 1 << (PRECISION_BITS - 1);
 
-/// Resizes the square of side `side` whose top left corner is (`left`, `top`) of an RGB8 image `width` pixels wide to
-/// `out_side`, as `[out_side, out_side, 3]`.
-pub(super) fn resize_square(
-    samples: &[u8],
-    width: usize,
-    (left, top): (usize, usize),
-    side: usize,
-    out_side: usize,
-) -> Vec<u8> {
-    let row = |y: usize| &samples[3 * ((top + y) * width + left)..][..3 * side];
-    if side == out_side {
-        return (0..side).flat_map(row).copied().collect();
-    }
-    let windows = Window::all(side, out_side);
-    // [side, out_side, 3]: as many rows as the input, as many columns as the output.
-    let mut narrow = Vec::with_capacity(side * out_side * 3);
-    for y in 0..side {
-        let row = row(y);
-        for window in &windows {
-            let pixels = row[3 * window.start..].chunks_exact(3);
-            let mut sums = [HALF; 3];
-            for (pixel, &weight) in pixels.zip(&window.weights) {
-                for (sum, &sample) in sums.iter_mut().zip(pixel) {
-                    *sum += i32::from(sample) * weight;
-                }
-            }
-            narrow.extend(sums.map(round));
-        }
-    }
-    let stride = 3 * out_side;
-    let mut out = Vec::with_capacity(out_side * stride);
-    let mut sums = vec![0; stride];
-    for window in &windows {
-        sums.fill(HALF);
-        for (row, &weight) in narrow[window.start * stride..].chunks_exact(stride).zip(&window.weights) {
-            for (sum, &sample) in sums.iter_mut().zip(row) {
+/// The weighted means of a row of `part`, as `[columns.len(), 3]`. What lies beside the part is black and adds nothing.
+fn narrow_row(row: &[u8], left: usize, columns: &[Window], narrow: &mut [u8]) {
+    let right = left + row.len() / 3;
+    for (window, out) in columns.iter().zip(narrow.chunks_exact_mut(3)) {
+        let first = window.start.clamp(left, right);
+        let weights = window.weights.get(first - window.start.min(first)..).unwrap_or_default();
+        let mut sums = [HALF; 3];
+        for (pixel, &weight) in row[3 * (first - left)..].chunks_exact(3).zip(weights) {
+            for (sum, &sample) in sums.iter_mut().zip(pixel) {
                 *sum += i32::from(sample) * weight;
             }
         }
-        out.extend(sums.iter().copied().map(round));
+        out.copy_from_slice(&sums.map(round));
     }
-    out
+}
+
+/// Resizes a part of a picture to `[side, side, 3]`. Rows are taken one after the other, each added to the rows of the
+/// result that it is a part of, so that a part of any shape takes no more memory than its result.
+pub(super) fn resize(part: &Part<'_>, side: usize) -> Vec<u8> {
+    let (columns, rows) = (Window::all(part.canvas.0, side), Window::all(part.canvas.1, side));
+    let stride = 3 * side;
+    let (mut buffer, mut narrow) = (Vec::new(), vec![0; stride]);
+    let mut sums = vec![HALF; side * stride];
+    let mut first = 0;
+    for row in 0..part.rows() {
+        let y = part.at.1 + row;
+        narrow_row(part.row(row, &mut buffer), part.at.0, &columns, &mut narrow);
+        // Windows begin and end in ascending order.
+        while first < side && rows[first].end() <= y {
+            first += 1;
+        }
+        for (window, sums) in rows[first..].iter().zip(sums[first * stride..].chunks_exact_mut(stride)) {
+            if window.start > y {
+                break;
+            }
+            let weight = window.weights.get(y - window.start).copied().unwrap_or(0);
+            for (sum, &sample) in sums.iter_mut().zip(&narrow) {
+                *sum += i32::from(sample) * weight;
+            }
+        }
+    }
+    sums.into_iter().map(round).collect()
 }

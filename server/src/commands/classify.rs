@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use model_core::image::DecodeLimits;
+use model_core::image::{DecodeLimits, Seen};
 use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::admission::{Admission, Ceilings, Client, ImageLimits, Shares};
-use crate::classify::{Classifier, Image, Prediction, Request, predictions};
+use crate::classify::{Classifier, Image, Look, Prediction, Request, predictions};
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
@@ -20,7 +20,7 @@ use crate::config::{ClassifyArgs, ModelArgs};
 use crate::keys::Caller;
 use crate::metrics::Metrics;
 use crate::sets::descriptor::{BackboneDescriptor, SetDescriptor};
-use crate::sets::loaded::ArtifactSource;
+use crate::sets::loaded::{Answer, ArtifactSource};
 use crate::sets::registry::{self, Registry};
 use crate::sets::store;
 use crate::statistics::Statistics;
@@ -42,9 +42,9 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         let lease = classifier.registry.load(&set.name, Some(set.version), DAY).await?;
         for file in &args.files {
-            match logits(&classifier, &set, file).await {
-                Ok(logits) => {
-                    print(&mut out, args, &set, lease.value.labels(), file, &logits).context("standard output")?;
+            match answer(&classifier, &set, file, Look { crop: args.crop, fit: args.fit }).await {
+                Ok(answer) => {
+                    print(&mut out, args, &set, lease.value.labels(), file, &answer).context("standard output")?;
                 }
                 Err(reason) => {
                     eprintln!("butterflyvit: {}: {reason}", file.display());
@@ -103,8 +103,8 @@ fn classifier(args: &ClassifyArgs, backbone: BackboneDescriptor, set: SetDescrip
     })
 }
 
-/// The logits of a file, or the reason why there are none.
-async fn logits(classifier: &Classifier, set: &SetDescriptor, file: &Path) -> anyhow::Result<Vec<f32>> {
+/// The answer for a file, or the reason why there is none.
+async fn answer(classifier: &Classifier, set: &SetDescriptor, file: &Path, look: Look) -> anyhow::Result<Answer> {
     let bytes = std::fs::read(file)?;
     let started = Instant::now();
     let request = Request {
@@ -112,12 +112,13 @@ async fn logits(classifier: &Classifier, set: &SetDescriptor, file: &Path) -> an
         version: Some(set.version),
         images: vec![Ok(Image::Encoded(bytes.into()))],
         routing: false,
+        look,
         started,
         deadline: started + DAY,
     };
     let mut entry = classifier.admission.enter(&Caller::default(), Client::UNKNOWN)?;
     let mut answers = classifier.answer(&mut entry, request).await?;
-    Ok(answers.images.pop().context("the image has no answer")??.logits)
+    Ok(answers.images.pop().context("the image has no answer")??)
 }
 
 /// A file's line of JSON. Scores have the digits that HTTP answers have, which a detour over `Value` would lengthen.
@@ -128,6 +129,7 @@ struct Classified<'a> {
     version: u64,
     generation: &'a str,
     predictions: &'a [Prediction],
+    seen: Option<Seen>,
     #[serde(skip_serializing_if = "Option::is_none")]
     logits: Option<&'a [f32]>,
 }
@@ -138,8 +140,9 @@ fn print(
     set: &SetDescriptor,
     labels: &[String],
     file: &Path,
-    logits: &[f32],
+    answer: &Answer,
 ) -> std::io::Result<()> {
+    let logits = &answer.logits[..];
     let predictions = predictions(logits, labels, args.top_k);
     if args.json {
         let document = Classified {
@@ -148,6 +151,7 @@ fn print(
             version: set.version,
             generation: &set.generation(),
             predictions: &predictions,
+            seen: answer.seen,
             logits: args.logits.then_some(logits),
         };
         return writeln!(out, "{}", serde_json::to_string(&document)?);

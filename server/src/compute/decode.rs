@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use model_core::image::{DecodeLimits, ImageError, Preprocess, RgbImage, decode_square, probe};
+use model_core::image::{
+    Crop, DecodeLimits, Fit, ImageError, Picture, Preprocess, RgbImage, Seen, decode_picture, probe,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::metrics::Metrics;
@@ -21,6 +23,32 @@ pub struct Decoder {
     memory_grains: u32,
     limits: DecodeLimits,
     metrics: Arc<Metrics>,
+}
+
+/// How a picture becomes the input of a model.
+#[derive(Debug, Clone)]
+pub struct Input {
+    pub preprocess: Preprocess,
+    /// Pixels along one side of the input.
+    pub side: usize,
+    /// The part of the picture that is looked at, and how it becomes a square.
+    pub view: (Crop, Fit),
+}
+
+/// The input of a model.
+#[derive(Debug)]
+pub struct Prepared {
+    /// `[side, side, 3]`, normalised.
+    pub pixels: Vec<f32>,
+    /// The part of the picture that it is; unknown when the client made it.
+    pub seen: Option<Seen>,
+}
+
+impl Input {
+    fn prepare(&self, picture: &Picture) -> Result<Prepared, ImageError> {
+        let (samples, seen) = self.preprocess.see(picture, self.view, self.side)?;
+        Ok(Prepared { pixels: self.preprocess.normalize(&samples), seen: Some(seen) })
+    }
 }
 
 /// Why there are no pixels.
@@ -41,7 +69,7 @@ impl From<Panicked> for DecodeError {
 
 /// What one attempt on a decode thread came to.
 enum Attempt {
-    Done(Result<Vec<f32>, ImageError>),
+    Done(Result<Prepared, ImageError>),
     /// Others hold the memory; so many grains are needed.
     NeedsMemory(u32),
 }
@@ -67,20 +95,20 @@ impl Decoder {
         })
     }
 
-    /// The model's input `[side, side, 3]`.
+    /// The model's input from an image file.
     ///
     /// # Errors
-    /// [`DecodeError::Image`] when something is wrong with the bytes.
-    pub async fn pixels(&self, encoded: Bytes, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, DecodeError> {
+    /// [`DecodeError::Image`] when something is wrong with the bytes, or what is to be looked at is not in the picture.
+    pub async fn decode(&self, encoded: Bytes, input: Input) -> Result<Prepared, DecodeError> {
         let started = Instant::now();
-        let first = self.attempt(encoded.clone(), preprocess.clone(), side, None).await?;
+        let first = self.attempt(encoded.clone(), input.clone(), None).await?;
         let result = match first {
             Attempt::Done(result) => result,
             Attempt::NeedsMemory(grains) => {
                 // Waiting is done here, not on a decode thread, so that small images pass large ones.
                 let permit = Arc::clone(&self.memory).acquire_many_owned(grains).await;
                 let permit = permit.map_err(|closed| DecodeError::Internal(closed.to_string()))?;
-                match self.attempt(encoded, preprocess, side, Some(permit)).await? {
+                match self.attempt(encoded, input, Some(permit)).await? {
                     Attempt::Done(result) => result,
                     Attempt::NeedsMemory(_) => {
                         return Err(DecodeError::Internal("decode memory was granted but not used".into()));
@@ -95,19 +123,20 @@ impl Decoder {
     /// The model's input from an image that needs no decoding.
     ///
     /// # Errors
-    /// [`DecodeError::Internal`] when the decoder panics.
-    pub async fn fit(&self, image: RgbImage, preprocess: Preprocess, side: usize) -> Result<Vec<f32>, DecodeError> {
-        Ok(self.pool.run(move || preprocess.pixels(&image, side)).await?)
+    /// [`DecodeError::Image`] when what is to be looked at is not in the picture; [`DecodeError::Internal`] when the decoder
+    /// panics.
+    pub async fn fit(&self, image: RgbImage, input: Input) -> Result<Prepared, DecodeError> {
+        Ok(self.pool.run(move || input.prepare(&Picture::from(image))).await??)
     }
 
     async fn attempt(
         &self,
         encoded: Bytes,
-        preprocess: Preprocess,
-        side: usize,
+        input: Input,
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<Attempt, DecodeError> {
-        let (limits, memory, most) = (self.limits.for_side(side), Arc::clone(&self.memory), self.memory_grains);
+        let (memory, most) = (Arc::clone(&self.memory), self.memory_grains);
+        let limits = DecodeLimits { crop: input.view.0, ..self.limits }.for_input(&input.preprocess, input.side);
         let work = move |gone: &dyn Fn() -> bool| {
             // Headers are read without memory of their own; decoders begin under the permit, and end with the request.
             let info = match probe(&encoded, &limits) {
@@ -120,7 +149,7 @@ impl Decoder {
                 Ok(permit) => permit,
                 Err(_) => return Attempt::NeedsMemory(grains),
             };
-            Attempt::Done(decode_square(&encoded, &limits, gone).map(|image| preprocess.pixels(&image, side)))
+            Attempt::Done(decode_picture(&encoded, &limits, gone).and_then(|picture| input.prepare(&picture)))
         };
         Ok(self.pool.run_watched(work).await?)
     }

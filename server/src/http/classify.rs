@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use super::auth::User;
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
-use super::input::{ImageForm, JsonRequest};
+use super::input::{FitName, ImageForm, JsonRequest};
 use super::openapi::{BODY, IMAGES, LIFECYCLE, LOAD, SetName, USER, Version, commands, errors};
 use super::{body, input};
 use crate::app::AppState;
@@ -35,6 +35,7 @@ const CURL_FILE: &str = "curl -F image=@cat.jpg 'http://127.0.0.1:8000/classify?
 const CURL_JSON: &str =
     "curl http://127.0.0.1:8000/classify --json \"{\\\"inputs\\\": \\\"$(base64 -w0 cat.jpg)\\\"}\"";
 const CURL_UPLOAD: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify";
+const CURL_CROP: &str = "curl -T cat.jpg 'http://127.0.0.1:8000/classify?crop=0.25,0,0.5,1&fit=pad'";
 const CURL_ROUTING: &str = "curl --data-binary @cat.jpg 'http://127.0.0.1:8000/classify/cifar100?routing=true'";
 const CURL_UPLOAD_NAMED: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify/cifar100";
 
@@ -52,6 +53,7 @@ fn example() -> Value {
         "version": 1,
         "generation": "cifar100:1:0a1b2c3d4e5f",
         "predictions": [{ "label": "hamster", "score": 0.91, "index": 36 }, { "label": "mouse", "score": 0.03, "index": 50 }],
+        "seen": { "crop": [0.125, 0.0, 0.75, 1.0], "fit": "crop" },
         "timings_ms": { "decode": 0.31, "queue": 0.02, "inference": 2.4, "total": 2.9 },
     })
 }
@@ -73,6 +75,13 @@ pub struct ClassifyQuery {
     #[serde(default)]
     #[param(required = false, default = false)]
     routing: bool,
+    /// The part of each picture to look at: `x,y,w,h` of the upright picture, in shares when any of the four has a decimal
+    /// point or all are at most 1, otherwise in pixels. `0,0,1,1` is the whole picture. The set decides when left out.
+    #[param(value_type = String, required = false, example = "0.25,0,0.5,1")]
+    crop: Option<String>,
+    /// How that part becomes a square. The set decides when left out.
+    #[param(inline, value_type = FitName, required = false)]
+    fit: Option<String>,
 }
 
 /// The answer for one image.
@@ -86,11 +95,24 @@ pub struct Classification {
     pub generation: String,
     /// Labels, best first.
     pub predictions: Vec<Prediction>,
+    /// The part of the picture that the model was shown.
+    #[schema(value_type = Seen)]
+    pub seen: Option<model_core::image::Seen>,
     /// Where the time went.
     pub timings_ms: Timings,
     /// Which experts each patch went to, when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub routing: Option<RoutingMap>,
+}
+
+/// The part of a picture that a model was shown.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes a type of the model's")]
+struct Seen {
+    /// Left edge, top edge, width and height as shares of the upright picture; sent as `crop` it is seen again.
+    crop: [f64; 4],
+    /// How that part became a square.
+    fit: FitName,
 }
 
 /// What a request gets.
@@ -142,7 +164,7 @@ enum BatchItem {
         body = Classified,
         example = json!(example())
     )),
-    extensions(("x-errors" = json!(errors(CLASSIFY))), ("x-codeSamples" = json!(commands(&[CURL_FILE, CURL_JSON, CURL_UPLOAD])))),
+    extensions(("x-errors" = json!(errors(CLASSIFY))), ("x-codeSamples" = json!(commands(&[CURL_FILE, CURL_JSON, CURL_UPLOAD, CURL_CROP])))),
 )]
 async fn classify_default(
     State(app): State<AppState>,
@@ -210,11 +232,13 @@ async fn classify(
         Some(text) => Some(input::parse_top_k(&text)?),
         None => input.top_k,
     };
+    let look = input::parse_look(query.crop.as_deref(), query.fit.as_deref())?.or(input.look);
     let request = Request {
         set: app.set_name(set.or(query.set).or(input.set)),
         version: query.version,
         images: input.images,
         routing: query.routing,
+        look,
         started: context.started,
         deadline: received.deadline,
     };
@@ -232,6 +256,7 @@ fn respond(answers: Answers, top_k: usize, function: ScoreFunction, is_batch: bo
         version: lease.descriptor.version,
         generation: lease.descriptor.generation(),
         predictions: function.predictions(&answer.logits, lease.value.labels(), top_k),
+        seen: answer.seen,
         timings_ms: answer.timings,
         routing: answer.routing,
     };

@@ -302,6 +302,7 @@ impl From<ImageError> for ApiError {
             ImageError::Empty => ErrorCode::EmptyBody,
             ImageError::NotAnImage | ImageError::UnsupportedFormat { .. } => ErrorCode::UnsupportedMediaType,
             ImageError::TooManyPixels { .. } | ImageError::TooMuchMemory { .. } => ErrorCode::ImageTooLarge,
+            ImageError::Crop { .. } | ImageError::TooLong { .. } => ErrorCode::InvalidRequest,
             // Nobody reads the answer.
             ImageError::Stopped => ErrorCode::DeadlineExceeded,
             _ => ErrorCode::UndecodableImage,

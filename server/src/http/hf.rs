@@ -2,17 +2,17 @@
 
 use axum::Json;
 use axum::extract::State;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::User;
 use super::classify::{CLASSIFY, DEFAULT_TOP_K};
 use super::error::ApiError;
-use super::extract::{ApiPath, RequestContext};
-use super::input::{ImageForm, JsonRequest};
+use super::extract::{ApiPath, ApiQuery, RequestContext};
+use super::input::{FitName, ImageForm, JsonRequest};
 use super::openapi::{commands, errors};
 use super::{body, input};
 use crate::app::AppState;
@@ -22,6 +22,18 @@ use crate::sets::loaded::Answer;
 /// The routes of this resource.
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::default().routes(routes!(classify))
+}
+
+/// The parameters of a request; they go before those of the body.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct HfQuery {
+    /// The part of each picture to look at, as `/classify` takes it.
+    #[param(value_type = String, required = false, example = "0.25,0,0.5,1")]
+    crop: Option<String>,
+    /// How that part becomes a square.
+    #[param(inline, value_type = FitName, required = false)]
+    fit: Option<String>,
 }
 
 /// Labels with scores, the best first.
@@ -47,6 +59,7 @@ fn example() -> Value {
     path = "/hf/{set}",
     operation_id = "hugging_face",
     tag = "classify",
+    params(HfQuery),
     request_body(content(
         ("image/jpeg"),
         ("image/png"),
@@ -64,6 +77,7 @@ async fn classify(
     State(app): State<AppState>,
     context: RequestContext,
     set: ApiPath<String>,
+    query: ApiQuery<HfQuery>,
     user: User,
 ) -> Result<Json<Labels>, ApiError> {
     let User { client, mut entry, headers, body } = user;
@@ -74,6 +88,7 @@ async fn classify(
         version: None,
         images: input.images,
         routing: false,
+        look: input::parse_look(query.0.crop.as_deref(), query.0.fit.as_deref())?.or(input.look),
         started: context.started,
         deadline: received.deadline,
     };

@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, header};
 use base64::Engine;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
-use model_core::image::ImageError;
+use model_core::image::{Fit, ImageError};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, IntoDeserializer, SeqAccess, Visitor};
 use serde_json::{Value, json};
@@ -18,8 +18,8 @@ use utoipa::openapi::{ArrayBuilder, ObjectBuilder, OneOfBuilder, RefOr, Schema, 
 use utoipa::{PartialSchema, ToSchema};
 
 use super::error::{ApiError, ErrorCode, cut};
-use super::json::{self, Count, Object};
-use crate::classify::{self, Image, ScoreFunction};
+use super::json::{self, Count, JsonCrop, Object};
+use crate::classify::{self, Image, Look, ScoreFunction};
 use crate::repeats::REPEATS;
 use crate::sentence::{nearest, unknown_name};
 
@@ -42,6 +42,8 @@ pub struct ClassifyInput {
     pub top_k: Option<usize>,
     /// What turns logits into scores.
     pub function: ScoreFunction,
+    /// Where the body says to look.
+    pub look: Look,
 }
 
 /// Reads a body by its content type. `max_images` bounds what is collected.
@@ -141,6 +143,14 @@ struct JsonParameters {
     /// What turns the model's numbers into scores; `softmax` when left out.
     #[serde(default)]
     function_to_apply: Option<ScoreFunction>,
+    /// The part of each picture to look at, `x,y,w,h` or a list of these numbers.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "0.25,0,0.5,1")]
+    crop: Option<JsonCrop>,
+    /// How that part becomes a square.
+    #[serde(default)]
+    #[schema(value_type = Option<FitName>)]
+    fit: Option<Fit>,
 }
 
 /// Hints for Hugging Face's hosted service. A set is always waited for, and answers are never cached.
@@ -151,6 +161,16 @@ struct JsonOptions {
     _wait_for_model: Option<bool>,
     #[serde(default, rename = "use_cache")]
     _use_cache: Option<bool>,
+}
+
+/// How the part of a picture becomes a square: its centre, all of it between black bars, or all of it out of shape.
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[expect(dead_code, reason = "names the values of a string in the documentation")]
+pub(super) enum FitName {
+    Crop,
+    Pad,
+    Stretch,
 }
 
 /// Images in a form.
@@ -166,6 +186,12 @@ pub(super) struct ImageForm {
     /// What turns the model's numbers into scores; `softmax` when left out.
     #[schema(required = false)]
     function_to_apply: ScoreFunction,
+    /// The part of each picture to look at, `x,y,w,h`.
+    #[schema(required = false, example = "0.25,0,0.5,1")]
+    crop: String,
+    /// How that part becomes a square.
+    #[schema(required = false)]
+    fit: FitName,
 }
 
 /// A request that can be sent as it stands.
@@ -255,6 +281,7 @@ fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError>
         set: request.model,
         top_k,
         function: parameters.function_to_apply.unwrap_or_default(),
+        look: Look { crop: parameters.crop.map(|crop| crop.0), fit: parameters.fit },
     })
 }
 
@@ -312,12 +339,14 @@ fn is_file(part: &Field<'_>) -> bool {
 /// Takes in a text field of a form. A page's form may have fields that mean nothing here, such as its button; one that
 /// looks like a parameter must not be passed over without a word.
 fn parameter(input: &mut ClassifyInput, name: &str, text: &str) -> Result<(), ApiError> {
-    const PARAMETERS: [&str; 4] = ["set", "model", "top_k", "function_to_apply"];
+    const PARAMETERS: [&str; 6] = ["set", "model", "top_k", "function_to_apply", "crop", "fit"];
     /// Parameters of the query.
     const ELSEWHERE: [&str; 2] = ["version", "routing"];
     match name {
         "set" | "model" => input.set = Some(text.to_owned()),
         "top_k" => input.top_k = Some(parse_top_k(text)?),
+        "crop" => input.look = parse_look(Some(text), None)?.or(input.look),
+        "fit" => input.look = parse_look(None, Some(text))?.or(input.look),
         "function_to_apply" => {
             let wrong = |_: serde::de::value::Error| ApiError::invalid("function_to_apply is softmax, sigmoid or none");
             input.function = ScoreFunction::deserialize(text.into_deserializer()).map_err(wrong)?;
@@ -348,6 +377,16 @@ pub fn parse_top_k(text: &str) -> Result<usize, ApiError> {
         parsed => parsed.unwrap_or(0),
     };
     if count > 0 { Ok(count) } else { Err(bad_top_k()) }
+}
+
+/// `crop` and `fit` as text.
+///
+/// # Errors
+/// 400 unless they are a part of a picture and a way to fit it.
+pub fn parse_look(crop: Option<&str>, fit: Option<&str>) -> Result<Look, ApiError> {
+    let invalid = |error: model_core::image::ViewError| ApiError::invalid(error.to_string());
+    let crop = crop.map(str::parse).transpose().map_err(invalid)?;
+    Ok(Look { crop, fit: fit.map(str::parse).transpose().map_err(invalid)? })
 }
 
 fn bad_top_k() -> ApiError {

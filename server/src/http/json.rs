@@ -5,9 +5,10 @@ use crate::sentence::unknown_name;
 
 use std::marker::PhantomData;
 
+use model_core::image::Crop;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 
 /// Names of Hugging Face's zero-shot requests.
 const ZERO_SHOT: [&str; 4] = ["candidate_labels", "candidateLabels", "hypothesis_template", "hypothesisTemplate"];
@@ -101,6 +102,45 @@ impl<'de> Deserialize<'de> for Count {
     }
 }
 
+/// A part of a picture: the text `x,y,w,h`, or a list of four numbers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct JsonCrop(pub Crop);
+
+impl<'de> Deserialize<'de> for JsonCrop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct CropVisitor;
+
+        impl<'de> Visitor<'de> for CropVisitor {
+            type Value = JsonCrop;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a crop `x,y,w,h` or a list of its four numbers")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<JsonCrop, E> {
+                text.parse().map(JsonCrop).map_err(E::custom)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<JsonCrop, A::Error> {
+                use serde::de::Error;
+                let (mut numbers, mut has_point) = ([0.0; 4], false);
+                for (i, number) in numbers.iter_mut().enumerate() {
+                    let next: Option<serde_json::Number> = list.next_element()?;
+                    let next = next.ok_or_else(|| A::Error::invalid_length(i, &self))?;
+                    has_point |= next.is_f64();
+                    *number = next.as_f64().ok_or_else(|| A::Error::custom("a number of the crop is too large"))?;
+                }
+                if list.next_element::<serde::de::IgnoredAny>()?.is_some() {
+                    return Err(A::Error::invalid_length(5, &self));
+                }
+                Crop::new(numbers, has_point).map(JsonCrop).map_err(A::Error::custom)
+            }
+        }
+
+        deserializer.deserialize_any(CropVisitor)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,6 +185,22 @@ mod tests {
         assert!(odd.starts_with("the request's field `a`, expected `b` is unknown"), "{odd}");
         assert!(refused(r#"{"candidate_labels":["cat"]}"#).contains("zero-shot"));
         assert!(refused(r#"{"top_k":"#).contains("not understood"));
+    }
+
+    #[test]
+    fn a_crop_is_a_text_or_four_numbers() {
+        let read = |text: &str| serde_json::from_str::<JsonCrop>(text).ok().map(|crop| crop.0);
+        for (text, expected) in [
+            ("\"10,20,30,40\"", Crop::Pixels([10, 20, 30, 40])),
+            ("[10, 20, 30, 40]", Crop::Pixels([10, 20, 30, 40])),
+            ("[0, 0, 1, 1]", Crop::default()),
+            ("[0.5, 0, 0.5, 1]", Crop::Shares([0.5, 0.0, 0.5, 1.0])),
+        ] {
+            assert_eq!(read(text), Some(expected), "{text}");
+        }
+        for text in ["[]", "[1,2,3]", "[1,2,3,4,5]", "[1,2,3,\"4\"]", "1", "null", "{}", "[0,0,0,0]", "\"0,0,2.0,1\""] {
+            assert_eq!(read(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use model_core::config::BackboneConfig;
-use model_core::image::Preprocess;
+use model_core::image::{Preprocess, Seen, View};
 
 use crate::metrics::Metrics;
 use crate::routing_map::RoutingMap;
@@ -62,6 +62,8 @@ pub struct Answer {
     pub logits: Vec<f32>,
     /// Where its patches went, when asked for.
     pub routing: Option<RoutingMap>,
+    /// The part of the picture that the model was shown; whoever cut it out adds it.
+    pub seen: Option<Seen>,
     /// Where the time went; each stage adds its own.
     pub timings: Timings,
 }
@@ -70,6 +72,11 @@ impl LoadedSet {
     /// One per logit.
     pub fn labels(&self) -> &[String] {
         self.set.labels()
+    }
+
+    /// The part of a picture that it looks at, unless a request says otherwise.
+    pub fn view(&self) -> View {
+        self.set.view()
     }
 
     fn tokens(&self) -> usize {
@@ -109,6 +116,7 @@ impl LoadedBackbone {
         let outputs = std::iter::zip(rows, std::iter::zip(logits, routing)).map(|(row, (logits, routing))| Answer {
             logits,
             routing: row.routing.then(|| row.set.routing_map(&routing)),
+            seen: None,
             timings: Timings::default(),
         });
         Ok(outputs.collect())

@@ -24,7 +24,8 @@ pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<O
     let ImageFolder { classes, passed_over: mut skipped } = ImageFolder::list(folder, part)?;
     ensure!(classes.len() <= usize::from(u16::MAX), "{} classes are too many", classes.len());
     let side = options.side;
-    let limits = DecodeLimits { max_pixels: options.max_pixels, ..DecodeLimits::default() }.for_side(side);
+    let limits = DecodeLimits { max_pixels: options.max_pixels, ..DecodeLimits::default() };
+    let limits = limits.for_input(&Preprocess::default(), side);
     let mut dataset = Dataset { images: Vec::new(), side, labels: Vec::new(), class_names: Vec::new() };
     let (mut warnings, mut seen) = (Vec::new(), HashMap::new());
     for (label, class) in (0u16..).zip(&classes) {

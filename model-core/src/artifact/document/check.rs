@@ -2,11 +2,11 @@
 
 use super::Parts;
 use crate::artifact::contents::{
-    BackboneHeader, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES, View,
+    BackboneHeader, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES,
 };
 use crate::artifact::error::ArtifactError;
 use crate::config::{ConfigError, MAX_SIZE};
-use crate::image::Preprocess;
+use crate::image::{Crop, Preprocess, View};
 
 /// Most bytes of a text of the model card.
 const MAX_CARD_BYTES: usize = 4096;
@@ -123,12 +123,6 @@ fn known(statistics: &FamiliarityConfig, d_model: usize) -> Result<(), ArtifactE
 }
 
 fn looks_at(view: &View) -> Result<(), ArtifactError> {
-    let [left, top, width, height] = view.crop;
-    // Shares such as 0.7 and 0.3 need not add up to one in binary.
-    let inside = |from: f64, length: f64| (0.0..=1.0).contains(&from) && length > 0.0 && from + length <= 1.0 + 1e-9;
-    if inside(left, width) && inside(top, height) {
-        return Ok(());
-    }
-    let reason = format!("{:?} is no part of the picture 0, 0, 1, 1", view.crop);
-    Err(ArtifactError::Field { field: "view.crop", reason })
+    let crop = Crop::new(view.crop, true);
+    crop.map(drop).map_err(|error| ArtifactError::Field { field: "view.crop", reason: error.to_string() })
 }

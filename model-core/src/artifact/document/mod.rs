@@ -8,12 +8,12 @@ use serde_json::Value;
 
 use super::contents::{
     BackboneEncoding, BackboneHeader, BackgroundSource, Card, Contents, ExpertSetEncoding, ExpertSetHeader,
-    FamiliarityConfig, View,
+    FamiliarityConfig,
 };
 use super::digest::Digest;
 use super::error::ArtifactError;
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, MAX_SIZE};
-use crate::image::Preprocess;
+use crate::image::{Preprocess, View};
 
 /// The version of `FORMAT.md` that is written.
 pub const FORMAT_VERSION: u32 = 2;

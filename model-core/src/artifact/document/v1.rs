@@ -5,12 +5,12 @@ use serde_json::Value;
 
 use super::Parts;
 use crate::artifact::contents::{
-    BackboneEncoding, BackboneHeader, Contents, ExpertSetEncoding, ExpertSetHeader, StemEncoding, View,
+    BackboneEncoding, BackboneHeader, Contents, ExpertSetEncoding, ExpertSetHeader, StemEncoding,
 };
 use crate::artifact::digest::Digest;
 use crate::artifact::error::ArtifactError;
 use crate::config::{self, ConfigError, FloatFormat, SubstrateConfig};
-use crate::image::{Preprocess, Resize};
+use crate::image::{Preprocess, Resize, View};
 use crate::weights::Precision;
 
 #[derive(Deserialize)]

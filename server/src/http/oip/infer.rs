@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use model_core::image::RgbImage;
+use model_core::image::{Fit, RgbImage};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -19,12 +19,12 @@ use super::super::body;
 use super::super::classify::{CLASSIFY, EXPERT_SET_GENERATION};
 use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::{ApiPath, RequestContext};
-use super::super::input::EXAMPLE_IMAGE;
-use super::super::json::{self, Count, Object};
+use super::super::input::{EXAMPLE_IMAGE, FitName};
+use super::super::json::{self, Count, JsonCrop, Object};
 use super::super::openapi::{commands, errors};
 use super::path::ModelPath;
 use crate::app::AppState;
-use crate::classify::{Answers, Image, Prediction, Request, predictions};
+use crate::classify::{Answers, Image, Look, Prediction, Request, predictions};
 
 /// Encoded images, BYTES `[n]`; base64 when they come in JSON.
 const IMAGE: &str = "image";
@@ -73,6 +73,14 @@ struct RequestParameters {
     /// Whether outputs come in binary unless they say otherwise.
     #[serde(default)]
     binary_data_output: bool,
+    /// The part of each picture to look at, `x,y,w,h` or a list of these numbers.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "0.25,0,0.5,1")]
+    crop: Option<JsonCrop>,
+    /// How that part becomes a square.
+    #[serde(default)]
+    #[schema(value_type = Option<FitName>)]
+    fit: Option<Fit>,
 }
 
 /// `image` BYTES `[n]`, encoded files (base64 in JSON); `pixels` UINT8 `[n, height, width, 3]`, images of any size; or
@@ -313,11 +321,14 @@ pub(super) async fn infer(
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
     refuse_shared_memory(&request)?;
     let images = images(&mut request.inputs, binary, app.limits.max_images)?;
+    let parameters = request.parameters.as_ref().map(|parameters| &parameters.0);
+    let look = parameters.map_or_else(Look::default, |wish| Look { crop: wish.crop.map(|crop| crop.0), fit: wish.fit });
     let images = Request {
         set: path.0.set,
         version,
         images: images.into_iter().map(Ok).collect(),
         routing: false,
+        look,
         started: context.started,
         deadline: received.deadline,
     };
