@@ -11,7 +11,24 @@ use crate::weights::{self, Covariance};
 #[derive(Debug, Clone)]
 pub struct Background {
     mean: Box<[f32]>,
-    whitening: Cholesky,
+    whitening: Whitening,
+}
+
+/// What differences from a background's mean are whitened by.
+#[derive(Debug, Clone)]
+enum Whitening {
+    Triangle(Cholesky),
+    /// Of `diagonal + factor^T factor`. With `G` the factor whose columns are divided by the roots of the diagonal, and
+    /// `1 + G G^T = L L^T`, the matrix `B = 1 + G^T (1 + L)^-1 G` has `B B^T = 1 + G^T G`, and its inverse is
+    /// `1 - G^T (1 + L)^-T L^-1 G`.
+    LowRank {
+        /// Reciprocal square roots of the diagonal.
+        roots: Box<[f32]>,
+        /// G, `[rank, d_model]`.
+        factor: Box<[f32]>,
+        /// L.
+        inner: Cholesky,
+    },
 }
 
 /// Statistics of a set, ready to measure distances with.
@@ -79,6 +96,61 @@ impl Cholesky {
     }
 }
 
+impl Whitening {
+    /// `None` unless the covariance is positive definite.
+    fn new(covariance: &Covariance, d_model: usize) -> Option<Self> {
+        let (diagonal, factor) = match covariance {
+            Covariance::Packed(triangle) => {
+                return Cholesky::new(d_model, |r, c| triangle[row_start(r) + c].into()).map(Self::Triangle);
+            }
+            Covariance::Diagonal { diagonal, factor } => (diagonal, factor),
+            Covariance::Background { .. } => return None,
+        };
+        let roots: Box<[f32]> = diagonal.iter().map(|v| v.sqrt().recip()).collect();
+        let scaled = factor.iter().zip(roots.iter().cycle()).map(|(v, root)| v * root);
+        let factor: Box<[f32]> = scaled.collect();
+        let inner = inner_cholesky(&factor, d_model)?;
+        Some(Self::LowRank { roots, factor, inner })
+    }
+
+    fn whiten(&self, x: &mut [f64]) {
+        let (roots, factor, inner) = match self {
+            Self::Triangle(triangle) => return triangle.whiten(x),
+            Self::LowRank { roots, factor, inner } => (roots, factor, inner),
+        };
+        x.iter_mut().zip(roots).for_each(|(x, &root)| *x *= f64::from(root));
+        let rows = || factor.chunks_exact(x.len().max(1));
+        let mut taken: Vec<f64> = rows().map(|row| row.iter().zip(&*x).map(|(&g, x)| f64::from(g) * x).sum()).collect();
+        inner.whiten(&mut taken);
+        // Backwards through the transpose of 1 + L.
+        for r in (0..taken.len()).rev() {
+            let below = (r + 1..taken.len()).map(|k| f64::from(inner.lower[row_start(k) + r]) * taken[k]);
+            taken[r] = (taken[r] - below.sum::<f64>()) / (1.0 + f64::from(inner.lower[row_start(r) + r]));
+        }
+        for (row, taken) in factor.chunks_exact(x.len().max(1)).zip(taken) {
+            x.iter_mut().zip(row).for_each(|(x, &g)| *x -= f64::from(g) * taken);
+        }
+    }
+
+    fn heap_bytes(&self) -> usize {
+        match self {
+            Self::Triangle(triangle) => size_of_val(&*triangle.lower),
+            Self::LowRank { roots, factor, inner } => {
+                size_of_val(&**roots) + size_of_val(&**factor) + size_of_val(&*inner.lower)
+            }
+        }
+    }
+}
+
+/// That of `1 + factor factor^T`, for a factor `[rank, d_model]`.
+fn inner_cholesky(factor: &[f32], d_model: usize) -> Option<Cholesky> {
+    let row = |r: usize| &factor[r * d_model..][..d_model];
+    Cholesky::new(factor.len() / d_model.max(1), |r, c| {
+        let dot: f64 = row(r).iter().zip(row(c)).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+        dot + if r == c { 1.0 } else { 0.0 }
+    })
+}
+
 fn squared(x: impl Iterator<Item = f64>) -> f64 {
     x.map(|x| x * x).sum()
 }
@@ -93,7 +165,7 @@ impl Background {
     /// [`ArtifactError::Value`] when the covariance is not positive definite.
     pub fn new(background: &weights::Background) -> Result<Self, ArtifactError> {
         let weights::Background { mean, covariance, .. } = background;
-        let whitening = Cholesky::new(mean.len(), |r, c| covariance[row_start(r) + c].into());
+        let whitening = Whitening::new(covariance, mean.len());
         let whitening = whitening.ok_or_else(|| not_positive("background.covariance"))?;
         Ok(Self { mean: mean.clone().into(), whitening })
     }
@@ -107,7 +179,7 @@ impl Background {
 
     /// Bytes on the heap.
     pub fn heap_bytes(&self) -> usize {
-        size_of_val(&*self.mean) + size_of_val(&*self.whitening.lower)
+        size_of_val(&*self.mean) + self.whitening.heap_bytes()
     }
 }
 
@@ -146,13 +218,7 @@ impl Familiarity {
             rows.into_iter().map(|v| v as f32).collect()
         };
         let (means, factor) = (rows(means), rows(factor));
-        let row = |r: usize| &factor[r * d_model..][..d_model];
-        let rank = factor.len() / d_model.max(1);
-        let inner = Cholesky::new(rank, |r, c| {
-            let dot: f64 = row(r).iter().zip(row(c)).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-            dot + if r == c { 1.0 } else { 0.0 }
-        });
-        let inner = inner.ok_or_else(|| not_positive("familiarity.factor"))?;
+        let inner = inner_cholesky(&factor, d_model).ok_or_else(|| not_positive("familiarity.factor"))?;
         Ok(Self { base, means, factor, inner, relative: *relative, threshold: *threshold })
     }
 

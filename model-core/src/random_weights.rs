@@ -36,9 +36,9 @@ pub fn backbone_weights(config: &BackboneConfig, random: &mut SplitMix64) -> Bac
     BackboneWeights {
         config: config.clone(),
         stem,
-        pos_embed: random.uniforms(config.num_tokens() * d_model, 0.3),
+        pos_embed: random.uniforms(if config.has_blocks() { config.num_tokens() * d_model } else { 0 }, 0.3),
         blocks,
-        norm: norm(random, d_model),
+        norm: if config.has_blocks() { norm(random, d_model) } else { Norm::default() },
         background: None,
     }
 }

@@ -1,6 +1,8 @@
 //! A forward allocates nothing once its session is warm. Alone in its process, without a test harness, because the
 //! allocator counts for the process and a harness has a thread that allocates when it likes.
 
+mod common;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -88,6 +90,14 @@ fn main() {
             check(&backbone, forward, &sets, &format!("{isa}, with a helper"));
             drop(welcome);
         });
+    }
+    let (weights, set) = common::calibrated_weights(1);
+    for isa in Isa::available() {
+        let backbone = Backbone::from_weights("b".into(), &weights, Preprocess::default(), digest, isa).unwrap();
+        let backbone = Arc::new(backbone);
+        let sets = [ExpertSet::from_weights("s".into(), set.clone(), digest, &backbone).unwrap()];
+        let mut session = Session::new(&backbone, 4, 2);
+        check(&backbone, |rows| session.forward(rows).unwrap(), &sets, &format!("{isa}, a calibrated stem"));
     }
     println!("a warm forward allocates nothing: ok");
 }

@@ -12,7 +12,8 @@ use model_core::error::ModelError;
 use model_core::familiarity::{Background, Familiarity};
 use model_core::image::Fit;
 use model_core::kernels::Isa;
-use model_core::weights::{Covariance, Precision};
+use model_core::random::SplitMix64;
+use model_core::weights::{self, Covariance, Precision};
 use serde_json::Value;
 
 fn file(name: &str) -> Vec<u8> {
@@ -109,7 +110,8 @@ fn a_backbone_of_version_2_has_everything_that_the_recipe_wrote() {
     assert_eq!(preprocess.reduction, 1.5);
     assert_eq!(card.unwrap().licence, "CC0-1.0");
     let background = weights.background.unwrap();
-    assert_eq!((background.images, background.covariance.len()), (1000, 78));
+    assert!(matches!(&background.covariance, Covariance::Packed(values) if values.len() == 78));
+    assert_eq!(background.images, 1000);
     assert_eq!(background.source, "random numbers\nof this recipe");
 }
 
@@ -186,11 +188,39 @@ fn distances_for_unknown_images_are_those_of_the_recipe() {
     }
 }
 
+/// A background of low rank measures the distances that the same covariance measures when it is written out.
+#[test]
+fn a_background_of_low_rank_is_its_covariance() {
+    let d_model = 12;
+    let mut random = SplitMix64::at(4, 0);
+    let diagonal: Vec<f32> = random.uniforms(d_model, 0.4).iter().map(|v| v + 0.5).collect();
+    for rank in [0, 1, 5, 12] {
+        let factor = random.uniforms(rank * d_model, 2.0);
+        let full = |r: usize, c: usize| {
+            let dot: f32 = (0..rank).map(|k| factor[k * d_model + r] * factor[k * d_model + c]).sum();
+            dot + if r == c { diagonal[r] } else { 0.0 }
+        };
+        let triangle = (0..d_model).flat_map(|r| (0..=r).map(move |c| (r, c))).map(|(r, c)| full(r, c)).collect();
+        let mean = random.uniforms(d_model, 1.0);
+        let background = |covariance| {
+            let weights = weights::Background { mean: mean.clone(), covariance, source: String::new(), images: 1 };
+            Background::new(&weights).unwrap()
+        };
+        let packed = background(Covariance::Packed(triangle));
+        let low_rank = background(Covariance::Diagonal { diagonal: diagonal.clone(), factor: factor.clone() });
+        let features = random.uniforms(d_model, 3.0);
+        let (a, b) = (packed.distance(&features), low_rank.distance(&features));
+        // Single precision, and condition numbers below a thousand.
+        assert!((a - b).abs() < 1e-3 * a, "rank {rank}: {a} and {b}");
+    }
+}
+
 #[test]
 fn a_covariance_that_is_not_positive_definite_is_refused() {
     let mut weights = backbone(2).weights.background.unwrap();
     let background = Background::new(&weights).unwrap();
-    weights.covariance[2] = -1.0;
+    let Covariance::Packed(triangle) = &mut weights.covariance else { panic!("a packed covariance") };
+    triangle[2] = -1.0;
     let error = Background::new(&weights).unwrap_err().to_string();
     assert!(error.contains("`background.covariance`") && error.contains("not positive definite"), "{error}");
     let mut statistics = set("v2_set").weights.familiarity.unwrap();

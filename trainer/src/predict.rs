@@ -82,8 +82,8 @@ impl Predictor for Integer {
         };
         let (classes, layers) = (self.set.labels().len(), self.backbone.config().num_layers);
         let mut logits = vec![0.0; len * classes];
-        let mut routing = vec![0; len * layers * self.choices];
-        let outputs = logits.chunks_exact_mut(classes).zip(routing.chunks_exact_mut(layers * self.choices));
+        let mut routing = vec![vec![0; layers * self.choices]; len];
+        let outputs = logits.chunks_exact_mut(classes).zip(&mut routing);
         let mut rows: Vec<Row<'_>> = pixels
             .chunks_exact(self.backbone.pixels_len())
             .zip(outputs)
@@ -93,8 +93,7 @@ impl Predictor for Integer {
         self.idle.lock().expect("nobody panics while holding the list").push(session);
         // From image by image to layer by layer.
         let of_layer = |layer: usize| {
-            let images = routing.chunks_exact(layers * self.choices);
-            images.flat_map(|image| &image[layer * self.choices..][..self.choices]).copied().collect()
+            routing.iter().flat_map(|image| &image[layer * self.choices..][..self.choices]).copied().collect()
         };
         Ok(Prediction { experts: (0..layers).map(of_layer).collect(), logits })
     }

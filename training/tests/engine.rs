@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use common::{expert_configs, minute_config, packed_config, relative_error};
 use model_core::artifact::Digest;
-use model_core::config::ViTConfig;
+use model_core::config::{Activation, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
@@ -52,4 +52,36 @@ fn logits_agree_with_the_candle_model() {
             }
         }
     }
+}
+
+/// A calibrated stem rounds every output to 255 or 127 steps and clips what lies beyond them; its float path does not.
+#[test]
+fn a_calibrated_stem_agrees_with_the_candle_model() {
+    let (mut weights, set_weights) = common::calibrated_weights(2);
+    let side = weights.config.image_size;
+    let preprocess = Preprocess::default();
+    let samples: Vec<u8> = (0..side * side * 3).map(|i| (i * 37 + i * i / 7) as u8).collect();
+    let pixels = preprocess.normalize(&samples);
+    let input = Tensor::from_vec(pixels.clone(), (1, side, side, 3), &Device::Cpu).unwrap();
+    let vit = ViT::from_weights(&weights, &set_weights).unwrap();
+    let mut largest = vec![0f32; weights.stem.len()];
+    let visit = |i: usize, y: &Tensor| {
+        largest[i] = y.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+        Ok(())
+    };
+    vit.stem().forward_each(&input, visit).unwrap();
+    for ((layer, weights), largest) in weights.config.stem.iter().zip(&mut weights.stem).zip(largest) {
+        let positive = layer.activation == Activation::Relu6 && layer.residual.is_none();
+        weights.step = Some(largest / if positive { 255.0 } else { 127.0 });
+    }
+    let expected = vit.forward(&input, Quantizers::NONE).unwrap().logits.flatten_all().unwrap().to_vec1().unwrap();
+    let digest = Digest::of("backbone", &[]);
+    let backbone = Backbone::from_weights("b".into(), &weights, preprocess, digest, Isa::best()).unwrap();
+    let set = ExpertSet::from_weights("s".into(), set_weights, digest, &backbone).unwrap();
+    let mut logits = vec![f32::NAN; set.labels().len()];
+    let mut rows = [Row { set: &set, pixels: &pixels, logits: &mut logits, routing: None }];
+    Session::new(&Arc::new(backbone), 1, 1).forward(&mut rows).unwrap();
+    let error = relative_error(&logits, &expected);
+    println!("a calibrated stem: {error:.4}");
+    assert!(error < 0.05, "{logits:?} is not {expected:?}");
 }

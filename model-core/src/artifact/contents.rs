@@ -108,6 +108,9 @@ pub struct BackgroundSource {
     pub source: String,
     /// How many they are.
     pub images: u64,
+    /// Rows of the factor of a covariance that is `diagonal + factor^T factor`; without it the covariance is a triangle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
 }
 
 /// Where an artifact comes from.

@@ -147,7 +147,10 @@ impl Contents {
             Ok(())
         };
         let visited = match self {
-            Self::Backbone(backbone) => visit_backbone(&mut empty_backbone(backbone), visit),
+            Self::Backbone(backbone) => {
+                let rank = backbone.background.as_ref().and_then(|background| background.rank);
+                visit_backbone(&mut empty_backbone(backbone), rank, visit)
+            }
             Self::ExpertSet(set) => visit_expert_set(&mut empty_expert_set(set), set, visit),
         };
         visited.expect("a visitor that returns no error causes none");

@@ -397,16 +397,19 @@ fn triangle(side: usize) -> usize {
 }
 
 /// Hands every tensor of a backbone to `visit`. The numbers of stem layers and blocks must agree with
-/// the configuration: see [`empty_backbone`].
+/// the configuration: see [`empty_backbone`]. `rank` is that of the background.
 pub(super) fn visit_backbone(
     weights: &mut BackboneWeights,
+    rank: Option<usize>,
     mut visit: impl FnMut(Slot<'_>) -> Result<(), ArtifactError>,
 ) -> Result<(), ArtifactError> {
     let BackboneWeights { config, stem, pos_embed, blocks, norm, background } = weights;
     let d_model = config.d_model;
     let mut walk = Walk { visit: &mut visit };
     walk.stem(config, stem)?;
-    walk.float("pos_embed".to_owned(), &[config.num_tokens(), d_model], pos_embed)?;
+    if config.has_blocks() {
+        walk.float("pos_embed".to_owned(), &[config.num_tokens(), d_model], pos_embed)?;
+    }
     for (i, block) in blocks.iter_mut().enumerate() {
         walk.norm(&format!("blocks.{i}.norm1"), d_model, &mut block.norm1)?;
         walk.linear(&format!("blocks.{i}.attention.qkv"), &[3 * d_model, d_model], &mut block.qkv)?;
@@ -414,10 +417,26 @@ pub(super) fn visit_backbone(
         walk.norm(&format!("blocks.{i}.norm2"), d_model, &mut block.norm2)?;
     }
     walk.substrates(config, blocks)?;
-    walk.norm("norm", d_model, norm)?;
+    if config.has_blocks() {
+        walk.norm("norm", d_model, norm)?;
+    }
     let Some(Background { mean, covariance, .. }) = background else { return Ok(()) };
     walk.float("background.mean".to_owned(), &[d_model], mean)?;
-    walk.float("background.covariance".to_owned(), &[triangle(d_model)], covariance)
+    match covariance {
+        Covariance::Packed(values) => walk.float("background.covariance".to_owned(), &[triangle(d_model)], values),
+        Covariance::Diagonal { diagonal, factor } => {
+            let positive = Values::PositiveFloat(diagonal, FloatFormat::F32);
+            walk.slot("background.diagonal".to_owned(), &[d_model], positive)?;
+            match rank.unwrap_or(0) {
+                0 => Ok(()),
+                rank => walk.float("background.factor".to_owned(), &[rank, d_model], factor),
+            }
+        }
+        Covariance::Background { .. } => {
+            let reason = "a background cannot rest on a background".to_owned();
+            Err(ArtifactError::Field { field: "background", reason })
+        }
+    }
 }
 
 /// Hands every tensor of an expert set to `visit`. The numbers of layers and labels must agree with the backbone and
@@ -479,9 +498,12 @@ pub(super) fn empty_backbone(header: &BackboneHeader) -> BackboneWeights {
         pos_embed: Vec::new(),
         blocks: vec![block; config.num_layers],
         norm: Norm::default(),
-        background: background.as_ref().map(|BackgroundSource { source, images }| Background {
+        background: background.as_ref().map(|BackgroundSource { source, images, rank }| Background {
             mean: Vec::new(),
-            covariance: Vec::new(),
+            covariance: match rank {
+                None => Covariance::Packed(Vec::new()),
+                Some(_) => Covariance::Diagonal { diagonal: Vec::new(), factor: Vec::new() },
+            },
             source: source.clone(),
             images: *images,
         }),

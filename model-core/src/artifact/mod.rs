@@ -149,7 +149,8 @@ pub fn read_backbone(bytes: &[u8]) -> Result<BackboneArtifact, ArtifactError> {
     };
     let tensors = Tensors { specs: &raw.tensors, data };
     let mut weights = empty_backbone(&header);
-    visit_backbone(&mut weights, |slot| tensors.decode(slot))?;
+    let rank = header.background.as_ref().and_then(|background| background.rank);
+    visit_backbone(&mut weights, rank, |slot| tensors.decode(slot))?;
     let BackboneHeader { preprocess, card, .. } = *header;
     Ok(BackboneArtifact { name, weights, preprocess, card, training, digest })
 }
@@ -220,12 +221,20 @@ fn backbone_bytes(
         .stem
         .iter()
         .map(|layer| StemEncoding { weights: layer.conv.weight.precision(), calibrated: layer.step.is_some() });
-    let background = weights.background.as_ref();
+    let background = weights.background.as_ref().map(|b| BackgroundSource {
+        source: b.source.clone(),
+        images: b.images,
+        rank: match &b.covariance {
+            Covariance::Diagonal { factor, .. } => Some(factor.len() / weights.config.d_model.max(1)),
+            _ => None,
+        },
+    });
+    let rank = background.as_ref().and_then(|background| background.rank);
     let header = BackboneHeader {
         config: weights.config.clone(),
         encoding: BackboneEncoding { stem: stem.collect(), attention },
         preprocess: preprocess.clone(),
-        background: background.map(|b| BackgroundSource { source: b.source.clone(), images: b.images }),
+        background,
         card: card.cloned(),
     };
     let document = Document::new((name.to_owned(), Contents::Backbone(header.into()), training.clone()))?;
@@ -243,7 +252,7 @@ fn backbone_bytes(
         return Err(ArtifactError::NotShared { block });
     }
     let mut tensors = Vec::new();
-    visit_backbone(&mut weights.clone(), |slot| {
+    visit_backbone(&mut weights.clone(), rank, |slot| {
         tensors.push((slot.spec(), slot.encode()?));
         Ok(())
     })?;

@@ -86,7 +86,7 @@ pub struct BackboneConfig {
     pub d_model: usize,
     /// Width of the hidden layer of an expert.
     pub d_ff: usize,
-    /// Number of transformer blocks.
+    /// Number of transformer blocks; none for a backbone that is a stem alone.
     pub num_layers: usize,
     /// Attention heads; divides `d_model`.
     pub num_heads: usize,
@@ -103,7 +103,7 @@ pub struct BackboneShape {
     pub d_model: usize,
     /// Width of the hidden layer of an expert.
     pub d_ff: usize,
-    /// Number of transformer blocks.
+    /// Number of transformer blocks; none for a backbone that is a stem alone.
     pub num_layers: usize,
     /// How the ternary matrices are stored.
     pub substrates: SubstrateConfig,
@@ -122,8 +122,8 @@ impl BackboneShape {
     pub fn validate(&self) -> Result<(), ConfigError> {
         size(self.d_model, "backbone.d_model")?;
         size(self.d_ff, "backbone.d_ff")?;
-        ensure((1..=MAX_DEPTH).contains(&self.num_layers), "backbone.num_layers", || {
-            format!("{} is not in 1..={MAX_DEPTH}", self.num_layers)
+        ensure(self.num_layers <= MAX_DEPTH, "backbone.num_layers", || {
+            format!("{} is not in 0..={MAX_DEPTH}", self.num_layers)
         })
     }
 }
@@ -255,6 +255,12 @@ impl BackboneConfig {
     pub fn shape(&self) -> BackboneShape {
         let Self { d_model, d_ff, num_layers, substrates, .. } = *self;
         BackboneShape { d_model, d_ff, num_layers, substrates }
+    }
+
+    /// Whether there are blocks, and with them a position embedding and a norm. Without them the stem's output is what is
+    /// pooled.
+    pub fn has_blocks(&self) -> bool {
+        self.num_layers > 0
     }
 
     /// Side of the square grid of patch tokens.
@@ -438,7 +444,7 @@ mod tests {
         let cases: [(&str, Edit); 12] = [
             ("backbone.image_size", |c| c.backbone.image_size = 0),
             ("backbone.num_heads", |c| c.backbone.num_heads = 3),
-            ("backbone.num_layers", |c| c.backbone.num_layers = 0),
+            ("backbone.num_layers", |c| c.backbone.num_layers = MAX_DEPTH + 1),
             ("backbone.stem", |c| c.backbone.stem.clear()),
             ("backbone.stem.stride", |c| c.backbone.stem[0].stride = 3),
             ("backbone.stem.channels", |c| c.backbone.stem[0].channels = 7),

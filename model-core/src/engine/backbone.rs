@@ -2,7 +2,7 @@
 
 use super::moe::Substrates;
 use super::packed::PackedLayer;
-use super::stem::{Convolution, check_supported};
+use super::stem::Stem;
 use crate::artifact::{ArtifactError, BackboneArtifact, Digest, read_backbone};
 use crate::config::BackboneConfig;
 use crate::error::{ModelError, expect_len};
@@ -19,7 +19,7 @@ pub struct Backbone {
     preprocess: Preprocess,
     isa: Isa,
     config: BackboneConfig,
-    pub(super) stem: Vec<Convolution>,
+    pub(super) stem: Stem,
     pub(super) pos_embed: Box<[f32]>,
     pub(super) blocks: Vec<Block>,
     pub(super) norm: Norm,
@@ -70,27 +70,19 @@ impl Backbone {
     ) -> Result<Self, ModelError> {
         let config = weights.config.clone();
         config.validate()?;
-        check_supported(&config)?;
-        expect_len("stem layers", weights.stem.len(), config.stem.len())?;
         expect_len("blocks", weights.blocks.len(), config.num_layers)?;
-        expect_len("pos_embed", weights.pos_embed.len(), config.num_tokens() * config.d_model)?;
+        let features = if config.has_blocks() { config.d_model } else { 0 };
+        expect_len("pos_embed", weights.pos_embed.len(), config.num_tokens() * features)?;
         if let Some(block) = weights.unshared_block() {
             return Err(ArtifactError::NotShared { block }.into());
         }
-        let mut stem = Vec::with_capacity(config.stem.len());
-        for (i, (weights, shape)) in weights.stem.iter().zip(config.stem_inputs()).enumerate() {
-            match &weights.norm {
-                Some(norm) if shape.0.norm => _ = expect_norm("stem norm", norm, shape.0.channels)?,
-                norm => expect_len("stem norm", usize::from(norm.is_some()), usize::from(shape.0.norm))?,
-            }
-            stem.push(Convolution::pack(isa, weights, shape, i == 0)?);
-        }
+        let stem = Stem::pack(isa, weights, &preprocess)?;
         let mut blocks: Vec<Block> = Vec::with_capacity(config.num_layers);
         for block in &weights.blocks {
             let lender = blocks.first().filter(|_| config.substrates.shared).map(|block| &block.substrates);
             blocks.push(Block::pack(block, &config, isa, lender)?);
         }
-        let norm = expect_norm("norm", &weights.norm, config.d_model)?;
+        let norm = expect_norm("norm", &weights.norm, features)?;
         let pos_embed = weights.pos_embed.clone().into();
         let background = weights.background.as_ref().map(Background::new).transpose()?;
         Ok(Self { name, digest, preprocess, isa, stem, pos_embed, blocks, norm, background, config })
@@ -127,7 +119,7 @@ impl Backbone {
 
     /// Bytes that it occupies in memory.
     pub fn resident_bytes(&self) -> usize {
-        let stem: usize = self.stem.iter().map(|layer| size_of::<Convolution>() + layer.heap_bytes()).sum();
+        let stem = self.stem.heap_bytes();
         let blocks = self.blocks.iter().enumerate().map(|(i, block)| {
             let shared = self.config.substrates.shared && i > 0;
             size_of::<Block>() + block.heap_bytes(shared)

@@ -13,7 +13,7 @@ use super::expert_set::ExpertSet;
 use super::moe::MoeLayer;
 use super::session::{Row, Session};
 use crate::artifact::Digest;
-use crate::config::{BackboneConfig, ViTConfig};
+use crate::config::{BackboneConfig, ConfigError, ViTConfig};
 use crate::error::ModelError;
 use crate::image::Preprocess;
 use crate::kernels::activation::gelu;
@@ -109,6 +109,10 @@ pub fn run(options: &Options) -> Result<Vec<Report>, ModelError> {
 }
 
 fn report(config: &ViTConfig, options: &Options) -> Result<Report, ModelError> {
+    if !config.backbone.has_blocks() {
+        let reason = "a stem alone has no layer of experts to time".to_owned();
+        return Err(ConfigError { field: "backbone.num_layers", reason }.into());
+    }
     let mut random = SplitMix64::at(2603, 0);
     let weights = backbone_weights(&config.backbone, &mut random);
     let set = expert_set_weights(config, &mut random);

@@ -6,6 +6,8 @@
 //! for each block:  x += proj(attention(qkv(norm1(x))));  x += experts(norm2(x))
 //! logits = head(mean over tokens of norm(x))
 //! ```
+//! A calibrated stem is int8 throughout. A backbone without blocks is a stem alone: no position embedding, no norm.
+//!
 //! A [`Backbone`] is loaded once and shared; an [`ExpertSet`] is bound to one backbone and small; a [`Session`]
 //! is the scratch of one compute thread (or one small team of threads). Pixels are f32, channel-last
 //! `[H, W, 3]`, normalised by [`Backbone::preprocess`].

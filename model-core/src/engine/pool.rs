@@ -298,15 +298,16 @@ impl fmt::Debug for Pool {
     }
 }
 
-/// A slice whose disjoint parts are written by several threads of one loop.
+/// A slice whose disjoint parts are written and read by several threads of one loop.
 pub(super) struct Parts<'a, T> {
     data: *mut T,
     len: usize,
     slice: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it only hands out parts that the callers of `part` keep disjoint, so it is as good as `&mut [T]` split up.
-unsafe impl<T: Send> Sync for Parts<'_, T> {}
+// SAFETY: it only hands out parts that the callers of `part` and `shared` keep disjoint from those that are written, so it
+// is as good as `&mut [T]` split up.
+unsafe impl<T: Send + Sync> Sync for Parts<'_, T> {}
 
 impl<'a, T> Parts<'a, T> {
     pub(super) fn new(slice: &'a mut [T]) -> Self {
@@ -325,6 +326,19 @@ impl<'a, T> Parts<'a, T> {
         assert!(start <= self.len && len <= self.len - start, "part exceeds its slice");
         // SAFETY: the range lies in the slice, which is borrowed mutably for 'a; disjointness is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+    }
+
+    /// `len` values from `start`, to read.
+    ///
+    /// # Safety
+    /// While the part is in use, none of [`Parts::part`] that overlaps it is.
+    ///
+    /// # Panics
+    /// When the range exceeds the slice.
+    pub(super) unsafe fn shared(&self, start: usize, len: usize) -> &[T] {
+        assert!(start <= self.len && len <= self.len - start, "part exceeds its slice");
+        // SAFETY: the range lies in the slice, which is borrowed mutably for 'a; nobody writes it, as the caller promises.
+        unsafe { std::slice::from_raw_parts(self.data.add(start), len) }
     }
 }
 

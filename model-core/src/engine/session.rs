@@ -8,7 +8,7 @@ use super::expert_set::ExpertSet;
 use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
 use super::packed::{Quantized, TILE};
 use super::pool::{Parts, PerThread, Pool, Team};
-use super::stem;
+use super::stem::{StemScratch, StemThread};
 use crate::config::{BackboneConfig, ExpertConfig};
 use crate::error::{ModelError, expect_len};
 use crate::kernels::combine::add_assign;
@@ -43,9 +43,7 @@ pub struct Session {
     /// The batch's experts, each by the caller's row that named them first.
     sets: Vec<usize>,
     spans: Vec<Span>,
-    /// Activations between stem layers, two of `[max_batch, stem_len]`.
-    stem: [Vec<f32>; 2],
-    stem_len: usize,
+    stem: StemScratch,
     /// `[max_batch, tokens, d_model]`, the residual stream.
     x: Vec<f32>,
     /// `[max_batch, tokens, d_model]`, normed for the experts, in lane order.
@@ -55,6 +53,7 @@ pub struct Session {
     /// `[max_batch, heads, tokens, head_dim]`.
     heads: Vec<f32>,
     moe: MoeScratch,
+    stem_threads: Arc<PerThread<StemThread>>,
     threads: Arc<PerThread<ThreadScratch>>,
     /// Bytes of one thread's scratch.
     thread_bytes: usize,
@@ -65,8 +64,7 @@ pub struct Session {
 /// Buffers of one thread.
 #[derive(Debug)]
 struct ThreadScratch {
-    windows: Vec<f32>,
-    /// A tile's rows, `[TILE, d_model or stem channels]`.
+    /// A tile's rows, `[TILE, d_model]`.
     rows: Vec<f32>,
     /// As `rows`, for what comes out.
     out: Vec<f32>,
@@ -75,27 +73,27 @@ struct ThreadScratch {
 }
 
 impl ThreadScratch {
-    fn new(config: &BackboneConfig) -> Self {
-        let (_, windows, outputs) = stem::scratch_sizes(config);
-        let rows = outputs.max(TILE * config.d_model);
+    fn new(backbone: &Backbone) -> Self {
+        let config = backbone.config();
+        let rows = TILE * config.d_model;
         Self {
-            windows: vec![0.0; windows],
             rows: vec![0.0; rows],
             out: vec![0.0; rows],
-            quantized: Quantized::new(config.d_model.max(windows / TILE)),
-            attention: AttentionScratch::new(config.num_tokens(), config.head_dim()),
+            quantized: Quantized::new(config.d_model),
+            attention: AttentionScratch::new(block_tokens(config), config.head_dim()),
         }
     }
 
     fn bytes(&self) -> usize {
-        let floats = self.windows.capacity() + self.rows.capacity() + self.out.capacity();
-        let buffers = floats * size_of::<f32>() + self.quantized.heap_bytes() + self.attention.heap_bytes();
-        size_of::<Self>() + buffers
+        let rows = (self.rows.capacity() + self.out.capacity()) * size_of::<f32>();
+        let buffers = self.quantized.heap_bytes() + self.attention.heap_bytes();
+        size_of::<Self>() + rows + buffers
     }
 }
 
 /// The scratch of every thread of a pool or of a group of pools.
 struct Threads {
+    stem: Arc<PerThread<StemThread>>,
     rest: Arc<PerThread<ThreadScratch>>,
     moe: Arc<PerThread<MoeThread>>,
     bytes: usize,
@@ -104,9 +102,13 @@ struct Threads {
 impl Threads {
     fn new(backbone: &Backbone, count: usize) -> Self {
         let config = backbone.config();
-        let (rest, moe) = (|| ThreadScratch::new(config), || MoeThread::new(config.d_model, config.d_ff));
-        let bytes = rest().bytes() + moe().bytes();
-        Self { rest: Arc::new(PerThread::new(count, rest)), moe: Arc::new(PerThread::new(count, moe)), bytes }
+        // Without blocks nobody goes through experts.
+        let (d_model, d_ff) = if config.has_blocks() { (config.d_model, config.d_ff) } else { (1, 1) };
+        let (rest, moe) = (|| ThreadScratch::new(backbone), || MoeThread::new(d_model, d_ff));
+        let stem = || StemThread::new(&backbone.stem);
+        let bytes = size_of::<StemThread>() + stem().heap_bytes() + rest().bytes() + moe().bytes();
+        let stem = Arc::new(PerThread::new(count, stem));
+        Self { stem, rest: Arc::new(PerThread::new(count, rest)), moe: Arc::new(PerThread::new(count, moe)), bytes }
     }
 }
 
@@ -127,8 +129,7 @@ impl Session {
 
     fn with(backbone: &Arc<Backbone>, max_batch: usize, pool: Pool, own_threads: usize, threads: &Threads) -> Self {
         let (config, max_batch) = (backbone.config(), max_batch.max(1));
-        let (d_model, d_ff, tokens) = (config.d_model, config.d_ff, config.num_tokens());
-        let (stem_len, ..) = stem::scratch_sizes(config);
+        let (d_model, d_ff, tokens) = (config.d_model, config.d_ff, block_tokens(config));
         let moe_threads = Arc::clone(&threads.moe);
         Self {
             backbone: Arc::clone(backbone),
@@ -136,13 +137,13 @@ impl Session {
             order: Vec::with_capacity(max_batch),
             sets: Vec::with_capacity(max_batch),
             spans: Vec::with_capacity(max_batch),
-            stem: [vec![0.0; max_batch * stem_len], vec![0.0; max_batch * stem_len]],
-            stem_len,
-            x: vec![0.0; max_batch * tokens * d_model],
+            stem: StemScratch::new(&backbone.stem, config, max_batch),
+            x: vec![0.0; max_batch * config.num_tokens() * d_model],
             normed: vec![0.0; max_batch * tokens * d_model],
             qkv: vec![0.0; max_batch * tokens * 3 * d_model],
             heads: vec![0.0; max_batch * tokens * d_model],
             moe: MoeScratch::sharing(d_model, d_ff, max_batch * tokens, moe_threads),
+            stem_threads: Arc::clone(&threads.stem),
             threads: Arc::clone(&threads.rest),
             thread_bytes: threads.bytes,
             own_threads,
@@ -174,19 +175,15 @@ impl Session {
     /// Most bytes by which batches with sets like `experts` make the scratch of a new session grow, once: none for up to 64
     /// experts, two of which are chosen, without an `out` rotation.
     pub fn growth(backbone: &Backbone, max_batch: usize, experts: &ExpertConfig) -> usize {
-        let (config, tokens) = (backbone.config(), max_batch * backbone.config().num_tokens());
+        let (config, tokens) = (backbone.config(), max_batch * block_tokens(backbone.config()));
         MoeScratch::growth(config.d_model, config.d_ff, tokens, experts)
     }
 
     /// Bytes of scratch.
     pub fn resident_bytes(&self) -> usize {
-        let floats = self.stem[0].capacity()
-            + self.stem[1].capacity()
-            + self.x.capacity()
-            + self.normed.capacity()
-            + self.qkv.capacity()
-            + self.heads.capacity();
+        let floats = self.x.capacity() + self.normed.capacity() + self.qkv.capacity() + self.heads.capacity();
         let buffers = floats * size_of::<f32>()
+            + self.stem.heap_bytes()
             + (self.order.capacity() + self.sets.capacity()) * size_of::<usize>()
             + self.spans.capacity() * size_of::<Span>()
             + self.moe.heap_bytes();
@@ -234,37 +231,18 @@ impl Session {
             first_slot += span_tokens * row.set.config().top_k;
             sets.push(i);
         }
+        let Some(block) = backbone.blocks.first() else { return };
         let experts = |set: usize| &rows[sets[set]].set.layers[0];
-        Moe { substrates: &backbone.blocks[0].substrates, experts, spans }.plan(self.pool.threads(), &mut self.moe);
+        Moe { substrates: &block.substrates, experts, spans }.plan(self.pool.threads(), &mut self.moe);
     }
 
     fn run_stem(&mut self, backbone: &Backbone, rows: &[Row<'_>]) {
-        let (isa, d_model) = (backbone.isa(), backbone.config().d_model);
-        let image_len = backbone.config().num_tokens() * d_model;
-        let (order, stem_len) = (&self.order, self.stem_len);
-        let [mut from, mut to] = self.stem.each_mut();
-        for (layer, convolution) in backbone.stem.iter().enumerate() {
-            let (is_first, is_last) = (layer == 0, layer + 1 == backbone.stem.len());
-            let threads = &*self.threads;
-            let (target, target_len) = if is_last { (&mut self.x, image_len) } else { (&mut *to, stem_len) };
-            let target = Parts::new(target);
-            let (windows, channels) = (convolution.windows(), convolution.channels());
-            let tiles = windows.div_ceil(TILE);
-            let input: &[f32] = from;
-            self.pool.run(rows.len() * tiles, |thread, item| {
-                let (image, first) = (item / tiles, item % tiles * TILE);
-                let len = TILE.min(windows - first) * channels;
-                // SAFETY: a thread number is used by one call at a time, and tiles have outputs of their own.
-                let (thread, out) =
-                    unsafe { (threads.of(thread), target.part(image * target_len + first * channels, len)) };
-                let input = if is_first { rows[order[image]].pixels } else { &input[image * stem_len..][..stem_len] };
-                let buffers = (&mut thread.windows[..], &mut thread.rows[..], &mut thread.quantized);
-                convolution.forward(isa, input, first, buffers, out).expect(LENGTHS);
-                if is_last {
-                    add_assign(isa, out, &backbone.pos_embed[first * channels..][..len]);
-                }
-            });
-            std::mem::swap(&mut from, &mut to);
+        let image_len = backbone.config().num_tokens() * backbone.config().d_model;
+        let Self { order, stem, stem_threads, pool, x, .. } = self;
+        let x = &mut x[..rows.len() * image_len];
+        backbone.stem.forward(|image| rows[order[image]].pixels, pool, (stem, stem_threads), (rows.len(), x));
+        if backbone.config().has_blocks() {
+            x.chunks_exact_mut(image_len).for_each(|x| add_assign(backbone.isa(), x, &backbone.pos_embed));
         }
     }
 
@@ -355,9 +333,16 @@ impl Session {
             pooled.fill(0.0);
             let x = &self.x[image * tokens * d_model..][..tokens * d_model];
             for x in x.chunks(TILE * d_model) {
-                let normed = &mut normed[..x.len()];
-                layer_norm(isa, x, &backbone.norm.gamma, &backbone.norm.beta, LAYER_NORM_EPS, normed);
-                for token in normed.chunks_exact(d_model) {
+                let Norm { gamma, beta } = &backbone.norm;
+                let tokens = match backbone.config().has_blocks() {
+                    true => {
+                        let normed = &mut normed[..x.len()];
+                        layer_norm(isa, x, gamma, beta, LAYER_NORM_EPS, normed);
+                        &*normed
+                    }
+                    false => x,
+                };
+                for token in tokens.chunks_exact(d_model) {
                     add_assign(isa, pooled, token);
                 }
             }
@@ -369,6 +354,11 @@ impl Session {
             row.logits.iter_mut().for_each(|logit| *logit /= row.set.temperature);
         }
     }
+}
+
+/// Tokens of an image that go through blocks.
+fn block_tokens(config: &BackboneConfig) -> usize {
+    if config.has_blocks() { config.num_tokens() } else { 0 }
 }
 
 fn check_rows(backbone: &Backbone, max_batch: usize, rows: &[Row<'_>]) -> Result<(), ModelError> {

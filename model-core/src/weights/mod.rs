@@ -77,8 +77,8 @@ pub struct BlockWeights {
 pub struct Background {
     /// Mean of each feature, `[d_model]`.
     pub mean: Vec<f32>,
-    /// Lower triangle of the covariance, row by row, `[d_model (d_model + 1) / 2]`.
-    pub covariance: Vec<f32>,
+    /// Of the features; not of the form that rests on a background.
+    pub covariance: Covariance,
     /// Where the images come from.
     pub source: String,
     /// How many images there were.
@@ -149,7 +149,7 @@ pub struct ExpertSetWeights {
     pub familiarity: Option<Familiarity>,
 }
 
-/// The shared covariance of a set's classes.
+/// A covariance: of a backbone's background, or the one that the classes of a set share.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Covariance {
     /// Lower triangle, row by row, `[d_model (d_model + 1) / 2]`; positive definite.

@@ -4,12 +4,13 @@
 
 use model_core::artifact::{Digest, read_backbone, write_backbone, write_expert_set};
 use model_core::config::{
-    AngleSeed, BackboneConfig, ExpertConfig, FloatFormat, Generator, StemLayer, SubstrateConfig, TernaryPacking,
-    ViTConfig,
+    Activation, AngleSeed, BackboneConfig, ExpertConfig, FloatFormat, Generator, StemLayer, SubstrateConfig,
+    TernaryPacking, ViTConfig,
 };
 use model_core::image::Preprocess;
 use model_core::random::SplitMix64;
 use model_core::random_weights::{backbone_weights, expert_set_weights};
+use model_core::weights::{BackboneWeights, ExpertSetWeights, Matrix, Precision};
 use serde_json::json;
 
 /// A model small enough to try every byte of it: three odd sizes, all sites, codes that leave padding bits.
@@ -37,6 +38,67 @@ pub(crate) fn minute_config() -> ViTConfig {
         },
         num_classes: 2,
     }
+}
+
+/// A calibrated stem alone: asymmetric padding, depthwise windows of both sizes, residuals from earlier layers, channels
+/// that fill no vector.
+pub(crate) fn calibrated_config() -> ViTConfig {
+    let pointwise =
+        |channels, activation, residual| StemLayer { activation, residual, ..StemLayer::patch(channels, 1) };
+    let depthwise = |channels, kernel, stride, padding| StemLayer {
+        kernel,
+        stride,
+        padding,
+        groups: channels,
+        activation: Activation::Relu6,
+        ..StemLayer::patch(channels, 1)
+    };
+    let first = StemLayer { kernel: 3, stride: 2, padding: [0, 0, 1, 1], ..StemLayer::patch(10, 1) };
+    ViTConfig {
+        backbone: BackboneConfig {
+            image_size: 18,
+            stem: vec![
+                StemLayer { activation: Activation::Relu6, ..first },
+                depthwise(10, 3, 1, [1; 4]),
+                pointwise(7, Activation::None, None),
+                pointwise(40, Activation::Relu6, None),
+                depthwise(40, 5, 1, [2; 4]),
+                pointwise(7, Activation::None, Some(3)),
+                StemLayer { kernel: 3, padding: [1; 4], ..pointwise(20, Activation::Relu6, None) },
+                depthwise(20, 5, 2, [2, 2, 2, 2]),
+                pointwise(20, Activation::Relu6, Some(8)),
+                pointwise(33, Activation::Relu6, None),
+            ],
+            d_model: 33,
+            d_ff: 1,
+            num_layers: 0,
+            num_heads: 1,
+            substrates: SubstrateConfig::default(),
+        },
+        experts: ExpertConfig {
+            num_experts: 1,
+            top_k: 1,
+            stages_in: 0,
+            stages_hidden: 0,
+            stages_out: 0,
+            ..ViTConfig::preset("tiny").unwrap().experts
+        },
+        num_classes: 5,
+    }
+}
+
+/// Weights of [`calibrated_config`] with the steps that its outputs need.
+pub(crate) fn calibrated_weights(seed: u64) -> (BackboneWeights, ExpertSetWeights) {
+    let config = calibrated_config();
+    let mut random = SplitMix64::at(seed, 0);
+    let mut backbone = backbone_weights(&config.backbone, &mut random);
+    for (weights, layer) in backbone.stem.iter_mut().zip(&config.backbone.stem) {
+        let rows = weights.conv.bias.len();
+        weights.conv.weight = Matrix::encode(&weights.conv.weight.to_f32(), rows, Precision::Int8);
+        let positive = layer.activation == Activation::Relu6 && layer.residual.is_none();
+        weights.step = Some(if positive { 3.0 / 255.0 } else { 4.0 / 127.0 });
+    }
+    (backbone, expert_set_weights(&config, &mut random))
 }
 
 /// A model whose substrates are packed as tightly as they can be.

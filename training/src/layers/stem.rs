@@ -10,6 +10,7 @@ use model_core::config::{Activation, BackboneConfig, StemLayer};
 #[derive(Debug, Clone)]
 struct Convolution {
     layer: StemLayer,
+    is_depthwise: bool,
     weight: Tensor,
     bias: Tensor,
     norm: Option<LayerNorm>,
@@ -19,31 +20,43 @@ struct Convolution {
 #[derive(Debug, Clone)]
 pub struct Stem {
     layers: Vec<Convolution>,
-    pos_embed: Tensor,
+    /// Where there are blocks.
+    pos_embed: Option<Tensor>,
 }
 
 impl Stem {
     /// The stem of `config`, parameters `stem.{i}.conv.*`, `stem.{i}.norm.*` and `pos_embed`.
     pub fn new(parameters: &Parameters, config: &BackboneConfig) -> Result<Self> {
         let layers = config.stem_inputs().enumerate().map(|(i, (layer, _, channels))| {
+            let weight = parameters.get(&format!("stem.{i}.conv.weight"))?;
+            let is_depthwise = layer.groups == channels && layer.channels == channels;
             Ok(Convolution {
                 layer,
-                weight: without_groups(&parameters.get(&format!("stem.{i}.conv.weight"))?, layer, channels)?,
+                is_depthwise,
+                weight: if is_depthwise { weight } else { without_groups(&weight, layer, channels)? },
                 bias: parameters.get(&format!("stem.{i}.conv.bias"))?,
                 norm: if layer.norm { Some(LayerNorm::new(parameters, &format!("stem.{i}.norm"))?) } else { None },
             })
         });
-        Ok(Self { layers: layers.collect::<Result<_>>()?, pos_embed: parameters.get("pos_embed")? })
+        let pos_embed = config.has_blocks().then(|| parameters.get("pos_embed")).transpose()?;
+        Ok(Self { layers: layers.collect::<Result<_>>()?, pos_embed })
     }
 
     /// `[batch, side, side, 3] -> [batch, tokens, d_model]`, tokens row by row.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let x = self.forward_each(pixels, |_, _| Ok(()))?.flatten(1, 2)?;
+        self.pos_embed.iter().try_fold(x, |x, embedding| x.broadcast_add(embedding))
+    }
+
+    /// `[batch, side, side, 3] -> [batch, side', side', d_model]`; shows `visit` the output of every layer.
+    pub fn forward_each(&self, pixels: &Tensor, mut visit: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<Tensor> {
         let mut x = pixels.clone();
         // The input of every layer so far, for residuals.
         let mut inputs = Vec::with_capacity(self.layers.len());
-        for Convolution { layer, weight, bias, norm } in &self.layers {
+        for (i, Convolution { layer, is_depthwise, weight, bias, norm }) in self.layers.iter().enumerate() {
             inputs.push(x.clone());
-            let y = ops::conv(&x, weight, bias, *layer)?;
+            let conv = if *is_depthwise { ops::depthwise } else { ops::conv };
+            let y = conv(&x, weight, bias, *layer)?;
             let y = match (norm, layer.activation) {
                 (Some(norm), Activation::Gelu) => norm.forward_gelu(&y)?,
                 (Some(norm), activation) => activate(&norm.forward(&y)?, activation)?,
@@ -53,8 +66,9 @@ impl Stem {
                 Some(from) => (&inputs[from] + y)?,
                 None => y,
             };
+            visit(i, &x)?;
         }
-        x.flatten(1, 2)?.broadcast_add(&self.pos_embed)
+        Ok(x)
     }
 }
 

@@ -118,6 +118,17 @@ fn attention_gradients() {
 }
 
 #[test]
+fn depthwise_gradients() {
+    for (kernel, stride, padding) in [(3, 1, [1; 4]), (3, 2, [0, 0, 1, 1]), (5, 2, [1, 1, 2, 2])] {
+        let layer = StemLayer { kernel, stride, padding, groups: 3, ..StemLayer::patch(3, 1) };
+        let weight = var(&[3, kernel * kernel], 0.2);
+        check_gradients(&[&var(&[2, 4, 4, 3], 0.1), &weight, &var(&[3], 0.3)], |a| {
+            depthwise(&a[0], &a[1], &a[2], layer)
+        });
+    }
+}
+
+#[test]
 fn convolution_gradients() {
     for layer in [StemLayer::conv3(3, 2), StemLayer::residual3(3, 0), StemLayer::patch(3, 2)] {
         let weight = var(&[3, layer.kernel.pow(2) * 2], 0.2);

@@ -45,28 +45,30 @@ impl ViT {
             }
         }
         // Blocks that share their codes but not their scales have matrices of their own here.
-        let first = &backbone.blocks[0];
-        let same = |block: &BlockWeights| block.up == first.up && block.down == first.down;
-        let shared = b.substrates.shared && backbone.blocks.iter().all(same);
+        let first = backbone.blocks.first().filter(|_| b.substrates.shared);
+        let same = |first: &BlockWeights, block: &BlockWeights| block.up == first.up && block.down == first.down;
+        let shared = first.filter(|first| backbone.blocks.iter().all(|block| same(first, block)));
         let substrates_of = |p: &mut Parameters, name: &str, block: &BlockWeights| -> Result<()> {
             p.insert(format!("{name}.up"), substrate(&block.up), &[b.d_ff, b.d_model])?;
             p.insert(format!("{name}.down"), substrate(&block.down), &[b.d_model, b.d_ff])
         };
-        if shared {
+        if let Some(first) = shared {
             substrates_of(&mut p, "moe", first)?;
         }
-        p.insert("pos_embed", backbone.pos_embed.clone(), &[b.num_tokens(), b.d_model])?;
+        if b.has_blocks() {
+            p.insert("pos_embed", backbone.pos_embed.clone(), &[b.num_tokens(), b.d_model])?;
+            insert_norm(&mut p, "norm", &backbone.norm)?;
+        }
         for (l, (block, layer)) in backbone.blocks.iter().zip(&set.layers).enumerate() {
             insert_norm(&mut p, &format!("blocks.{l}.norm1"), &block.norm1)?;
             insert_linear(&mut p, &format!("blocks.{l}.attention.qkv"), &block.qkv)?;
             insert_linear(&mut p, &format!("blocks.{l}.attention.proj"), &block.proj)?;
             insert_norm(&mut p, &format!("blocks.{l}.norm2"), &block.norm2)?;
-            if !shared {
+            if shared.is_none() {
                 substrates_of(&mut p, &format!("blocks.{l}.moe"), block)?;
             }
             insert_experts(&mut p, l, layer, &config)?;
         }
-        insert_norm(&mut p, "norm", &backbone.norm)?;
         let scaled = |values: &[f32]| values.iter().map(|value| value / set.temperature).collect::<Vec<_>>();
         let (weight, bias) = (scaled(&set.head.weight.to_f32()), scaled(&set.head.bias));
         insert_linear(&mut p, "head", &Linear { weight: weight.into(), bias })?;
@@ -116,9 +118,9 @@ impl ViT {
         let backbone = BackboneWeights {
             config: b.clone(),
             stem: stem.collect::<Result<_>>()?,
-            pos_embed: p.values("pos_embed")?,
+            pos_embed: if b.has_blocks() { p.values("pos_embed")? } else { Vec::new() },
             blocks: blocks.collect::<Result<_>>()?,
-            norm: norm(p, "norm")?,
+            norm: if b.has_blocks() { norm(p, "norm")? } else { Norm::default() },
             background: None,
         };
         let set = ExpertSetWeights {

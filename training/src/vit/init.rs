@@ -70,10 +70,13 @@ impl Init {
             self.linear(&format!("blocks.{l}.attention.proj"), b.d_model, b.d_model, 0.5)?;
             self.norm(&format!("blocks.{l}.norm2"), b.d_model)?;
         }
-        self.norm("norm", b.d_model)
+        if b.has_blocks() { self.norm("norm", b.d_model) } else { Ok(()) }
     }
 
     fn pos_embed(&mut self, b: &BackboneConfig) -> Result<()> {
+        if !b.has_blocks() {
+            return Ok(());
+        }
         self.normals("pos_embed".into(), 0.02, &[b.num_tokens(), b.d_model])
     }
 

@@ -47,7 +47,8 @@ pub struct ViT {
     angle_start: Option<AngleStart>,
     stem: Stem,
     blocks: Vec<Block>,
-    norm: LayerNorm,
+    /// Where there are blocks.
+    norm: Option<LayerNorm>,
     head: Linear,
 }
 
@@ -65,7 +66,7 @@ impl ViT {
         Ok(Self {
             stem: Stem::new(p, &config.backbone)?,
             blocks: blocks.collect::<Result<_>>()?,
-            norm: LayerNorm::new(p, "norm")?,
+            norm: config.backbone.has_blocks().then(|| LayerNorm::new(p, "norm")).transpose()?,
             head: Linear::new(p, "head")?,
             config,
             kind,
@@ -97,6 +98,11 @@ impl ViT {
         &self.config
     }
 
+    /// The convolutions from pixels to tokens.
+    pub fn stem(&self) -> &Stem {
+        &self.stem
+    }
+
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
@@ -122,7 +128,7 @@ impl ViT {
             x = (x + scaled(y, 2 * layer + 1)?)?;
             routing.extend(chosen);
         }
-        let pooled = self.norm.forward(&x)?.mean(1)?;
+        let pooled = self.norm.iter().try_fold(x, |x, norm| norm.forward(&x))?.mean(1)?;
         Ok(Output { logits: self.head.forward(&pooled)?, routing })
     }
 }

@@ -2,7 +2,8 @@
 
 use super::Parts;
 use crate::artifact::contents::{
-    BackboneHeader, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES,
+    BackboneHeader, BackgroundSource, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig,
+    MAX_TEXT_BYTES,
 };
 use crate::artifact::error::ArtifactError;
 use crate::config::{ConfigError, MAX_SIZE};
@@ -10,6 +11,9 @@ use crate::image::{Crop, Preprocess, View};
 
 /// Most bytes of a text of the model card.
 const MAX_CARD_BYTES: usize = 4096;
+
+/// Most rows of a background's factor: reading takes time that grows with their cube.
+const MAX_BACKGROUND_RANK: usize = 256;
 
 pub(super) fn parts((name, contents, _): &Parts) -> Result<(), ArtifactError> {
     text("name", name)?;
@@ -27,7 +31,14 @@ fn backbone(header: &BackboneHeader) -> Result<(), ArtifactError> {
         return Err(ArtifactError::Field { field: "encoding.stem", reason });
     }
     preprocess(pixels)?;
-    background.as_ref().map_or(Ok(()), |background| card_text("background.source", &background.source))?;
+    if let Some(BackgroundSource { source, rank, .. }) = background {
+        card_text("background.source", source)?;
+        let most = config.d_model.min(MAX_BACKGROUND_RANK);
+        if let Some(rank) = rank.filter(|rank| *rank > most) {
+            let reason = format!("{rank} is not in 0..={most}");
+            return Err(ArtifactError::Field { field: "background.rank", reason });
+        }
+    }
     model_card(card.as_ref())
 }
 

@@ -1,7 +1,7 @@
-//! The stem: convolutions as products over windows, channel-last.
+//! Convolutions as products over windows, channel-last; f32 from layer to layer.
 
-use super::packed::{PackedLayer, Quantized, TILE};
 use crate::config::{Activation, BackboneConfig, ConfigError, StemLayer};
+use crate::engine::packed::{PackedLayer, Quantized};
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::add_assign;
 use crate::kernels::norm::layer_norm;
@@ -53,7 +53,7 @@ impl Convolution {
         self.layer.kernel.pow(2) * self.input.1
     }
 
-    /// Runs the windows from `first` on of one image, at most [`TILE`], into `out` `[windows, channels]`. `gathered`
+    /// Runs the windows from `first` on of one image, a tile of them at most, into `out` `[windows, channels]`. `gathered`
     /// has room for a tile's windows and `raw` for its output.
     pub(super) fn forward(
         &self,
@@ -130,14 +130,9 @@ pub(super) fn check_supported(config: &BackboneConfig) -> Result<(), ConfigError
     config.stem.iter().enumerate().find_map(unsupported).map_or(Ok(()), Err)
 }
 
-/// What a stem needs beside its weights: values of the largest activation between layers, of a tile's windows, and
-/// of a tile's output.
-pub(super) fn scratch_sizes(config: &BackboneConfig) -> (usize, usize, usize) {
-    let layers = || config.stem_inputs();
-    let last = config.stem.len() - 1;
-    let between =
-        layers().take(last).map(|(layer, side, _)| layer.output_side(side).unwrap_or(0).pow(2) * layer.channels);
-    let windows = layers().map(|(layer, _, channels)| TILE * layer.kernel.pow(2) * channels);
-    let outputs = layers().map(|(layer, ..)| TILE * layer.channels);
-    (between.max().unwrap_or(0), windows.max().unwrap_or(0), outputs.max().unwrap_or(0))
+/// Values of the largest activation between layers.
+pub(super) fn largest_between(config: &BackboneConfig) -> usize {
+    let between = config.stem_inputs().take(config.stem.len().saturating_sub(1));
+    let values = between.map(|(layer, side, _)| layer.output_side(side).unwrap_or(0).pow(2) * layer.channels);
+    values.max().unwrap_or(0)
 }
