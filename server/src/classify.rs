@@ -16,6 +16,7 @@ use crate::admission::{Admission, Entry, Refused};
 use crate::compute::decode::{DecodeError, Decoder, Input, Prepared};
 use crate::compute::{Closed, ForwardFailed, Job, Pipeline};
 use crate::metrics::{ImageResult, Metrics};
+use crate::repeats::REPEATS;
 use crate::sets::loaded::{Answer, SetLease, SetRegistry};
 use crate::sets::registry::SetError;
 use crate::statistics::{Statistics, milliseconds};
@@ -112,6 +113,11 @@ pub enum Error {
         /// Pixels along one side of its input.
         side: usize,
     },
+    /// What came out of the model is no number.
+    #[error(
+        "expert set `{set}` gives no finite number for this image; its weights or the image's values are too large"
+    )]
+    NotFinite { set: String },
     #[error("the request could not be answered in time")]
     Deadline,
     /// The server is shutting down.
@@ -137,6 +143,7 @@ impl Error {
             Self::Image(ImageError::Stopped)
             | Self::Refused(_)
             | Self::Set(_)
+            | Self::NotFinite { .. }
             | Self::Deadline
             | Self::Closed(_)
             | Self::Internal(_) => ImageResult::Failed,
@@ -199,7 +206,7 @@ impl Classifier {
         for slot in slots {
             answers.push(match slot {
                 Ok(before) => match receivers.next() {
-                    Some(receiver) => finish(receiver.await, before, started),
+                    Some(receiver) => finish(receiver.await, before, started, &lease.descriptor.name),
                     None => Err(Error::Internal("an image has no receiver".into())),
                 },
                 Err(error) => Err(error),
@@ -246,6 +253,7 @@ fn finish(
     reply: Result<Result<Answer, ForwardFailed>, RecvError>,
     (seen, decode): (Option<Seen>, Duration),
     started: Instant,
+    set: &str,
 ) -> Result<Answer, Error> {
     let mut answer = match reply {
         Ok(Ok(answer)) => answer,
@@ -253,6 +261,13 @@ fn finish(
         // The queue drops only images whose deadline has passed.
         Err(_) => return Err(Error::Deadline),
     };
+    if !answer.logits.iter().all(|logit| logit.is_finite()) {
+        // JSON has no word for such numbers, and a score made of them means nothing.
+        if let Some(repeated) = REPEATS.admit("not finite") {
+            tracing::error!(set.name = set, repeated, "an expert set gives numbers that are not finite");
+        }
+        return Err(Error::NotFinite { set: set.to_owned() });
+    }
     answer.seen = seen;
     answer.timings.decode = milliseconds(decode);
     answer.timings.total = milliseconds(started.elapsed());
@@ -314,6 +329,22 @@ impl ScoreFunction {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::statistics::Timings;
+
+    #[test]
+    fn numbers_that_are_not_finite_are_an_error_with_a_reason() {
+        for (logit, is_good) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false), (f32::NEG_INFINITY, false)] {
+            let answer = Answer { logits: vec![0.0, logit], routing: None, seen: None, timings: Timings::default() };
+            let finished = finish(Ok(Ok(answer)), (None, Duration::ZERO), Instant::now(), "flowers");
+            match finished {
+                Ok(_) => assert!(is_good, "{logit}"),
+                Err(error) => {
+                    assert!(!is_good && error.to_string().contains("`flowers`"), "{logit}: {error}");
+                    assert_eq!(error.image_result(), ImageResult::Failed);
+                }
+            }
+        }
+    }
 
     #[test]
     fn predictions_are_softmax_descending_and_cut() {

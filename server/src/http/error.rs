@@ -81,7 +81,7 @@ error_codes! {
     BodyTooLarge "body_too_large" PAYLOAD_TOO_LARGE;
     /// The image has more pixels than allowed.
     ImageTooLarge "image_too_large" PAYLOAD_TOO_LARGE;
-    /// There are more images than allowed in one request.
+    /// There are more images than allowed in one request, or their answer would be too large.
     BatchTooLarge "batch_too_large" PAYLOAD_TOO_LARGE;
     /// This is not an image, or its content type or encoding is not read.
     UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE;
@@ -97,6 +97,8 @@ error_codes! {
     QueueFull "queue_full" TOO_MANY_REQUESTS;
     /// The key has sent more images than it may.
     RateLimited "rate_limited" TOO_MANY_REQUESTS;
+    /// The expert set gives numbers that are not finite.
+    NotFinite "not_finite" INTERNAL_SERVER_ERROR;
     /// This is a bug of the server.
     Internal "internal" INTERNAL_SERVER_ERROR;
     /// The server is shutting down.
@@ -319,6 +321,7 @@ impl From<classify::Error> for ApiError {
             classify::Error::Image(error) => return error.into(),
             classify::Error::Internal(cause) => return Self::internal(cause),
             classify::Error::Form(_) | classify::Error::Side { .. } => ErrorCode::InvalidRequest,
+            classify::Error::NotFinite { .. } => ErrorCode::NotFinite,
             classify::Error::Deadline => ErrorCode::DeadlineExceeded,
             classify::Error::Closed(_) => ErrorCode::Draining,
         };

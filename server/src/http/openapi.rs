@@ -37,6 +37,7 @@ pub const IMAGES: &[ErrorCode] = &[
     ErrorCode::BatchTooLarge,
     ErrorCode::ImageTooLarge,
     ErrorCode::UndecodableImage,
+    ErrorCode::NotFinite,
     ErrorCode::DeadlineExceeded,
 ];
 /// Errors of putting an expert set into memory.
