@@ -3,6 +3,8 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 use crate::classify::Classifier;
 use crate::keys::Keys;
 use crate::metrics::saturating;
@@ -35,8 +37,10 @@ pub struct App {
     /// Expert set of requests that name none; known once the server is ready.
     pub default_set: OnceLock<String>,
     pub classifier: Classifier,
-    /// The thread that decompresses bodies.
+    /// The thread that decompresses bodies, reads long JSON and builds long answers.
     pub decompression: BlockingPool,
+    /// Bytes that long answers may take together.
+    pub answers: Arc<Semaphore>,
     /// Keys that may classify.
     pub user_keys: Keys,
     /// Keys that may do everything.

@@ -33,6 +33,14 @@ pub struct LayerRouting {
     pub chance_agreement: Option<f64>,
 }
 
+impl LayerRouting {
+    /// Bytes that it takes in JSON at most.
+    pub fn json_bytes(&self) -> usize {
+        // Expert numbers have up to five digits, each with a comma; the rest is names and two fractions.
+        self.experts.iter().map(|chosen| 3 + 6 * chosen.len()).sum::<usize>() + 160
+    }
+}
+
 impl RoutingMap {
     /// The map of a square grid from the chosen experts `[layers, grid_side * grid_side, top_k]`.
     pub fn new(chosen: &[u16], grid_side: usize, num_experts: usize, top_k: usize) -> Self {

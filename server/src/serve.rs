@@ -9,6 +9,7 @@ use model_core::image::DecodeLimits;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 
 use crate::admission::{self, Admission, Shares};
 use crate::app::{App, AppState, Limits};
@@ -17,6 +18,7 @@ use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
 use crate::config::{self, LimitArgs, ServeArgs, threads_or_cores};
+use crate::http::answer::ANSWER_MEMORY;
 use crate::http::build_router;
 use crate::keys::Keys;
 use crate::memory::ProcessMemory;
@@ -202,6 +204,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
             load_wait: args.registry.load_wait,
         },
         decompression: BlockingPool::start("inflate", 1, Priority::Normal).context(NO_THREADS)?,
+        answers: Arc::new(Semaphore::new(ANSWER_MEMORY)),
         user_keys: user_keys(args)?,
         admin_keys: admin_keys(args)?,
         cors_origins: args.auth.cors_origin.clone(),

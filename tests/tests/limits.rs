@@ -4,6 +4,8 @@ use std::io::Write;
 use std::thread;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use model_core::config::ViTConfig;
 use system_tests::server::{Answer, Server, image, wait_until};
 
@@ -213,4 +215,81 @@ fn sigterm_finishes_what_was_accepted_and_takes_no_more() {
     }
     assert_eq!(server.wait().code(), Some(0));
     assert!(std::net::TcpStream::connect(server.address).is_err(), "nobody listens any more");
+}
+
+/// What a client can repeat costs it bytes and the server a count: lists end with the entry that is one too many.
+#[test]
+fn what_repeats_is_refused_before_it_is_stored() {
+    let server = Server::start([] as [&str; 0]);
+    let infer = "/v2/models/cifar100/infer";
+    let png = STANDARD.encode(image("test-00.png"));
+    let many = |entry: &str, count: usize| vec![entry; count].join(",");
+    let request = |shape: &str, data: &str, more: &str| {
+        format!(r#"{{"inputs":[{{"name":"image","datatype":"BYTES","shape":[{shape}],"data":[{data}]}}]{more}}}"#)
+    };
+    let picture = format!("\"{png}\"");
+    let outputs = many(r#"{"name":"scores","parameters":{"classification":100}}"#, 1000);
+    let inputs = many(r#"{"name":"image","datatype":"BYTES","shape":[1],"data":[]}"#, 10_000);
+    let cases = [
+        ("outputs", request("1", &picture, &format!(r#","outputs":[{outputs}]"#))),
+        ("shape", request(&many("1", 1_000_000), &picture, "")),
+        ("inputs", format!(r#"{{"inputs":[{inputs}]}}"#)),
+        ("data", request("1", &many(r#""""#, 1_000_000), "")),
+        ("data beside the shape", request("2", &picture, "")),
+    ];
+    for (what, body) in cases {
+        let answer = Answer::of(server.post(infer).body(body));
+        assert_eq!(answer.status, 400, "{what}: {}", answer.text);
+        assert!(answer.text.len() < 1000, "{what}: {}", answer.text);
+    }
+    // Elements of no bytes behind a header that announces one.
+    let binary = vec![0; 4_000_000];
+    let head = format!(
+        r#"{{"inputs":[{{"name":"image","datatype":"BYTES","shape":[1],"parameters":{{"binary_data_size":{}}}}}]}}"#,
+        binary.len()
+    );
+    let body = [head.as_bytes(), &binary].concat();
+    let bytes = server.post(infer).header("inference-header-content-length", head.len()).body(body);
+    Answer::of(bytes).assert_refused(400, "invalid_request");
+    // Parts of a form that are no images.
+    let part = "--x\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n\r\n";
+    let form = format!("{}--x--\r\n", part.repeat(10_000));
+    let form = server.post("/classify").header("content-type", "multipart/form-data; boundary=x").body(form);
+    Answer::of(form).assert_refused(400, "invalid_request");
+    // The inputs of Hugging Face's schema.
+    let list = format!(r#"{{"inputs":[{}]}}"#, many(r#""""#, 1_000_000));
+    let list = server.post("/classify").header("content-type", "application/json").body(list);
+    Answer::of(list).assert_refused(413, "batch_too_large");
+    let (_, peak) = server.memory();
+    assert!(peak < 64 << 20, "the server took {peak} bytes");
+}
+
+/// An answer has a bound that is known before it is built, and what is large but allowed is the same as what is small.
+#[test]
+fn the_size_of_an_answer_is_bounded() {
+    let config = ViTConfig { num_classes: 30_000, ..ViTConfig::preset("tiny").unwrap() };
+    let store = tempfile::tempdir().unwrap();
+    system_tests::fixtures::write_store(store.path(), &config, &["many"]);
+    let server = Server::start(["--model-store", store.path().to_str().unwrap(), "--default-set", "many"]);
+    let png = STANDARD.encode(image("test-00.png"));
+    let ask = |path: &str, images: usize, top_k: usize| {
+        let body = serde_json::json!({"inputs": vec![&png; images], "parameters": {"top_k": top_k}});
+        Answer::of(server.post(path).json(&body))
+    };
+    let (small, large) = (ask("/classify", 1, 5).json(), ask("/classify", 1, 30_000).json());
+    assert_eq!(large[0]["predictions"].as_array().map(Vec::len), Some(30_000));
+    assert_eq!(large[0]["predictions"].as_array().unwrap()[..5], small[0]["predictions"].as_array().unwrap()[..]);
+    let list = ask("/hf/many", 1, 30_000).json();
+    assert_eq!(list[0], large[0]["predictions"]);
+    for path in ["/classify", "/hf/many"] {
+        ask(path, 8, 30_000).assert_refused(413, "batch_too_large");
+    }
+    let infer = |outputs: usize| {
+        let input = serde_json::json!({"name": "image", "datatype": "BYTES", "shape": [1], "data": [png]});
+        let output = serde_json::json!({"name": "scores", "parameters": {"classification": 30_000}});
+        let body = serde_json::json!({"inputs": [input], "outputs": vec![output; outputs]});
+        Answer::of(server.post("/v2/models/many/infer").json(&body))
+    };
+    assert_eq!(infer(1).json()["outputs"][0]["shape"], serde_json::json!([1, 30_000]));
+    infer(8).assert_refused(413, "batch_too_large");
 }

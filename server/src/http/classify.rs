@@ -1,11 +1,12 @@
 //! `POST /classify`: an image in, labels out.
 
-use axum::Json;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -15,7 +16,7 @@ use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::input::{FitName, ImageForm, JsonRequest};
 use super::openapi::{BODY, IMAGES, LIFECYCLE, LOAD, SetName, USER, Version, commands, errors};
-use super::{body, input};
+use super::{answer, body, input};
 use crate::app::AppState;
 use crate::classify::{self, Answers, Prediction, Request, ScoreFunction};
 use crate::routing_map::RoutingMap;
@@ -244,25 +245,60 @@ async fn classify(
     };
     let answers = app.classifier.answer(&mut entry, request).await?;
     // The encoded bytes are not needed any more, and the answer may be slow to leave.
+    let deadline = received.deadline;
     drop(received);
-    respond(answers, top_k.unwrap_or(DEFAULT_TOP_K), input.function, input.is_batch)
+    respond(
+        &app,
+        deadline,
+        answers,
+        Wish { top_k: top_k.unwrap_or(DEFAULT_TOP_K), function: input.function, is_batch: input.is_batch },
+    )
+    .await
 }
 
-fn respond(answers: Answers, top_k: usize, function: ScoreFunction, is_batch: bool) -> Result<Response, ApiError> {
+/// What the answer is to hold.
+#[derive(Debug, Clone, Copy)]
+struct Wish {
+    top_k: usize,
+    function: ScoreFunction,
+    /// Whether it is a list.
+    is_batch: bool,
+}
+
+async fn respond(app: &AppState, deadline: Instant, answers: Answers, wish: Wish) -> Result<Response, ApiError> {
     let Answers { lease, images } = answers;
     let timings = slowest(&images);
+    let bound = answer::bound(&images, lease.value.labels(), wish.top_k);
+    let encode = {
+        let lease = lease.clone();
+        move || {
+            let classified = classified(images, &lease, wish)?;
+            Ok((serde_json::to_vec(&classified).map_err(ApiError::internal)?, ()))
+        }
+    };
+    let (json, ()) = answer::build(app, deadline, bound, encode).await?;
+    let mut response = ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response();
+    answer_headers(response.headers_mut(), &lease, timings);
+    Ok(response)
+}
+
+fn classified(
+    images: Vec<Result<Answer, classify::Error>>,
+    lease: &SetLease,
+    wish: Wish,
+) -> Result<Classified, ApiError> {
     let classification = |answer: Answer| Classification {
         set: lease.descriptor.name.clone(),
         version: lease.descriptor.version,
         generation: lease.descriptor.generation(),
-        predictions: function.predictions(&answer.logits, lease.value.labels(), top_k),
+        predictions: wish.function.predictions(&answer.logits, lease.value.labels(), wish.top_k),
         seen: answer.seen,
         timings_ms: answer.timings,
         routing: answer.routing,
     };
     let mut results = images.into_iter().map(|image| image.map(classification).map_err(ApiError::from));
-    let classified = match results.next() {
-        Some(result) if !is_batch => Classified::One(Box::new(result?)),
+    Ok(match results.next() {
+        Some(result) if !wish.is_batch => Classified::One(Box::new(result?)),
         first => {
             let item = |result: Result<Classification, ApiError>| match result {
                 Ok(classification) => BatchItem::Ok(Box::new(classification)),
@@ -270,10 +306,7 @@ fn respond(answers: Answers, top_k: usize, function: ScoreFunction, is_batch: bo
             };
             Classified::Several(first.into_iter().chain(results).map(item).collect())
         }
-    };
-    let mut response = Json(classified).into_response();
-    answer_headers(response.headers_mut(), &lease, timings);
-    Ok(response)
+    })
 }
 
 /// The times of the image that took longest: what a batch's client waited for.

@@ -1,7 +1,9 @@
 //! `POST /hf/{set}`: the answer of Hugging Face's image-classification task, a bare list, for clients written for it.
 
-use axum::Json;
 use axum::extract::State;
+use axum::http::HeaderValue;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
@@ -14,9 +16,9 @@ use super::error::ApiError;
 use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::input::{FitName, ImageForm, JsonRequest};
 use super::openapi::{commands, errors};
-use super::{body, input};
+use super::{answer, body, input};
 use crate::app::AppState;
-use crate::classify::{Prediction, Request};
+use crate::classify::{Answers, Prediction, Request};
 use crate::sets::loaded::Answer;
 
 /// The routes of this resource.
@@ -79,7 +81,7 @@ async fn classify(
     set: ApiPath<String>,
     query: ApiQuery<HfQuery>,
     user: User,
-) -> Result<Json<Labels>, ApiError> {
+) -> Result<Response, ApiError> {
     let User { client, mut entry, headers, body } = user;
     let received = body::receive(&app, client, &headers, body).await?;
     let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
@@ -93,12 +95,20 @@ async fn classify(
         deadline: received.deadline,
     };
     let answers = app.classifier.answer(&mut entry, request).await?;
-    let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);
-    let labels = answers.lease.value.labels();
-    let list = |answer: Answer| input.function.predictions(&answer.logits, labels, top_k);
-    // The schema has no place for one image's error among other images' answers.
-    let mut lists: Vec<Vec<Prediction>> =
-        answers.images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;
-    let one = if input.is_batch { None } else { lists.pop() };
-    Ok(Json(one.map_or_else(|| Labels::Several(lists), Labels::One)))
+    let (top_k, deadline) = (input.top_k.unwrap_or(DEFAULT_TOP_K), received.deadline);
+    // The encoded bytes are not needed any more, and the answer may be slow to leave.
+    drop(received);
+    let Answers { lease, images } = answers;
+    let bound = answer::bound(&images, lease.value.labels(), top_k);
+    let encode = move || {
+        let list = |answer: Answer| input.function.predictions(&answer.logits, lease.value.labels(), top_k);
+        // The schema has no place for one image's error among other images' answers.
+        let mut lists: Vec<Vec<Prediction>> =
+            images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;
+        let one = if input.is_batch { None } else { lists.pop() };
+        let labels = one.map_or_else(|| Labels::Several(lists), Labels::One);
+        Ok((serde_json::to_vec(&labels).map_err(ApiError::internal)?, ()))
+    };
+    let (json, ()) = answer::build(&app, deadline, bound, encode).await?;
+    Ok(([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response())
 }

@@ -23,6 +23,9 @@ use crate::classify::{self, Image, Look, ScoreFunction};
 use crate::repeats::REPEATS;
 use crate::sentence::{nearest, unknown_name};
 
+/// Text fields and empty files that a form may have.
+const MOST_FIELDS: usize = 64;
+
 /// Padding is optional: some encoders leave it out.
 const STANDARD: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::STANDARD, LENIENT);
 const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::URL_SAFE, LENIENT);
@@ -311,10 +314,17 @@ async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) ->
     DefaultBodyLimit::disable().apply(&mut request);
     let mut parts = Multipart::from_request(request, &()).await.map_err(|error| broken(&error))?;
     let mut input = ClassifyInput::default();
+    let mut others = 0;
     while let Some(part) = parts.next_field().await.map_err(|error| broken(&error.body_text()))? {
         let name = part.name().unwrap_or_default().to_owned();
         let is_file = is_file(&part);
         let bytes = part.bytes().await.map_err(|error| broken(&error.body_text()))?;
+        if !is_file || bytes.is_empty() {
+            others += 1;
+            if others > MOST_FIELDS {
+                return Err(broken(&format!("it has more than {MOST_FIELDS} parts that are no images")));
+            }
+        }
         if !is_file {
             let text = std::str::from_utf8(&bytes).map_err(|error| broken(&error))?;
             parameter(&mut input, &name, text.trim())?;

@@ -69,6 +69,43 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
+/// A list of at most `N` entries. The next one ends the reading: a longer list is never stored.
+#[derive(Debug, Clone)]
+pub struct AtMost<T, const N: usize>(pub Vec<T>);
+
+impl<T, const N: usize> Default for AtMost<T, N> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for AtMost<T, N> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ListVisitor<T, const N: usize>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for ListVisitor<T, N> {
+            type Value = AtMost<T, N>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "a list of at most {N}")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<AtMost<T, N>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = list.next_element()? {
+                    if entries.len() == N {
+                        return Err(serde::de::Error::invalid_length(N + 1, &self));
+                    }
+                    entries.push(entry);
+                }
+                Ok(AtMost(entries))
+            }
+        }
+
+        deserializer.deserialize_seq(ListVisitor(PhantomData))
+    }
+}
+
 /// A whole number from zero on, also one that JSON spells `5.0` or `1e30`; what does not fit stands for the largest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Count(pub usize);
@@ -201,6 +238,17 @@ mod tests {
         for text in ["[]", "[1,2,3]", "[1,2,3,4,5]", "[1,2,3,\"4\"]", "1", "null", "{}", "[0,0,0,0]", "\"0,0,2.0,1\""] {
             assert_eq!(read(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_list_ends_with_its_last_allowed_entry() {
+        let read = |text: &str| serde_json::from_str::<AtMost<u8, 2>>(text).map(|list| list.0);
+        assert!(read("[]").unwrap().is_empty());
+        assert_eq!(read("[1,2]").unwrap(), [1, 2]);
+        // The third ends it, whatever follows.
+        let error = read(r#"[1,2,3,"never looked at""#).unwrap_err().to_string();
+        assert!(error.contains("expected a list of at most 2"), "{error}");
+        assert!(read("{}").is_err());
     }
 
     #[test]

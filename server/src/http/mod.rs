@@ -1,5 +1,6 @@
 //! The HTTP surface: one file per resource, each with its own `routes()`, and what all of them share.
 
+pub mod answer;
 pub mod auth;
 pub mod body;
 pub mod classify;

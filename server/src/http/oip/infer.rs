@@ -10,21 +10,24 @@ use model_core::image::{Fit, RgbImage};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 use utoipa::openapi::schema::SchemaType;
 use utoipa::openapi::{ArrayBuilder, ObjectBuilder, RefOr, Schema};
 use utoipa::{IntoParams, PartialSchema, ToSchema};
 
+use super::super::answer;
 use super::super::auth::User;
 use super::super::body;
 use super::super::classify::{CLASSIFY, EXPERT_SET_GENERATION};
 use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::{ApiPath, RequestContext};
 use super::super::input::{EXAMPLE_IMAGE, FitName};
-use super::super::json::{self, Count, JsonCrop, Object};
+use super::super::json::{self, AtMost, Count, JsonCrop, Object};
 use super::super::openapi::{commands, errors};
 use super::path::ModelPath;
 use crate::app::AppState;
 use crate::classify::{Answers, Image, Look, Prediction, Request, predictions};
+use crate::sets::loaded::SetLease;
 
 /// Encoded images, BYTES `[n]`; base64 when they come in JSON.
 const IMAGE: &str = "image";
@@ -41,6 +44,10 @@ const LABEL: &str = "label";
 
 /// Length of the JSON that comes before binary tensors.
 pub const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
+/// Inputs, and outputs, that a request may name; there are fewer.
+const MOST_TENSORS: usize = 8;
+/// Dimensions of a tensor; no input has more than four.
+const MOST_DIMENSIONS: usize = 8;
 /// JSON longer than this is parsed off the async threads.
 const INLINE_JSON_BYTES: usize = 64 << 10;
 
@@ -55,11 +62,11 @@ struct InferRequest {
     #[schema(value_type = Option<RequestParameters>)]
     parameters: Option<Object<RequestParameters>>,
     #[schema(value_type = Vec<InputTensor>, min_items = 1, max_items = 1)]
-    inputs: Vec<Object<InputTensor>>,
+    inputs: AtMost<Object<InputTensor>, MOST_TENSORS>,
     /// `scores` when left out or empty.
     #[serde(default)]
     #[schema(value_type = Option<Vec<OutputRequest>>)]
-    outputs: Option<Vec<Object<OutputRequest>>>,
+    outputs: Option<AtMost<Object<OutputRequest>, MOST_TENSORS>>,
     /// KServe's client repeats here what the path says; the path decides.
     #[serde(default, rename = "model_name")]
     _model_name: Option<String>,
@@ -91,7 +98,7 @@ struct InputTensor {
     #[schema(value_type = InputName)]
     name: String,
     #[schema(value_type = Vec<usize>, min_items = 1, max_items = 4)]
-    shape: Vec<Count>,
+    shape: AtMost<Count, MOST_DIMENSIONS>,
     #[schema(value_type = InputType)]
     datatype: String,
     #[serde(default)]
@@ -204,6 +211,11 @@ struct FlatData {
     strings: Vec<String>,
 }
 
+impl FlatData {
+    /// Strings that are kept of a list; above any sensible `max_images`, whose check comes later.
+    const MOST_STRINGS: usize = 4096;
+}
+
 impl<'de> Deserialize<'de> for FlatData {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let mut data = Self::default();
@@ -272,7 +284,10 @@ impl<'de> Visitor<'de> for Flatten<'_> {
         Ok(())
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<(), E> {
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
+        if self.0.strings.len() == FlatData::MOST_STRINGS {
+            return Err(E::custom(format!("data holds more than {} strings", FlatData::MOST_STRINGS)));
+        }
         self.0.strings.push(value.to_owned());
         Ok(())
     }
@@ -320,7 +335,7 @@ pub(super) async fn infer(
     let received = body::receive(&app, client, &headers, body).await?;
     let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
     refuse_shared_memory(&request)?;
-    let images = images(&mut request.inputs, binary, app.limits.max_images)?;
+    let images = images(&mut request.inputs.0, binary, app.limits.max_images)?;
     let parameters = request.parameters.as_ref().map(|parameters| &parameters.0);
     let look = parameters.map_or_else(Look::default, |wish| Look { crop: wish.crop.map(|crop| crop.0), fit: wish.fit });
     let images = Request {
@@ -333,8 +348,10 @@ pub(super) async fn infer(
         deadline: received.deadline,
     };
     let answers = app.classifier.answer(&mut entry, images).await?;
+    // The encoded bytes are not needed any more, and the answer may be slow to leave.
+    let deadline = received.deadline;
     drop(received);
-    respond(&request, answers)
+    respond(&app, deadline, request, answers).await
 }
 
 /// The JSON part, and the binary tensors behind it.
@@ -349,8 +366,8 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
     };
     if length == 0 && !body.is_empty() {
         // The whole body is the one input: an encoded image, without the length that BYTES carry otherwise.
-        let input = InputTensor { name: IMAGE.into(), shape: vec![Count(1)], ..InputTensor::default() };
-        return Ok((InferRequest { inputs: vec![Object(input)], ..InferRequest::default() }, body));
+        let input = InputTensor { name: IMAGE.into(), shape: AtMost(vec![Count(1)]), ..InputTensor::default() };
+        return Ok((InferRequest { inputs: AtMost(vec![Object(input)]), ..InferRequest::default() }, body));
     }
     let (text, binary) = (body.slice(..length), body.slice(length..));
     let parse = move || json::read(&text);
@@ -363,8 +380,9 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
 
 /// Without this a tensor in shared memory would be missing, or answered in the body, without a word.
 fn refuse_shared_memory(request: &InferRequest) -> Result<(), ApiError> {
-    let inputs = request.inputs.iter().filter_map(|Object(input)| input.parameters.as_ref());
-    let outputs = request.outputs.iter().flatten().filter_map(|Object(output)| output.parameters.as_ref());
+    let inputs = request.inputs.0.iter().filter_map(|Object(input)| input.parameters.as_ref());
+    let outputs = request.outputs.iter().flat_map(|outputs| &outputs.0);
+    let outputs = outputs.filter_map(|Object(output)| output.parameters.as_ref());
     let mut regions = inputs
         .map(|Object(parameters)| &parameters.shared_memory_region)
         .chain(outputs.map(|Object(parameters)| &parameters.shared_memory_region));
@@ -378,7 +396,7 @@ fn images(inputs: &mut [Object<InputTensor>], binary: Bytes, max_images: usize) 
     let [Object(input)] = inputs else {
         return Err(ApiError::invalid(format!("exactly one input is taken: `{PIXELS}`, `{INPUT}` or `{IMAGE}`")));
     };
-    let shape: Vec<usize> = input.shape.iter().map(|dimension| dimension.0).collect();
+    let shape: Vec<usize> = input.shape.0.iter().map(|dimension| dimension.0).collect();
     let count = shape.first().copied().unwrap_or(0);
     if count > max_images {
         let message = format!("at most {max_images} images are accepted in one request");
@@ -411,8 +429,9 @@ fn images(inputs: &mut [Object<InputTensor>], binary: Bytes, max_images: usize) 
 
 fn encoded(data: FlatData, binary: Option<Bytes>, count: usize) -> Result<Vec<Image>, ApiError> {
     let elements = match binary {
-        Some(binary) => split_elements(binary)?,
+        Some(binary) => split_elements(binary, count)?,
         None => {
+            check_count(IMAGE, count, data.strings.len())?;
             let decode = |text: &String| STANDARD.decode(text.trim()).map(Bytes::from);
             let decoded: Result<Vec<_>, _> = data.strings.iter().map(decode).collect();
             decoded.map_err(|error| ApiError::invalid(format!("`{IMAGE}` in JSON must be base64: {error}")))?
@@ -422,13 +441,16 @@ fn encoded(data: FlatData, binary: Option<Bytes>, count: usize) -> Result<Vec<Im
     Ok(elements.into_iter().map(Image::Encoded).collect())
 }
 
-/// BYTES on the wire: for each element a little-endian length and the bytes.
-fn split_elements(mut rest: Bytes) -> Result<Vec<Bytes>, ApiError> {
+/// BYTES on the wire: for each element a little-endian length and the bytes. No more than `count` are read.
+fn split_elements(mut rest: Bytes, count: usize) -> Result<Vec<Bytes>, ApiError> {
     let mut elements = Vec::new();
     while let Some((length, _)) = rest.split_first_chunk::<4>() {
         let end = usize::try_from(u32::from_le_bytes(*length)).unwrap_or(usize::MAX).saturating_add(4);
         if end > rest.len() {
             break;
+        }
+        if elements.len() == count {
+            return Err(ApiError::invalid(format!("the BYTES tensor has more elements than its shape, {count}")));
         }
         elements.push(rest.split_to(end).slice(4..));
     }
@@ -548,18 +570,50 @@ impl Tensor {
     }
 }
 
-fn respond(request: &InferRequest, answers: Answers) -> Result<Response, ApiError> {
+async fn respond(
+    app: &AppState,
+    deadline: Instant,
+    request: InferRequest,
+    answers: Answers,
+) -> Result<Response, ApiError> {
     let Answers { lease, images } = answers;
+    let generation = HeaderValue::try_from(lease.descriptor.generation()).map_err(ApiError::internal)?;
     // The protocol has no place for one image's error among other images' answers.
     let logits: Vec<Vec<f32>> =
         images.into_iter().map(|image| image.map(|answer| answer.logits)).collect::<Result<_, _>>()?;
-    let default = [Object(OutputRequest { name: SCORES.into(), parameters: None })];
-    let outputs = request.outputs.as_deref().filter(|outputs| !outputs.is_empty()).unwrap_or(&default);
     let all_binary = request.parameters.as_ref().is_some_and(|parameters| parameters.0.binary_data_output);
+    let mut outputs = request.outputs.unwrap_or_default().0;
+    if outputs.is_empty() {
+        outputs.push(Object(OutputRequest { name: SCORES.into(), parameters: None }));
+    }
+    let labels = lease.value.labels();
+    let bound = outputs.iter().map(|Object(output)| output.bound(labels)).fold(0, usize::saturating_add);
+    let bound = bound.saturating_mul(logits.len()).saturating_add(request.id.as_ref().map_or(0, |id| 6 * id.len()));
+    let id = request.id;
+    let encode = move || encode(id, all_binary, &outputs, &lease, &logits);
+    let (bytes, json_length) = answer::build(app, deadline, bound, encode).await?;
+    let content_type = if json_length.is_some() { "application/octet-stream" } else { "application/json" };
+    let mut response = bytes.into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    if let Some(length) = json_length {
+        response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(length));
+    }
+    response.headers_mut().insert(EXPERT_SET_GENERATION, generation);
+    Ok(response)
+}
+
+/// The answer's bytes, and the length of its JSON when binary tensors follow.
+fn encode(
+    id: Option<String>,
+    all_binary: bool,
+    outputs: &[Object<OutputRequest>],
+    lease: &SetLease,
+    logits: &[Vec<f32>],
+) -> Result<(Vec<u8>, Option<usize>), ApiError> {
     let (mut described, mut binary, mut any_binary) = (Vec::new(), Vec::new(), false);
     for Object(output) in outputs {
         let wishes = output.parameters.as_ref();
-        let (tensor, width) = tensor(output, &logits, lease.value.labels())?;
+        let (tensor, width) = tensor(output, logits, lease.value.labels())?;
         let (datatype, shape) = (tensor.datatype(), [logits.len(), width]);
         let (parameters, data) = if wishes.and_then(|wishes| wishes.0.binary_data).unwrap_or(all_binary) {
             let bytes = tensor.to_binary();
@@ -575,20 +629,27 @@ fn respond(request: &InferRequest, answers: Answers) -> Result<Response, ApiErro
     let answer = InferAnswer {
         model_name: lease.descriptor.name.clone(),
         model_version: lease.descriptor.version.to_string(),
-        id: request.id.clone(),
+        id,
         outputs: described,
     };
-    let json = serde_json::to_vec(&answer).map_err(ApiError::internal)?;
-    let length = HeaderValue::from(json.len());
-    let content_type = if any_binary { "application/octet-stream" } else { "application/json" };
-    let mut response = [json, binary].concat().into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    if any_binary {
-        response.headers_mut().insert(HEADER_LENGTH, length);
+    let mut bytes = serde_json::to_vec(&answer).map_err(ApiError::internal)?;
+    let json_length = any_binary.then_some(bytes.len());
+    bytes.extend(binary);
+    Ok((bytes, json_length))
+}
+
+impl OutputRequest {
+    /// Bytes that one image takes in this output at most.
+    fn bound(&self, labels: &[String]) -> usize {
+        let classification = self.parameters.as_ref().and_then(|parameters| parameters.0.classification);
+        let predictions = match classification.map_or(0, |count| count.0) {
+            0 if self.name == LABEL => 1,
+            // Numbers take up to sixteen bytes of JSON, fewer than predictions.
+            0 => return labels.len() * 16 + 256,
+            count => count,
+        };
+        answer::predictions_bound(labels, predictions).saturating_add(256)
     }
-    let generation = HeaderValue::try_from(lease.descriptor.generation()).map_err(ApiError::internal)?;
-    response.headers_mut().insert(EXPERT_SET_GENERATION, generation);
-    Ok(response)
 }
 
 /// An output, and its values per image.
