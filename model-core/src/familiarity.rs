@@ -187,8 +187,8 @@ impl Familiarity {
     /// The statistics of a set on a backbone with that background.
     ///
     /// # Errors
-    /// [`ArtifactError`] when a covariance is not positive definite, or the set needs a background that the backbone does
-    /// not have.
+    /// [`ArtifactError`] when a covariance is not positive definite,
+    /// or the set needs a background that the backbone does not have.
     pub fn new(statistics: &weights::Familiarity, background: Option<&Background>) -> Result<Self, ArtifactError> {
         let weights::Familiarity { relative, means, covariance, threshold, .. } = statistics;
         let needs_background = *relative || matches!(covariance, Covariance::Background { .. });

@@ -45,7 +45,7 @@ pub struct Request {
     pub images: Vec<Result<Image, Error>>,
     /// Whether routing maps are wanted.
     pub routing: bool,
-    /// Where to look.
+    /// The part of each picture that matters.
     pub look: Look,
     /// When the request began.
     pub started: Instant,
@@ -307,7 +307,7 @@ pub enum ScoreFunction {
     Softmax,
     /// Each by itself, between 0 and 1.
     Sigmoid,
-    /// The logits themselves.
+    /// The logits themselves, of any size.
     None,
 }
 

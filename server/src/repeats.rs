@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 /// How long a kind stays silent after a line.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// The process's one.
+/// The windows of this process.
 pub static REPEATS: Repeats = Repeats(Mutex::new(BTreeMap::new()));
 
 /// When each kind was last logged, and how often it has happened since. Kinds are constants of the program, so that

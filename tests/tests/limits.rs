@@ -113,8 +113,8 @@ fn a_body_that_comes_steadily_takes_its_time() {
     assert_eq!(status, 200, "{text}");
 }
 
-/// Whatever a body's form: at the limit it is read, above it is refused for good, and no client is told to try again in
-/// vain.
+/// Whatever a body's form: at the limit it is read, above it is refused for good,
+/// and no client is told to try again in vain.
 #[test]
 fn compressed_bodies_near_the_limit_get_a_truthful_status() {
     const LIMIT: usize = 1 << 20;

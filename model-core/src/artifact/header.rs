@@ -41,8 +41,8 @@ pub struct Header {
     pub file_bytes: u64,
 }
 
-/// Opens an artifact's file. Folders, named pipes and devices are refused: opening a named pipe waits for a writer, and a
-/// device never ends.
+/// Opens an artifact's file. Folders, named pipes and devices are refused:
+/// opening a named pipe waits for a writer, and a device never ends.
 ///
 /// # Errors
 /// When `path` cannot be opened or is not a file.

@@ -257,8 +257,8 @@ impl BackboneConfig {
         BackboneShape { d_model, d_ff, num_layers, substrates }
     }
 
-    /// Whether there are blocks, and with them a position embedding and a norm. Without them the stem's output is what is
-    /// pooled.
+    /// Whether there are blocks, and with them a position embedding and a norm.
+    /// Without blocks the head pools the stem's output.
     pub fn has_blocks(&self) -> bool {
         self.num_layers > 0
     }

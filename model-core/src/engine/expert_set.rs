@@ -44,8 +44,8 @@ impl ExpertSet {
     /// they stay where they are.
     ///
     /// # Errors
-    /// [`ModelError::Artifact`] when it is bound to another backbone, or may not borrow from `lender`
-    /// ([`ExpertSetArtifact::check_lender`]).
+    /// [`ModelError::Artifact`] when it is bound to another backbone,
+    /// or may not borrow from `lender` ([`ExpertSetArtifact::check_lender`]).
     pub fn from_artifact(
         artifact: ExpertSetArtifact,
         backbone: &Backbone,

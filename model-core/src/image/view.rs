@@ -41,7 +41,7 @@ const WHOLE: [f64; 4] = [0.0, 0.0, 1.0, 1.0];
 /// Why a text names no part of a picture, or no way to fit one.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ViewError {
-    /// Not four numbers.
+    /// The text is not four numbers.
     #[error("a crop is `x,y,w,h`: four numbers, in pixels of the upright picture or in shares of it")]
     Numbers,
     #[error("the crop {0:?} has no area")]

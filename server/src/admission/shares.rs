@@ -44,7 +44,7 @@ pub enum Resource {
 impl Resource {
     pub const ALL: [Self; 4] = [Self::Connections, Self::Requests, Self::Images, Self::BodyBytes];
 
-    /// As a label.
+    /// The name of the resource in labels of metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Connections => "connections",

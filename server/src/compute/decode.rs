@@ -123,8 +123,8 @@ impl Decoder {
     /// The model's input from an image that needs no decoding.
     ///
     /// # Errors
-    /// [`DecodeError::Image`] when what is to be looked at is not in the picture; [`DecodeError::Internal`] when the decoder
-    /// panics.
+    /// [`DecodeError::Image`] when the part to look at is not in the picture;
+    /// [`DecodeError::Internal`] when the decoder panics.
     pub async fn fit(&self, image: RgbImage, input: Input) -> Result<Prepared, DecodeError> {
         Ok(self.pool.run(move || input.prepare(&Picture::from(image))).await??)
     }

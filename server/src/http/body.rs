@@ -162,8 +162,8 @@ impl Encoding {
     }
 }
 
-/// Counts bytes as they come out and no more as they go in, so that a small bomb stops at the limit, not at the end of
-/// memory.
+/// Counts bytes as they come out and no more as they go in, so that a small bomb
+/// stops at the limit, not at the end of memory.
 fn decompress(
     encoding: Encoding,
     pieces: VecDeque<Bytes>,

@@ -81,8 +81,8 @@ pub fn allow_sites(allowed: &[String]) -> CorsLayer {
         .max_age(std::time::Duration::from_secs(600))
 }
 
-/// Forgets which page sent a request where that does not matter: its sender holds a key, or is our console behind a proxy
-/// that changes `Host`.
+/// Forgets which page sent a request where that does not matter: its sender holds a key,
+/// or is our console behind a proxy that changes `Host`.
 pub async fn forget_origin(State(app): State<AppState>, mut request: Request) -> Request {
     let headers = request.headers_mut();
     if auth::is_known(&app, headers) {

@@ -2,8 +2,8 @@
 //!
 //! A code q stands for `step * (q - zero)`. The zero is -128 where no value is negative, and 0 elsewhere; pixels have a step
 //! and a zero for each channel that follow from the preprocessing, so that their codes are the samples of the picture minus
-//! 128. All of it is folded into scale and bias of [`Requantize`], and sums are exact: every instruction set computes the
-//! same bits.
+//! 128. All of it is folded into scale and bias of [`Requantize`], and sums are exact:
+//! every instruction set computes the same bits.
 
 use std::ops::Range;
 

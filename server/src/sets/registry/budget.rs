@@ -62,7 +62,7 @@ impl Budget {
         self.used.iter().sum()
     }
 
-    /// Bytes left.
+    /// Bytes that nothing has reserved.
     pub fn free(&self) -> usize {
         self.limit - self.total()
     }
@@ -135,7 +135,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// How many bytes.
+    /// How many bytes of the budget are reserved.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
