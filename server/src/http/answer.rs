@@ -13,7 +13,7 @@ use crate::sets::loaded::Answer;
 
 /// Most bytes of one answer.
 const MOST_BYTES: usize = 4 << 20;
-/// Most bytes of all answers that are being built or have not left yet; those below [`INLINE_BYTES`] are not counted.
+/// Most bytes of all answers that are being built or have not left yet; those below `INLINE_BYTES` are not counted.
 pub const ANSWER_MEMORY: usize = 8 << 20;
 /// Answers up to this size are built where they are.
 const INLINE_BYTES: usize = 64 << 10;
