@@ -313,10 +313,10 @@ fn a_forged_expert_set_of_version_2_is_refused_with_the_reason() {
         ("`familiarity.factor` does not belong", {
             edited(&borrower, |d| d["familiarity"]["covariance"]["rank"] = json!(0))
         }),
-        ("field `view.crop`: [0.5, 0.0, 0.6, 1.0] is no part", {
+        ("field `view.crop`: the crop [0.5, 0.0, 0.6, 1.0] reaches outside", {
             edited(&learned, |d| d["view"]["crop"] = json!([0.5, 0.0, 0.6, 1.0]))
         }),
-        ("field `view.crop`: [0.0, 0.0, 0.0, 1.0] is no part", {
+        ("field `view.crop`: the crop [0.0, 0.0, 0.0, 1.0] has no area", {
             edited(&learned, |d| d["view"]["crop"] = json!([0.0, 0.0, 0.0, 1.0]))
         }),
         ("unknown variant `squeeze`", edited(&learned, |d| d["view"]["fit"] = json!("squeeze"))),
