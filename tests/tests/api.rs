@@ -50,6 +50,8 @@ fn every_documented_example_works_as_pasted() {
     let programs = [folder.path().display().to_string(), std::env::var("PATH").unwrap()].join(":");
     python.env("PATH", programs).env("BVIT_ADMIN_KEY_OUT", &key);
     std::fs::write(folder.path().join("cat.jpg"), image("test-00.jpg")).unwrap();
+    let photograph = root().join("model-core/tests/pictures/jpeg_progressive_4000x3000_420.jpg");
+    std::fs::copy(photograph, folder.path().join("cam.jpg")).unwrap();
     std::fs::copy(root().join("models/cifar100.safetensors"), folder.path().join("flowers.safetensors")).unwrap();
     python::succeed(python.arg("api/examples.py").arg(server.address.to_string()).arg(root()).arg(folder.path()));
 }
