@@ -477,6 +477,10 @@ fn rgb(data: FlatData, binary: Option<Bytes>, shape: (usize, usize, usize)) -> R
     images.ok_or_else(|| ApiError::invalid(format!("`{PIXELS}` is too large")))
 }
 
+/// Largest value of a prepared image. No preprocessing gives one near to it, and numbers that are much larger overflow in
+/// the model, which would be an error of the server.
+const LARGEST_INPUT: f32 = 1e6;
+
 fn prepared(data: FlatData, binary: Option<Bytes>, shape: (usize, usize)) -> Result<Vec<Image>, ApiError> {
     let (count, side) = shape;
     let each = product(INPUT, &[3, side, side])?;
@@ -489,8 +493,9 @@ fn prepared(data: FlatData, binary: Option<Bytes>, shape: (usize, usize)) -> Res
         None => data.numbers,
     };
     check_count(INPUT, product(INPUT, &[count, each])?, values.len())?;
-    if !values.iter().all(|value| value.is_finite()) {
-        return Err(ApiError::invalid(format!("`{INPUT}` must be finite")));
+    // Not a number fails the comparison, too.
+    if !values.iter().all(|value| value.abs() <= LARGEST_INPUT) {
+        return Err(ApiError::invalid(format!("`{INPUT}` must be numbers from -{LARGEST_INPUT} to {LARGEST_INPUT}")));
     }
     // Channel-first on the wire, channel-last in the model.
     let area = side * side;
