@@ -155,8 +155,8 @@ impl Admission {
         self.images.held()
     }
 
-    /// A permit for a client's body, which holds nothing yet: bytes are counted when a client has sent them, so that announcing a
-    /// large body holds nothing.
+    /// A permit for a client's body, which holds nothing yet: bytes are counted when the client has sent them, so that
+    /// announcing a large body holds nothing.
     ///
     /// # Errors
     /// Never in practice: zero bytes always fit.
