@@ -76,7 +76,7 @@ for algorithm in ["gzip", "deflate"]:
 text = triton.InferRequestedOutput("label", binary_data=False)
 assert client.infer("photos", [tensor("image", files, "BYTES")], outputs=[text]).as_numpy("label")[0, 0] == label
 
-# FP32 is the model's own input: any finite numbers do, and a batch answers what its images answer alone.
+# FP32 is the model's own input: any finite numbers up to a million do, and a batch answers what its images answer alone.
 prepared = np.random.default_rng(1).standard_normal((3, 3, 32, 32)).astype(np.float32)
 together = client.infer("photos", [tensor("input", prepared, "FP32")]).as_numpy("scores")
 in_json = client.infer("photos", [tensor("input", prepared, "FP32", binary=False)]).as_numpy("scores")
@@ -122,7 +122,11 @@ refused("`input` FP32", client.infer, "photos", [tensor("pixels", batch.astype(n
 refused("no output `depth`", client.infer, "photos", [tensor("pixels", batch, "UINT8")],
         outputs=[triton.InferRequestedOutput("depth")])
 refused("32x32", client.infer, "photos", [tensor("input", np.zeros((1, 3, 16, 16), np.float32), "FP32")])
-refused("finite", client.infer, "photos", [tensor("input", np.full((1, 3, 32, 32), np.nan, np.float32), "FP32")])
+for value in [np.nan, np.inf, 1.1e6, -3e38]:
+    refused("finite", client.infer, "photos", [tensor("input", np.full((1, 3, 32, 32), value, np.float32), "FP32")])
+# The largest numbers that are taken leave the scores finite.
+largest = np.where(prepared[:1] > 0, 1e6, -1e6).astype(np.float32)
+assert np.isfinite(client.infer("photos", [tensor("input", largest, "FP32")]).as_numpy("scores")).all()
 refused("at most", client.infer, "photos", [tensor("pixels", np.repeat(batch, 500, axis=0), "UINT8")])
 refused("exactly one input", client.infer, "photos", [tensor("pixels", batch, "UINT8")] * 2)
 broken = np.array([encoded[:40]], dtype=np.object_)

@@ -495,7 +495,9 @@ fn prepared(data: FlatData, binary: Option<Bytes>, shape: (usize, usize)) -> Res
     check_count(INPUT, product(INPUT, &[count, each])?, values.len())?;
     // Not a number fails the comparison, too.
     if !values.iter().all(|value| value.abs() <= LARGEST_INPUT) {
-        return Err(ApiError::invalid(format!("`{INPUT}` must be numbers from -{LARGEST_INPUT} to {LARGEST_INPUT}")));
+        return Err(ApiError::invalid(format!(
+            "`{INPUT}` must be finite numbers from -{LARGEST_INPUT} to {LARGEST_INPUT}"
+        )));
     }
     // Channel-first on the wire, channel-last in the model.
     let area = side * side;
