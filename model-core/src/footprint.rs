@@ -52,6 +52,27 @@ fn resident_bytes(tensor: &TensorSize) -> u64 {
     }
 }
 
+/// Most bytes of a value of the header while the header is parsed: texts are copied once or twice, every number
+/// becomes a value of its own.
+const PARSING_BYTES: u64 = 16;
+
+/// Most bytes that reading and packing an artifact takes beside those that stay: the file, its tensors as they are decoded
+/// (codes grow to one or two bytes each), and the largest of them once more.
+pub fn loading_bytes(contents: &Contents, file_bytes: u64) -> u64 {
+    let tensors = contents.tensor_sizes();
+    let header_bytes = file_bytes.saturating_sub(tensors.iter().map(|tensor| tensor.disk_bytes).sum());
+    let decoded = tensors.iter().map(|tensor| {
+        tensor.elements
+            * match tensor.encoding {
+                Encoding::Float(_) => F32_BYTES,
+                Encoding::Ternary(_) | Encoding::Int8 => 1,
+                Encoding::Codes(_) | Encoding::Signed(_) => 2,
+            }
+    });
+    let (sum, largest) = decoded.fold((0, 0), |(sum, largest): (u64, u64), bytes| (sum + bytes, largest.max(bytes)));
+    file_bytes + sum + largest + header_bytes * PARSING_BYTES
+}
+
 /// Bytes of one kind of parameter in an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Component {

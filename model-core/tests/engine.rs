@@ -153,16 +153,20 @@ fn scratch_grows_by_no_more_than_foretold() {
     let base = config.experts.clone();
     let many = ExpertConfig { num_experts: 300, top_k: 70, stages_out: 1, ..base.clone() };
     let usual = ExpertConfig { stages_out: 0, ..base };
-    assert_eq!(Session::growth(&backbone, 4, &usual), 0);
+    assert_eq!(Session::growth(backbone.config(), 4, &usual), 0);
     for experts in expert_configs().into_iter().chain([many, usual]) {
         let set = expert_set(&weights(&ViTConfig { experts, ..config.clone() }, 1).1, &backbone);
         let image = pixels(&config, 0);
         let mut session = Session::new(&backbone, 4, 1);
         let before = session.resident_bytes();
         run(&mut session, &[(&set, &image[..]); 4]);
-        let (grown, foretold) = (session.resident_bytes() - before, Session::growth(&backbone, 4, set.config()));
+        let (grown, foretold) = (session.resident_bytes() - before, Session::growth(backbone.config(), 4, set.config()));
         assert!(grown <= foretold, "{:?}: {grown} is more than {foretold}", set.config());
         assert!(foretold <= grown + grown / 4, "{:?}: {grown} is far less than {foretold}", set.config());
+        let answers = run(&mut session, &[(&set, &image[..])]);
+        session.shrink();
+        assert_eq!(session.resident_bytes(), before, "{:?}", set.config());
+        assert_eq!(run(&mut session, &[(&set, &image[..])]), answers);
     }
 }
 

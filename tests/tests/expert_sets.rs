@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use model_core::artifact::Digest;
+use model_core::artifact::{Digest, Header};
 use model_core::config::ViTConfig;
+use model_core::footprint::loading_bytes;
 use serde_json::Value;
 use system_tests::fixtures::{backbone_artifact, expert_set_artifact, write, write_store};
 use system_tests::server::{Answer, PATIENCE, Server, image, wait_until};
@@ -298,8 +299,9 @@ fn a_pinned_set_stays_and_what_cannot_fit_beside_it_is_507() {
     write_store(store.path(), &config(), &["alpha", "beta"]);
     let roomy = serve(store.path(), &["--pin", "alpha"]);
     let used = roomy.get("/sets").json()["memory"]["accounted_bytes"].as_u64().unwrap();
-    let set = accounted(&roomy)["sets"].as_u64().unwrap();
-    let budget = (used + set / 2).to_string();
+    // Room for one set, and for loading it.
+    let header = Header::read(&store.path().join("expert-sets/beta/1.safetensors")).unwrap();
+    let budget = (used + loading_bytes(&header.contents, header.file_bytes)).to_string();
     // A store has one server at a time.
     drop(roomy);
     let classify =

@@ -174,9 +174,13 @@ impl Session {
 
     /// Most bytes by which batches with sets like `experts` make the scratch of a new session grow, once: none for up to 64
     /// experts, two of which are chosen, without an `out` rotation.
-    pub fn growth(backbone: &Backbone, max_batch: usize, experts: &ExpertConfig) -> usize {
-        let (config, tokens) = (backbone.config(), max_batch * block_tokens(backbone.config()));
-        MoeScratch::growth(config.d_model, config.d_ff, tokens, experts)
+    pub fn growth(backbone: &BackboneConfig, max_batch: usize, experts: &ExpertConfig) -> usize {
+        MoeScratch::growth(backbone.d_model, backbone.d_ff, max_batch * block_tokens(backbone), experts)
+    }
+
+    /// Gives back what batches made it grow by.
+    pub fn shrink(&mut self) {
+        self.moe.shrink();
     }
 
     /// Bytes of scratch.

@@ -142,10 +142,20 @@ pub(crate) fn files(config: &ViTConfig, seed: u64) -> Files {
     let backbone = backbone_weights(&config.backbone, &mut random);
     let mut set = expert_set_weights(config, &mut random);
     set.labels = (0..config.num_classes).map(|i| format!("class \"{i}\" é")).collect();
+    written(&backbone, &set, seed)
+}
+
+/// The model of [`calibrated_weights`].
+pub(crate) fn calibrated_files(seed: u64) -> Files {
+    let (backbone, set) = calibrated_weights(seed);
+    written(&backbone, &set, seed)
+}
+
+fn written(backbone: &BackboneWeights, set: &ExpertSetWeights, seed: u64) -> Files {
     let preprocess = Preprocess { mean: [0.5071, 0.4865, 0.4409], std: [0.2673, 0.2564, 0.2762], ..Default::default() };
     let training = json!({ "seed": seed, "epochs": 0 });
-    let backbone_file = write_backbone("random", &backbone, &preprocess, &training).unwrap();
+    let backbone_file = write_backbone("random", backbone, &preprocess, &training).unwrap();
     let digest: Digest = read_backbone(&backbone_file).unwrap().digest;
-    let expert_set = write_expert_set("random", &set, (&config.backbone, digest), &training).unwrap();
+    let expert_set = write_expert_set("random", set, (&backbone.config, digest), &training).unwrap();
     Files { backbone: backbone_file, expert_set }
 }

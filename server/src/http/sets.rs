@@ -81,7 +81,7 @@ fn example_listing() -> Value {
         "memory": {
             "budget_bytes": 67108864,
             "accounted_bytes": 16777216,
-            "kinds": { "backbone": 4194304, "queue": 8388608, "scratch": 3957760, "sets": 236544 },
+            "kinds": { "backbone": 4194304, "loading": 0, "queue": 8388608, "scratch": 3957760, "sets": 236544 },
         },
     })
 }

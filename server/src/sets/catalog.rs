@@ -132,7 +132,18 @@ impl Catalog {
     pub async fn publish(&self, mut upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
         upload.sync().await?;
         let name = name.to_owned();
-        self.change(move |shared| shared.publish(upload, &name, version)).await
+        let (upload, descriptor) = self
+            .change(move |shared| {
+                let descriptor = describe_upload(&shared.registry, &upload, &name, version)?;
+                Ok((upload, descriptor))
+            })
+            .await?;
+        let memory = self.shared.registry.reserve_reading(&descriptor).await?;
+        self.change(move |shared| {
+            let _memory = memory;
+            shared.publish(upload, descriptor)
+        })
+        .await
     }
 
     /// Forgets a version of a set, or all of them, and deletes the files. Returns what is gone.
@@ -171,8 +182,9 @@ impl Catalog {
 }
 
 impl Shared {
-    fn publish(&self, upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
-        let descriptor = check_upload(&self.registry, &upload, name, version)?;
+    fn publish(&self, upload: Upload, descriptor: SetDescriptor) -> Result<bool, CatalogError> {
+        check_upload(&self.registry, &upload, &descriptor)?;
+        let (name, version) = (&descriptor.name, descriptor.version);
         let path = upload.publish(self.root()?, name, version)?;
         let known = self.registry.status(name).unwrap_or_default();
         let is_new = known.iter().all(|status| status.descriptor.version != version);
@@ -295,22 +307,28 @@ fn register(registry: &SetRegistry, contents: Contents) -> Vec<Broken> {
     broken
 }
 
-fn check_upload(
+/// The error without the upload's place on the disk, which is none of the client's business.
+fn invalid(upload: &Upload, error: anyhow::Error) -> CatalogError {
+    CatalogError::Invalid(sentence(&error).replace(&upload.path().display().to_string(), "the upload"))
+}
+
+/// Describes an upload from its header, and checks that it could ever be loaded.
+fn describe_upload(
     registry: &SetRegistry,
     upload: &Upload,
     name: &str,
     version: u64,
 ) -> Result<SetDescriptor, CatalogError> {
     let location = Location::File(upload.path().to_owned());
-    let invalid = |error: anyhow::Error| {
-        // Where the store is on the disk is none of the client's business.
-        CatalogError::Invalid(sentence(&error).replace(&location.to_string(), "the upload"))
-    };
-    let descriptor = describe_set(name, version, &location).map_err(invalid)?;
-    // Before the file is read as a whole, which takes memory in proportion to it.
+    let descriptor = describe_set(name, version, &location).map_err(|error| invalid(upload, error))?;
     registry.check_fits(&descriptor)?;
-    let missing = || SetError::NoBackbone { name: name.to_owned(), backbone: descriptor.backbone };
-    let backbone = registry.backbone(&descriptor.backbone).ok_or_else(missing)?;
-    check_set(&location, &backbone).map_err(invalid)?;
     Ok(descriptor)
+}
+
+/// Checks an upload from its first byte to its last.
+fn check_upload(registry: &SetRegistry, upload: &Upload, descriptor: &SetDescriptor) -> Result<(), CatalogError> {
+    let SetDescriptor { name, backbone, location, .. } = descriptor;
+    let missing = || SetError::NoBackbone { name: name.clone(), backbone: *backbone };
+    let backbone = registry.backbone(backbone).ok_or_else(missing)?;
+    check_set(location, &backbone).map_err(|error| invalid(upload, error))
 }

@@ -7,7 +7,8 @@ use std::time::SystemTime;
 
 use anyhow::{Context, bail};
 use model_core::artifact::{self, Contents, Digest, Header, read_expert_set};
-use model_core::footprint::Footprint;
+use model_core::config::{BackboneConfig, ExpertConfig};
+use model_core::footprint::{Footprint, loading_bytes};
 
 /// Where an artifact's bytes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,8 +42,12 @@ impl Location {
         match self {
             Self::File(path) => {
                 let read = || {
+                    let file = artifact::open_file(path)?;
+                    // No byte more than that, and no buffer that doubles: a file that grows meanwhile is cut, and refused.
+                    let size = file.metadata()?.len();
                     let mut bytes = Vec::new();
-                    artifact::open_file(path)?.read_to_end(&mut bytes)?;
+                    bytes.try_reserve_exact(usize::try_from(size).unwrap_or(usize::MAX))?;
+                    file.take(size).read_to_end(&mut bytes)?;
                     std::io::Result::Ok(Cow::Owned(bytes))
                 };
                 read().with_context(|| self.to_string())
@@ -68,8 +73,9 @@ pub struct BackboneDescriptor {
     pub digest: Digest,
     /// Bytes it takes when resident, as far as the header tells.
     pub resident_bytes: usize,
-    /// Side of its square input.
-    pub image_size: usize,
+    /// Most bytes that loading it takes beside those.
+    pub loading_bytes: usize,
+    pub config: BackboneConfig,
     pub location: Location,
 }
 
@@ -85,8 +91,11 @@ pub struct SetDescriptor {
     pub backbone: Digest,
     /// Bytes it takes when resident, as far as the header tells.
     pub resident_bytes: usize,
+    /// Most bytes that loading it takes beside those.
+    pub loading_bytes: usize,
     /// Bytes of its file.
     pub file_bytes: u64,
+    pub experts: ExpertConfig,
     pub num_classes: usize,
     pub location: Location,
     /// The file when it was described.
@@ -113,7 +122,7 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Re
     // Before the header is read: a file replaced in between is then seen as changed, not as known.
     let stamp = location.stamp().with_context(|| location.to_string())?;
     let header = header(location)?;
-    let resident_bytes = resident_bytes(&header);
+    let (resident_bytes, loading_bytes) = memory(&header);
     let Contents::ExpertSet(set) = header.contents else {
         bail!("{location}: expected an expert set, found {}", header.contents.kind());
     };
@@ -123,7 +132,9 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Re
         digest: header.digest,
         backbone: set.backbone_digest,
         resident_bytes,
+        loading_bytes,
         file_bytes: header.file_bytes,
+        experts: set.config,
         num_classes: set.labels.len(),
         location: location.clone(),
         stamp,
@@ -142,7 +153,7 @@ pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> anyhow::
 /// Describes a backbone from its header.
 pub fn describe_backbone(name: &str, location: &Location) -> anyhow::Result<BackboneDescriptor> {
     let header = header(location)?;
-    let resident_bytes = resident_bytes(&header);
+    let (resident_bytes, loading_bytes) = memory(&header);
     let Contents::Backbone(backbone) = header.contents else {
         bail!("{location}: expected a backbone, found {}", header.contents.kind());
     };
@@ -150,12 +161,15 @@ pub fn describe_backbone(name: &str, location: &Location) -> anyhow::Result<Back
         name: name.to_owned(),
         digest: header.digest,
         resident_bytes,
-        image_size: backbone.config.image_size,
+        loading_bytes,
+        config: backbone.config,
         location: location.clone(),
     })
 }
 
-fn resident_bytes(header: &Header) -> usize {
+/// Bytes that stay, and most bytes that loading takes beside them.
+fn memory(header: &Header) -> (usize, usize) {
     let (_, resident) = Footprint::of_artifact(&header.contents, header.file_bytes).totals();
-    usize::try_from(resident).unwrap_or(usize::MAX)
+    let loading = loading_bytes(&header.contents, header.file_bytes);
+    (usize::try_from(resident).unwrap_or(usize::MAX), usize::try_from(loading).unwrap_or(usize::MAX))
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use model_core::artifact::read_expert_set;
 use model_core::config::BackboneConfig;
 use model_core::image::{Preprocess, Seen, View};
 
@@ -11,7 +12,7 @@ use crate::routing_map::RoutingMap;
 use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor};
 use crate::sets::registry::{Lease, Loaded, Registry, Source};
 use crate::statistics::Timings;
-use model_core::engine::{self, Backbone, ExpertSet, SessionGroup, Welcome};
+use model_core::engine::{self, Backbone, ExpertSet, Session, SessionGroup, Welcome};
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -187,9 +188,9 @@ impl Source for ArtifactSource {
 
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<LoadedBackbone>> {
         let location = &descriptor.location;
-        let input_bytes = descriptor.image_size.pow(2) * 3 * size_of::<f32>();
+        let input_bytes = descriptor.config.image_size.pow(2) * 3 * size_of::<f32>();
         if input_bytes > self.queue_bytes {
-            let (side, limit) = (descriptor.image_size, self.queue_bytes);
+            let (side, limit) = (descriptor.config.image_size, self.queue_bytes);
             bail!("{location}: an image of {side} x {side} takes {input_bytes} bytes, --queue-bytes is {limit}");
         }
         let bytes = location.read()?;
@@ -198,8 +199,7 @@ impl Source for ArtifactSource {
             bail!("{location}: the file was replaced by another backbone; restart to use it");
         }
         let sessions = SessionGroup::new(&backbone, self.max_batch, self.compute_threads);
-        let (bytes, scratch) = (backbone.resident_bytes(), sessions.resident_bytes());
-        Ok(Loaded { bytes, scratch, value: LoadedBackbone { backbone, sessions } })
+        Ok(Loaded { bytes: backbone.resident_bytes(), value: LoadedBackbone { backbone, sessions } })
     }
 
     fn load_set(
@@ -208,14 +208,29 @@ impl Source for ArtifactSource {
         backbone: &Arc<LoadedBackbone>,
     ) -> anyhow::Result<Loaded<LoadedSet>> {
         let location = &descriptor.location;
-        let bytes = location.read()?;
-        let set = ExpertSet::from_bytes(&bytes, &backbone.backbone).with_context(|| location.to_string())?;
+        let set = || {
+            // The file goes before the set is packed.
+            let artifact = read_expert_set(&location.read()?)?;
+            anyhow::Ok(ExpertSet::from_artifact(artifact, &backbone.backbone, None)?)
+        };
+        let set = set().with_context(|| location.to_string())?;
         if set.digest() != descriptor.digest {
             bail!("{location}: the file changed while it was being loaded");
         }
         let config = backbone.config();
         let (grid_side, num_layers) = (config.grid_side(), config.num_layers);
-        let scratch = backbone.sessions.growth(&set);
-        Ok(Loaded { bytes: set.resident_bytes(), scratch, value: LoadedSet { set, grid_side, num_layers } })
+        Ok(Loaded { bytes: set.resident_bytes(), value: LoadedSet { set, grid_side, num_layers } })
+    }
+
+    fn scratch(&self, backbone: &LoadedBackbone) -> usize {
+        backbone.sessions.resident_bytes()
+    }
+
+    fn scratch_growth(&self, set: &SetDescriptor, backbone: &BackboneDescriptor) -> usize {
+        self.compute_threads * Session::growth(&backbone.config, self.max_batch, &set.experts)
+    }
+
+    fn shrink_scratch(backbone: &LoadedBackbone) {
+        backbone.sessions.shrink();
     }
 }

@@ -63,6 +63,8 @@ const INITIAL_COUNTS: usize = 64;
 pub(in crate::engine) struct MoeScratch {
     pub(super) d_model: usize,
     pub(super) d_ff: usize,
+    /// Tokens that there is room for without growing.
+    usual_tokens: usize,
     /// Set by [`MoeScratch::plan`].
     pub(super) tiles: Vec<TokenTile>,
     /// Chosen experts and their weights, one per slot.
@@ -91,6 +93,12 @@ fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     }
 }
 
+/// Cuts a buffer down to the length that it was made with.
+fn shrink<T>(buffer: &mut Vec<T>, len: usize) {
+    buffer.truncate(len);
+    buffer.shrink_to(len);
+}
+
 impl MoeScratch {
     /// Room for `tokens` tokens with two experts each, and so many threads; more experts grow it once.
     pub(in crate::engine) fn new(d_model: usize, d_ff: usize, tokens: usize, threads: usize) -> Self {
@@ -110,6 +118,7 @@ impl MoeScratch {
         Self {
             d_model,
             d_ff,
+            usual_tokens: tokens,
             tiles: Vec::with_capacity(tokens),
             ids: vec![0; slots],
             weights: vec![0.0; slots],
@@ -135,6 +144,21 @@ impl MoeScratch {
         let words = slots + 2 * more_rows + num_experts.saturating_sub(INITIAL_COUNTS) + floats;
         let per_row = size_of::<Segment>() + size_of::<RowTile>();
         words * size_of::<u32>() + slots * size_of::<u16>() + more_rows * per_row
+    }
+
+    /// Gives back what batches made it grow by.
+    pub(in crate::engine) fn shrink(&mut self) {
+        let slots = 2 * self.usual_tokens;
+        let rows = slots.min(CHUNK_ROWS);
+        shrink(&mut self.ids, slots);
+        shrink(&mut self.weights, slots);
+        shrink(&mut self.row_of_slot, rows);
+        shrink(&mut self.token_of_row, rows);
+        shrink(&mut self.counts, INITIAL_COUNTS);
+        shrink(&mut self.segments, rows);
+        shrink(&mut self.row_tiles, rows);
+        shrink(&mut self.hidden, rows * self.d_ff);
+        shrink(&mut self.outputs, 0);
     }
 
     /// Bytes on the heap, without those of threads.

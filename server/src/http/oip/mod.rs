@@ -177,7 +177,7 @@ async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Resu
         .iter()
         .map(|status| status.descriptor.version.to_string())
         .collect();
-    let side = dimension(target.backbone.image_size);
+    let side = dimension(target.backbone.config.image_size);
     let outputs = vec![ANY, dimension(target.set.num_classes)];
     Ok(Json(Metadata {
         name: target.set.name.clone(),
@@ -202,7 +202,7 @@ async fn metadata(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Resu
 )]
 async fn config(State(app): State<AppState>, path: ApiPath<ModelPath>) -> Result<Json<Config>, ApiError> {
     let target = path.0.lookup(&app)?;
-    let side = dimension(target.backbone.image_size);
+    let side = dimension(target.backbone.config.image_size);
     let dims = vec![side, side, 3];
     let input = ConfigTensor { name: infer::PIXELS, data_type: "TYPE_UINT8", format: Some("FORMAT_NHWC"), dims };
     let dims = vec![dimension(target.set.num_classes)];

@@ -18,11 +18,13 @@ pub enum Kind {
     Scratch,
     /// Preprocessed images that may wait for a compute thread.
     Queue,
+    /// What reading a model takes until the model is in its place.
+    Loading,
 }
 
 impl Kind {
     /// Every kind, in the order of [`Budget`]'s columns.
-    pub const ALL: [Self; 4] = [Self::Backbone, Self::Sets, Self::Scratch, Self::Queue];
+    pub const ALL: [Self; 5] = [Self::Backbone, Self::Sets, Self::Scratch, Self::Queue, Self::Loading];
 
     /// As a metric label.
     pub const fn as_str(self) -> &'static str {
@@ -31,6 +33,7 @@ impl Kind {
             Self::Sets => "sets",
             Self::Scratch => "scratch",
             Self::Queue => "queue",
+            Self::Loading => "loading",
         }
     }
 }
@@ -140,6 +143,30 @@ impl Reservation {
         self.bytes
     }
 
+    /// Makes the bytes of another reservation of the same kind part of this one.
+    pub fn absorb(&mut self, mut other: Self) {
+        debug_assert_eq!(self.kind, other.kind);
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+
+    /// Turns it into bytes of another kind, of the size that the memory turned out to be; `false`, and no change, when a
+    /// growth does not fit.
+    #[must_use]
+    pub fn turn_into(&mut self, kind: Kind, bytes: usize) -> bool {
+        let mut budget = self.ledger.lock();
+        budget.release(self.kind, self.bytes);
+        let fits = budget.try_reserve(kind, bytes);
+        if fits {
+            (self.kind, self.bytes) = (kind, bytes);
+        } else {
+            // What was just released fits again.
+            let _ = budget.try_reserve(self.kind, self.bytes);
+        }
+        drop(budget);
+        self.ledger.wake();
+        fits
+    }
+
     /// Changes the size to what the memory turned out to be; `false`, and no change, when the growth does not fit.
     #[must_use]
     pub fn resize(&mut self, bytes: usize) -> bool {
@@ -175,7 +202,7 @@ mod tests {
         #[test]
         fn reservations_never_exceed_the_limit(
             limit in 0usize..1000,
-            steps in prop::collection::vec((0u8..3, 0usize..4, 0usize..600, any::<prop::sample::Index>()), 0..200),
+            steps in prop::collection::vec((0u8..5, 0usize..5, 0usize..600, any::<prop::sample::Index>()), 0..200),
         ) {
             let ledger = Ledger::new(limit);
             let mut held: Vec<Reservation> = Vec::new();
@@ -183,6 +210,17 @@ mod tests {
                 match action {
                     0 => held.extend(ledger.try_reserve(Kind::ALL[kind], bytes)),
                     1 if !held.is_empty() => { let i = which.index(held.len()); let _ = held[i].resize(bytes); }
+                    2 if !held.is_empty() => {
+                        let i = which.index(held.len());
+                        let _ = held[i].turn_into(Kind::ALL[kind], bytes);
+                    }
+                    3 if !held.is_empty() => {
+                        let other = held.swap_remove(which.index(held.len()));
+                        match held.iter_mut().find(|reservation| reservation.kind == other.kind) {
+                            Some(reservation) => reservation.absorb(other),
+                            None => held.push(other),
+                        }
+                    }
                     _ if !held.is_empty() => { held.swap_remove(which.index(held.len())); }
                     _ => {}
                 }

@@ -1,7 +1,7 @@
 //! From a file to a resident set: describe, find the backbone, reserve, read, commit. One task per load, however many
 //! requests wait for it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
@@ -10,8 +10,8 @@ use tokio::sync::watch;
 
 use super::lru::{self, Usage};
 use super::{
-    Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, SetError, Slot,
-    Source, State, sync, unknown,
+    BackboneUse, Failure, Inner, Key, Kind, Lease, LoadWatch, Loaded, Reservation, Resident, ResidentBackbone, Scratch,
+    SetError, Slot, Source, State, sync, unknown,
 };
 use crate::sentence::sentence;
 use crate::sets::descriptor::SetDescriptor;
@@ -83,22 +83,41 @@ impl<S: Source> Inner<S> {
         let descriptor = self.current_descriptor(key, load_id).await?;
         let deadline = Instant::now() + self.settings.room_wait;
         let backbone = self.acquire_backbone(key, &descriptor.backbone, deadline).await?;
-        let bytes = descriptor.resident_bytes;
-        let want = Want { kind: Kind::Sets, bytes, held: 0, key, backbone: &descriptor.backbone, deadline };
+        // What stays and what the load takes beside that at once: two loads, each with one of the two, could wait for ever.
+        let bytes = descriptor.resident_bytes.saturating_add(descriptor.loading_bytes);
+        let want = Want { kind: Kind::Loading, bytes, held: 0, key, backbone: &descriptor.backbone, deadline };
         let mut memory = self.reserve(&want).await?;
         let (inner, source_descriptor, source_backbone) =
             (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
         let loaded =
             sync::run_blocking(&self.loader, move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
-        let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
-        self.settle(&mut memory, bytes, key)?;
-        let more = scratch.saturating_sub(backbone.grown());
-        if more > 0 {
-            let want = Want { kind: Kind::Scratch, bytes: more, held: memory.bytes(), ..want };
-            let reservation = self.reserve(&want).await?;
-            sync::lock(&backbone.growth).push(reservation);
-        }
+        let Loaded { value, bytes } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
+        self.settle(&mut memory, (Kind::Sets, bytes), key)?;
+        let backbone = self.use_backbone(backbone, &descriptor, &Want { held: memory.bytes(), ..want }).await?;
         Ok(Resident { value, descriptor, backbone, served: false.into(), memory })
+    }
+
+    /// A hold on `backbone` with the scratch that a set needs.
+    async fn use_backbone(
+        &self,
+        backbone: Arc<ResidentBackbone<S>>,
+        set: &SetDescriptor,
+        want: &Want<'_>,
+    ) -> Result<BackboneUse<S>, SetError> {
+        let known = self.lock().backbones.get(&set.backbone).map(|slot| Arc::clone(&slot.descriptor));
+        let known = known.ok_or_else(|| SetError::NoBackbone { name: set.name.clone(), backbone: set.backbone })?;
+        let growth = self.source.scratch_growth(set, &known);
+        let mut reserved = None;
+        while let Err(bytes) = backbone.scratch.grow(growth, reserved.take()) {
+            match self.reserve(&Want { kind: Kind::Scratch, bytes, ..*want }).await {
+                Ok(reservation) => reserved = Some(reservation),
+                Err(error) => {
+                    backbone.scratch.trim();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(BackboneUse { backbone, growth })
     }
 
     /// The descriptor, read again when the file changed since.
@@ -158,17 +177,18 @@ impl<S: Source> Inner<S> {
             }
             Arc::clone(&slot.descriptor)
         };
-        let bytes = descriptor.resident_bytes;
-        let want = Want { kind: Kind::Backbone, bytes, held: 0, key, backbone: digest, deadline };
+        let bytes = descriptor.resident_bytes.saturating_add(descriptor.loading_bytes);
+        let want = Want { kind: Kind::Loading, bytes, held: 0, key, backbone: digest, deadline };
         let mut memory = self.reserve(&want).await?;
         let (inner, source_descriptor) = (Arc::clone(self), Arc::clone(&descriptor));
         let load = move || inner.source.load_backbone(&source_descriptor);
         let loaded = sync::run_blocking(&self.loader, load).await;
-        let Loaded { value, bytes, scratch } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
-        self.settle(&mut memory, bytes, key)?;
+        let Loaded { value, bytes } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
+        self.settle(&mut memory, (Kind::Backbone, bytes), key)?;
+        let scratch = self.source.scratch(&value);
         let want = Want { kind: Kind::Scratch, bytes: scratch, held: memory.bytes(), ..want };
-        let scratch = self.reserve(&want).await?;
-        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), memory, scratch, growth: Mutex::default() });
+        let scratch = Scratch::new(self.reserve(&want).await?);
+        let resident = Arc::new(ResidentBackbone { value: Arc::new(value), memory, scratch });
         if let Some(slot) = self.lock().backbones.get_mut(digest) {
             slot.resident = Arc::downgrade(&resident);
             slot.keep = (!self.settings.drop_idle_backbones).then(|| Arc::clone(&resident));
@@ -176,9 +196,21 @@ impl<S: Source> Inner<S> {
         Ok(resident)
     }
 
-    /// Sets a reservation to what the memory turned out to be. The header's promise is close, so growth is small.
-    fn settle(&self, reservation: &mut Reservation, bytes: usize, key: &Key) -> Result<(), SetError> {
-        if reservation.resize(bytes) { Ok(()) } else { Err(SetError::NoRoom { name: key.name.clone() }) }
+    /// Turns what a load reserved into what stays, of the size that the memory turned out to have.
+    fn settle(
+        &self,
+        reservation: &mut Reservation,
+        (kind, bytes): (Kind, usize),
+        key: &Key,
+    ) -> Result<(), SetError> {
+        if reservation.turn_into(kind, bytes) { Ok(()) } else { Err(SetError::NoRoom { name: key.name.clone() }) }
+    }
+
+    /// Bytes for reading a set's file as a whole, given back when the result is dropped.
+    pub(super) async fn reserve_reading(&self, set: &SetDescriptor) -> Result<Reservation, SetError> {
+        let (key, deadline) = (Key::of(set), Instant::now() + self.settings.room_wait);
+        let (bytes, backbone) = (set.loading_bytes, &set.backbone);
+        self.reserve(&Want { kind: Kind::Loading, bytes, held: 0, key: &key, backbone, deadline }).await
     }
 
     /// Takes bytes, evicting what may be evicted, waiting while too much is in use.

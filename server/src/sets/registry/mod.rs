@@ -13,6 +13,7 @@ mod load;
 mod lru;
 #[cfg(test)]
 mod schedules;
+mod scratch;
 mod source;
 mod sync;
 #[cfg(test)]
@@ -33,6 +34,7 @@ use crate::metrics::SetMetrics;
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, Stamp};
 use crate::threads::BlockingPool;
 use lru::Usage;
+use scratch::Scratch;
 
 /// How the registry behaves.
 #[derive(Debug, Clone)]
@@ -127,19 +129,37 @@ pub struct ResidentBackbone<S: Source> {
     pub value: Arc<S::Backbone>,
     // Fields drop in order: the reservations after the memory they stand for.
     memory: Reservation,
-    scratch: Reservation,
-    /// What sets make the scratch grow by. It stays grown, whether they stay or not.
-    growth: Mutex<Vec<Reservation>>,
+    scratch: Scratch,
 }
 
 impl<S: Source> ResidentBackbone<S> {
-    fn grown(&self) -> usize {
-        sync::lock(&self.growth).iter().map(Reservation::bytes).sum()
-    }
-
     /// What comes back when it goes.
     fn bytes(&self) -> usize {
-        self.memory.bytes() + self.scratch.bytes() + self.grown()
+        self.memory.bytes() + self.scratch.bytes()
+    }
+}
+
+/// A set's hold on its backbone and on the scratch that it makes the backbone need.
+pub struct BackboneUse<S: Source> {
+    backbone: Arc<ResidentBackbone<S>>,
+    /// Bytes of scratch beside what every set needs.
+    growth: usize,
+}
+
+impl<S: Source> std::ops::Deref for BackboneUse<S> {
+    type Target = Arc<ResidentBackbone<S>>;
+
+    fn deref(&self) -> &Arc<ResidentBackbone<S>> {
+        &self.backbone
+    }
+}
+
+impl<S: Source> Drop for BackboneUse<S> {
+    fn drop(&mut self) {
+        if self.backbone.scratch.forget(self.growth) {
+            S::shrink_scratch(&self.backbone.value);
+            self.backbone.scratch.trim();
+        }
     }
 }
 
@@ -148,7 +168,7 @@ pub struct Resident<S: Source> {
     pub value: S::Set,
     pub descriptor: Arc<SetDescriptor>,
     /// What it runs on.
-    pub backbone: Arc<ResidentBackbone<S>>,
+    pub backbone: BackboneUse<S>,
     served: AtomicBool,
     memory: Reservation,
 }
@@ -291,6 +311,12 @@ impl<S: Source> State<S> {
 struct Key {
     name: String,
     version: u64,
+}
+
+impl Key {
+    fn of(set: &SetDescriptor) -> Self {
+        Self { name: set.name.clone(), version: set.version }
+    }
 }
 
 struct Inner<S: Source> {
@@ -443,15 +469,21 @@ impl<S: Source> Registry<S> {
         let state = self.inner.lock();
         let slot = state.backbones.get(&descriptor.backbone);
         let slot = slot.ok_or_else(|| SetError::NoBackbone { name: name(), backbone: descriptor.backbone })?;
-        // The size of its scratch shows only once it is resident.
-        let resident = slot.resident.upgrade().map(|resident| resident.bytes());
+        // The scratch that every set needs shows only once the backbone is resident.
+        let resident = slot.resident.upgrade().map(|resident| resident.memory.bytes() + resident.scratch.base());
         let budget = self.inner.ledger.snapshot();
         let fixed = budget.used(Kind::Queue) + resident.unwrap_or(slot.descriptor.resident_bytes);
         let available = budget.limit().saturating_sub(fixed);
-        if descriptor.resident_bytes > available {
-            return Err(SetError::TooLarge { name: name(), needed: descriptor.resident_bytes, available });
-        }
-        Ok(())
+        let growth = self.inner.source.scratch_growth(descriptor, &slot.descriptor);
+        // The scratch grows when the load is over.
+        let beside = descriptor.loading_bytes.max(growth);
+        let needed = descriptor.resident_bytes.saturating_add(beside);
+        if needed > available { Err(SetError::TooLarge { name: name(), needed, available }) } else { Ok(()) }
+    }
+
+    /// Bytes of the budget for reading a set's file as a whole; they come back when the result is dropped.
+    pub async fn reserve_reading(&self, descriptor: &SetDescriptor) -> Result<Reservation, SetError> {
+        self.inner.reserve_reading(descriptor).await
     }
 
     /// Which set and version a request for `name` would get; touches neither memory nor order.

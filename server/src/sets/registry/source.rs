@@ -10,8 +10,6 @@ pub struct Loaded<T> {
     pub value: T,
     /// Bytes of the model.
     pub bytes: usize,
-    /// Bytes of working memory that come with it; for a set, what it makes its backbone's grow by.
-    pub scratch: usize,
 }
 
 /// Turns files into models. The registry is generic over it so that its guarantees can be tested with models that
@@ -30,4 +28,13 @@ pub trait Source: Send + Sync + 'static {
     /// Reads and decodes an expert set. Blocking.
     fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>)
     -> anyhow::Result<Loaded<Self::Set>>;
+
+    /// Bytes of working memory that come with a backbone.
+    fn scratch(&self, backbone: &Self::Backbone) -> usize;
+
+    /// Most bytes by which a set makes the working memory of its backbone grow.
+    fn scratch_growth(&self, set: &SetDescriptor, backbone: &BackboneDescriptor) -> usize;
+
+    /// Gives back what sets made the working memory of a backbone grow by.
+    fn shrink_scratch(backbone: &Self::Backbone);
 }

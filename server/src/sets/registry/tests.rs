@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use model_core::artifact::Digest;
+use model_core::config::ViTConfig;
 use proptest::prelude::*;
 
 use super::*;
@@ -49,7 +50,7 @@ impl Source for Fake {
 
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<()>> {
         self.backbone_loads.fetch_add(1, Ordering::SeqCst);
-        Ok(Loaded { value: (), bytes: descriptor.resident_bytes, scratch: 10 })
+        Ok(Loaded { value: (), bytes: descriptor.resident_bytes })
     }
 
     fn load_set(&self, descriptor: &SetDescriptor, _: &Arc<()>) -> anyhow::Result<Loaded<usize>> {
@@ -62,9 +63,18 @@ impl Source for Fake {
         if let Some(reason) = self.failing.lock().unwrap().get(&descriptor.name) {
             bail!("{reason}");
         }
-        let scratch = self.growth.lock().unwrap().get(&descriptor.name).copied().unwrap_or(0);
-        Ok(Loaded { value: descriptor.resident_bytes, bytes: descriptor.resident_bytes, scratch })
+        Ok(Loaded { value: descriptor.resident_bytes, bytes: descriptor.resident_bytes })
     }
+
+    fn scratch(&self, (): &()) -> usize {
+        10
+    }
+
+    fn scratch_growth(&self, set: &SetDescriptor, _: &BackboneDescriptor) -> usize {
+        self.growth.lock().unwrap().get(&set.name).copied().unwrap_or(0)
+    }
+
+    fn shrink_scratch((): &()) {}
 }
 
 fn digest(of: &str) -> Digest {
@@ -78,7 +88,9 @@ pub(super) fn set(name: &str, version: u64, resident_bytes: usize) -> SetDescrip
         digest: digest(&format!("{name} {version} {resident_bytes}")),
         backbone: digest("backbone"),
         resident_bytes,
+        loading_bytes: 0,
         file_bytes: 1,
+        experts: ViTConfig::preset("tiny").unwrap().experts,
         num_classes: 1,
         location: Location::Embedded(&[]),
         stamp: None,
@@ -90,7 +102,8 @@ fn backbone(name: &str) -> BackboneDescriptor {
         name: name.to_owned(),
         digest: digest(name),
         resident_bytes: 90,
-        image_size: 1,
+        loading_bytes: 0,
+        config: ViTConfig::preset("tiny").unwrap().backbone,
         location: Location::Embedded(&[]),
     }
 }
@@ -147,7 +160,7 @@ async fn guarantee_1_a_replacement_that_does_not_fit_beside_the_old_is_507_and_k
 }
 
 #[tokio::test]
-async fn guarantee_1_scratch_that_sets_make_grow_is_counted_once_and_stays() {
+async fn guarantee_1_scratch_that_sets_make_grow_is_counted_once_and_comes_back() {
     let registry = registry(100, |_| ());
     for (name, growth) in [("usual", 0), ("wide", 30), ("wider", 40), ("too wide", 200)] {
         registry.register(set(name, 1, 10)).unwrap();
@@ -158,9 +171,45 @@ async fn guarantee_1_scratch_that_sets_make_grow_is_counted_once_and_stays() {
         serve(&registry, name).await.unwrap();
         assert_eq!(scratch(), used, "{name}");
     }
+    let too_wide = set("too wide", 1, 10);
+    assert!(matches!(registry.check_fits(&too_wide), Err(SetError::TooLarge { needed: 210, available: 100, .. })));
     assert!(matches!(serve(&registry, "too wide").await, Err(SetError::TooLarge { .. })));
     registry.unload("wider").unwrap();
-    assert_eq!(scratch(), 50, "sessions do not shrink");
+    assert_eq!(scratch(), 40, "what the neediest that stays needs");
+    let lease = registry.acquire("wide", None, WAIT).await.unwrap();
+    registry.remove("wide", None).unwrap();
+    assert_eq!(scratch(), 40, "its scratch stays as long as it is in use");
+    drop(lease);
+    assert_eq!(scratch(), 10);
+}
+
+#[tokio::test]
+async fn guarantee_1_what_a_load_takes_for_a_while_is_inside_the_budget() {
+    let registry = registry(100, |_| ());
+    let loading = |name: &str, resident_bytes, loading_bytes| SetDescriptor {
+        loading_bytes,
+        ..set(name, 1, resident_bytes)
+    };
+    registry.register(set("old", 1, 50)).unwrap();
+    registry.register(loading("new", 30, 40)).unwrap();
+    registry.register(loading("never", 30, 80)).unwrap();
+    serve(&registry, "old").await.unwrap();
+    registry.source().slow.lock().unwrap().insert("new".into(), WAIT);
+    assert!(registry.acquire("new", None, Duration::from_millis(10)).await.is_err());
+    while registry.source().loads() < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!((registry.budget().used(Kind::Loading), registry.budget().used(Kind::Sets)), (70, 0));
+    registry.source().slow.lock().unwrap().clear();
+    serve(&registry, "new").await.unwrap();
+    assert_eq!((registry.budget().used(Kind::Loading), registry.budget().used(Kind::Sets)), (0, 30));
+    assert!(matches!(registry.check_fits(&loading("never", 30, 80)), Err(SetError::TooLarge { needed: 110, .. })));
+    assert!(matches!(serve(&registry, "never").await, Err(SetError::TooLarge { needed: 110, .. })));
+
+    let reading = registry.reserve_reading(&loading("upload", 1, 100)).await.unwrap();
+    assert_eq!((registry.budget().used(Kind::Loading), registry.totals().resident), (100, 0));
+    drop(reading);
+    assert_eq!(registry.budget().used(Kind::Loading), 0);
 }
 
 #[tokio::test]
