@@ -160,7 +160,8 @@ fn scratch_grows_by_no_more_than_foretold() {
         let mut session = Session::new(&backbone, 4, 1);
         let before = session.resident_bytes();
         run(&mut session, &[(&set, &image[..]); 4]);
-        let (grown, foretold) = (session.resident_bytes() - before, Session::growth(backbone.config(), 4, set.config()));
+        let (grown, foretold) =
+            (session.resident_bytes() - before, Session::growth(backbone.config(), 4, set.config()));
         assert!(grown <= foretold, "{:?}: {grown} is more than {foretold}", set.config());
         assert!(foretold <= grown + grown / 4, "{:?}: {grown} is far less than {foretold}", set.config());
         let answers = run(&mut session, &[(&set, &image[..])]);

@@ -197,12 +197,7 @@ impl<S: Source> Inner<S> {
     }
 
     /// Turns what a load reserved into what stays, of the size that the memory turned out to have.
-    fn settle(
-        &self,
-        reservation: &mut Reservation,
-        (kind, bytes): (Kind, usize),
-        key: &Key,
-    ) -> Result<(), SetError> {
+    fn settle(&self, reservation: &mut Reservation, (kind, bytes): (Kind, usize), key: &Key) -> Result<(), SetError> {
         if reservation.turn_into(kind, bytes) { Ok(()) } else { Err(SetError::NoRoom { name: key.name.clone() }) }
     }
 

@@ -186,10 +186,8 @@ async fn guarantee_1_scratch_that_sets_make_grow_is_counted_once_and_comes_back(
 #[tokio::test]
 async fn guarantee_1_what_a_load_takes_for_a_while_is_inside_the_budget() {
     let registry = registry(100, |_| ());
-    let loading = |name: &str, resident_bytes, loading_bytes| SetDescriptor {
-        loading_bytes,
-        ..set(name, 1, resident_bytes)
-    };
+    let loading =
+        |name: &str, resident_bytes, loading_bytes| SetDescriptor { loading_bytes, ..set(name, 1, resident_bytes) };
     registry.register(set("old", 1, 50)).unwrap();
     registry.register(loading("new", 30, 40)).unwrap();
     registry.register(loading("never", 30, 80)).unwrap();
