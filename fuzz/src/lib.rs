@@ -11,6 +11,9 @@ use clap::Parser;
 use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
+/// Most bytes that answering one small request may take: decode memory, the start of the server aside.
+pub const MOST_BYTES: usize = 64 << 20;
+
 /// Sends `body` and insists on an answer that lays no blame on the server. A panic on any thread ends the process.
 ///
 /// # Panics

@@ -38,7 +38,7 @@ pub struct App {
     pub default_set: OnceLock<String>,
     pub classifier: Classifier,
     /// The thread that decompresses bodies, reads long JSON and builds long answers.
-    pub decompression: BlockingPool,
+    pub bulk: BlockingPool,
     /// Bytes that long answers may take together.
     pub answers: Arc<Semaphore>,
     /// Keys that may classify.

@@ -203,7 +203,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
             statistics: Statistics::default(),
             load_wait: args.registry.load_wait,
         },
-        decompression: BlockingPool::start("inflate", 1, Priority::Normal).context(NO_THREADS)?,
+        bulk: BlockingPool::start("bulk", 1, Priority::Normal).context(NO_THREADS)?,
         answers: Arc::new(Semaphore::new(ANSWER_MEMORY)),
         user_keys: user_keys(args)?,
         admin_keys: admin_keys(args)?,

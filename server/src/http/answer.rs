@@ -59,7 +59,7 @@ pub async fn build<T: Send + 'static>(
     let wanted = u32::try_from(bound).map_err(ApiError::internal)?;
     let place = timeout_at(deadline, Arc::clone(&app.answers).acquire_many_owned(wanted)).await;
     let place = place.map_err(|_| ApiError::from(Error::Deadline))?.map_err(ApiError::internal)?;
-    let (bytes, more) = app.decompression.run(build).await??;
+    let (bytes, more) = app.bulk.run(build).await??;
     Ok((Bytes::from_owner(Held { bytes, _place: place }), more))
 }
 

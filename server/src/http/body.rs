@@ -26,10 +26,12 @@ pub const LEAST_RATE: usize = 4 << 10;
 /// A request body with the bytes it holds accounted for.
 #[derive(Debug)]
 pub struct Received {
+    /// Given away to whoever reads them, so that they are gone when what was made of them is there.
     pub bytes: Bytes,
     /// When the answer must be there. A client's time to send its body is its own.
     pub deadline: Instant,
-    _permit: BodyPermit,
+    /// To be kept as long as the bytes, or what was made of them.
+    pub permit: BodyPermit,
 }
 
 /// Reads a whole body, decompressing it when `Content-Encoding` says so.
@@ -129,11 +131,11 @@ async fn receive_limited(
     }
     let deadline = Instant::now() + app.limits.request_timeout;
     if compressed.is_empty() {
-        return Ok(Received { bytes: received.freeze(), deadline, _permit: permit });
+        return Ok(Received { bytes: received.freeze(), deadline, permit });
     }
-    let decompressed = app.decompression.run(move || decompress(encoding, compressed, limit, permit));
-    let (bytes, _permit) = decompressed.await??;
-    Ok(Received { bytes, deadline, _permit })
+    let decompressed = app.bulk.run(move || decompress(encoding, compressed, limit, permit));
+    let (bytes, permit) = decompressed.await??;
+    Ok(Received { bytes, deadline, permit })
 }
 
 fn too_large(limit: usize) -> ApiError {

@@ -12,11 +12,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::User;
+use super::body::{Received, receive};
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::input::{FitName, ImageForm, JsonRequest};
 use super::openapi::{BODY, IMAGES, LIFECYCLE, LOAD, SetName, USER, Version, commands, errors};
-use super::{answer, body, input};
+use super::{answer, input};
 use crate::app::AppState;
 use crate::classify::{self, Answers, Prediction, Request, ScoreFunction};
 use crate::routing_map::RoutingMap;
@@ -227,8 +228,8 @@ async fn classify(
     user: User,
 ) -> Result<Response, ApiError> {
     let User { client, mut entry, headers, body } = user;
-    let received = body::receive(&app, client, &headers, body).await?;
-    let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
+    let Received { bytes, deadline, permit } = receive(&app, client, &headers, body).await?;
+    let input = input::parse(&app, &headers, bytes).await?;
     let top_k = match query.top_k {
         Some(text) => Some(input::parse_top_k(&text)?),
         None => input.top_k,
@@ -241,12 +242,11 @@ async fn classify(
         routing: query.routing,
         look,
         started: context.started,
-        deadline: received.deadline,
+        deadline,
     };
     let answers = app.classifier.answer(&mut entry, request).await?;
     // The encoded bytes are not needed any more, and the answer may be slow to leave.
-    let deadline = received.deadline;
-    drop(received);
+    drop(permit);
     respond(
         &app,
         deadline,

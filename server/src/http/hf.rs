@@ -11,12 +11,13 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::User;
+use super::body::{Received, receive};
 use super::classify::{CLASSIFY, DEFAULT_TOP_K};
 use super::error::ApiError;
 use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::input::{FitName, ImageForm, JsonRequest};
 use super::openapi::{commands, errors};
-use super::{answer, body, input};
+use super::{answer, input};
 use crate::app::AppState;
 use crate::classify::{Answers, Prediction, Request};
 use crate::sets::loaded::Answer;
@@ -83,8 +84,8 @@ async fn classify(
     user: User,
 ) -> Result<Response, ApiError> {
     let User { client, mut entry, headers, body } = user;
-    let received = body::receive(&app, client, &headers, body).await?;
-    let input = input::parse(&headers, received.bytes.clone(), app.limits.max_images).await?;
+    let Received { bytes, deadline, permit } = receive(&app, client, &headers, body).await?;
+    let input = input::parse(&app, &headers, bytes).await?;
     let request = Request {
         set: set.0,
         version: None,
@@ -92,12 +93,12 @@ async fn classify(
         routing: false,
         look: input::parse_look(query.0.crop.as_deref(), query.0.fit.as_deref())?.or(input.look),
         started: context.started,
-        deadline: received.deadline,
+        deadline,
     };
     let answers = app.classifier.answer(&mut entry, request).await?;
-    let (top_k, deadline) = (input.top_k.unwrap_or(DEFAULT_TOP_K), received.deadline);
+    let top_k = input.top_k.unwrap_or(DEFAULT_TOP_K);
     // The encoded bytes are not needed any more, and the answer may be slow to leave.
-    drop(received);
+    drop(permit);
     let Answers { lease, images } = answers;
     let bound = answer::bound(&images, lease.value.labels(), top_k);
     let encode = move || {

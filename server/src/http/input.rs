@@ -1,7 +1,12 @@
 //! The forms in which images arrive at `/classify`, turned into one.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::num::IntErrorKind;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 
 use axum::body::Body;
 use axum::extract::multipart::Field;
@@ -10,21 +15,32 @@ use axum::http::{HeaderMap, header};
 use base64::Engine;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
+use futures_util::Stream;
 use model_core::image::{Fit, ImageError};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, IntoDeserializer, SeqAccess, Visitor};
 use serde_json::{Value, json};
+use tokio::runtime::Handle;
 use utoipa::openapi::{ArrayBuilder, ObjectBuilder, OneOfBuilder, RefOr, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::error::{ApiError, ErrorCode, cut};
 use super::json::{self, Count, JsonCrop, Object};
+use crate::app::AppState;
 use crate::classify::{self, Image, Look, ScoreFunction};
 use crate::repeats::REPEATS;
 use crate::sentence::{nearest, unknown_name};
 
 /// Text fields and empty files that a form may have.
 const MOST_FIELDS: usize = 64;
+/// Most bytes of a text field.
+const TEXT_BYTES: usize = 4 << 10;
+/// Most bytes of a part's head.
+const HEAD_BYTES: usize = 64 << 10;
+/// What a form's reader gets at a time.
+const PIECE_BYTES: usize = 16 << 10;
+/// Bodies up to this size are read where they are.
+const INLINE_BYTES: usize = 64 << 10;
 
 /// Padding is optional: some encoders leave it out.
 const STANDARD: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::STANDARD, LENIENT);
@@ -49,15 +65,27 @@ pub struct ClassifyInput {
     pub look: Look,
 }
 
-/// Reads a body by its content type. `max_images` bounds what is collected.
+/// Reads a body by its content type. Of large bodies that are more than an image, one is read at a time: what is made of
+/// them comes beside them for a while.
 ///
 /// # Errors
 /// 400, 413 or 415 as in the status table.
-pub async fn parse(headers: &HeaderMap, body: Bytes, max_images: usize) -> Result<ClassifyInput, ApiError> {
+pub async fn parse(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<ClassifyInput, ApiError> {
+    let (form, max_images) = (Form::of(headers)?, app.limits.max_images);
+    if body.len() <= INLINE_BYTES || form == Form::Raw {
+        return read(form, headers, body, max_images).await;
+    }
+    let content_type = headers.get(header::CONTENT_TYPE).cloned();
+    let headers: HeaderMap = content_type.map(|value| (header::CONTENT_TYPE, value)).into_iter().collect();
+    let runtime = Handle::current();
+    app.bulk.run(move || runtime.block_on(read(form, &headers, body, max_images))).await?
+}
+
+async fn read(form: Form, headers: &HeaderMap, body: Bytes, max_images: usize) -> Result<ClassifyInput, ApiError> {
     if body.is_empty() {
         return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an image"));
     }
-    let input = match Form::of(headers)? {
+    let input = match form {
         // Images of every format hold bytes of zero, and `curl -d` drops them, as it does line breaks.
         Form::UrlEncoded if !body.contains(&0) => {
             return Err(ApiError::new(
@@ -85,6 +113,7 @@ fn too_many(max_images: usize) -> ApiError {
     ApiError::new(ErrorCode::BatchTooLarge, format!("at most {max_images} images are accepted in one request"))
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     Raw,
     /// What `curl --data-binary` says when not told otherwise, and what forms of a page say.
@@ -207,9 +236,9 @@ pub(super) const EXAMPLE_IMAGE: &str =
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC";
 
 /// One base64 string or a list of them. Written by hand so that a body of a million tiny values costs a count, not a
-/// million allocations, and so that errors say what was expected.
+/// million allocations, so that no string is kept beside what it stands for, and so that errors say what was expected.
 struct Inputs {
-    items: Vec<String>,
+    items: Vec<Result<Bytes, classify::Error>>,
     count: usize,
     is_list: bool,
 }
@@ -243,17 +272,13 @@ impl<'de> Deserialize<'de> for Inputs {
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Inputs, E> {
-                self.visit_string(text.to_owned())
-            }
-
-            fn visit_string<E: serde::de::Error>(self, text: String) -> Result<Inputs, E> {
-                Ok(Inputs { items: vec![text], count: 1, is_list: false })
+                Ok(Inputs { items: vec![decode_base64(text)], count: 1, is_list: false })
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Inputs, A::Error> {
                 let mut inputs = Inputs { items: Vec::new(), count: 0, is_list: true };
                 while inputs.items.len() < Inputs::KEEP {
-                    let Some(item) = list.next_element()? else { return Ok(inputs) };
+                    let Some(Decoded(item)) = list.next_element()? else { return Ok(inputs) };
                     inputs.items.push(item);
                     inputs.count += 1;
                 }
@@ -268,6 +293,29 @@ impl<'de> Deserialize<'de> for Inputs {
     }
 }
 
+/// What a base64 string of a list stands for.
+struct Decoded(Result<Bytes, classify::Error>);
+
+impl<'de> Deserialize<'de> for Decoded {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextVisitor;
+
+        impl Visitor<'_> for TextVisitor {
+            type Value = Decoded;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a base64 string")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Decoded, E> {
+                Ok(Decoded(decode_base64(text)))
+            }
+        }
+
+        deserializer.deserialize_str(TextVisitor)
+    }
+}
+
 fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError> {
     let request: JsonRequest = json::read(body)?;
     if request.inputs.count > max_images.min(Inputs::KEEP) {
@@ -279,7 +327,7 @@ fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError>
         return Err(bad_top_k());
     }
     Ok(ClassifyInput {
-        images: request.inputs.items.iter().map(|text| decode_base64(text).map(Image::Encoded)).collect(),
+        images: request.inputs.items.into_iter().map(|image| image.map(Image::Encoded)).collect(),
         is_batch: request.inputs.is_list,
         set: request.model,
         top_k,
@@ -298,7 +346,10 @@ fn decode_base64(text: &str) -> Result<Bytes, classify::Error> {
             _ => return Err(classify::Error::Form("a data: URL must be `data:<type>;base64,<data>`".into())),
         },
     };
-    let without_breaks: Vec<u8> = encoded.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    let without_breaks = match encoded.bytes().any(|byte| byte.is_ascii_whitespace()) {
+        true => Cow::Owned(encoded.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect()),
+        false => Cow::Borrowed(encoded.as_bytes()),
+    };
     let engine = if without_breaks.iter().any(|byte| b"-_".contains(byte)) { &URL_SAFE } else { &STANDARD };
     let bytes = engine
         .decode(without_breaks)
@@ -308,14 +359,23 @@ fn decode_base64(text: &str) -> Result<Bytes, classify::Error> {
 
 async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) -> Result<ClassifyInput, ApiError> {
     let broken = |error: &dyn fmt::Display| ApiError::invalid(format!("the multipart body is not understood: {error}"));
-    let mut request = Request::new(Body::from(body));
+    let head = Arc::new(AtomicUsize::new(0));
+    let mut request = Request::new(Body::from_stream(Pieces { rest: body, rests: true, head: Arc::clone(&head) }));
     request.headers_mut().extend(headers.get(header::CONTENT_TYPE).map(|v| (header::CONTENT_TYPE, v.clone())));
     // The body's size was limited when it was received.
     DefaultBodyLimit::disable().apply(&mut request);
     let mut parts = Multipart::from_request(request, &()).await.map_err(|error| broken(&error))?;
     let mut input = ClassifyInput::default();
     let mut others = 0;
-    while let Some(part) = parts.next_field().await.map_err(|error| broken(&error.body_text()))? {
+    loop {
+        // The reader looks for the end of a part's head before it looks at the head.
+        head.store(HEAD_BYTES, Ordering::Relaxed);
+        let part = parts.next_field().await.map_err(|error| match head.load(Ordering::Relaxed) {
+            0 => broken(&format!("the head of a part has more than {HEAD_BYTES} bytes")),
+            _ => broken(&error.body_text()),
+        });
+        let Some(part) = part? else { break };
+        head.store(usize::MAX, Ordering::Relaxed);
         let name = part.name().unwrap_or_default().to_owned();
         let is_file = is_file(&part);
         let bytes = part.bytes().await.map_err(|error| broken(&error.body_text()))?;
@@ -326,6 +386,9 @@ async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) ->
             }
         }
         if !is_file {
+            if bytes.len() > TEXT_BYTES {
+                return Err(broken(&format!("the field `{}` has more than {TEXT_BYTES} bytes", cut(&name))));
+            }
             let text = std::str::from_utf8(&bytes).map_err(|error| broken(&error))?;
             parameter(&mut input, &name, text.trim())?;
         } else if bytes.is_empty() {
@@ -338,6 +401,38 @@ async fn parse_multipart(headers: &HeaderMap, body: Bytes, max_images: usize) ->
     }
     input.is_batch = input.images.len() > 1;
     Ok(input)
+}
+
+/// A form's bytes, piece by piece, so that its reader does not copy all of them before it looks at the first.
+struct Pieces {
+    rest: Bytes,
+    /// Whether the reader has looked at the last piece; it wants the first one at once.
+    rests: bool,
+    /// Bytes that a head may still take; 0 once it wanted more.
+    head: Arc<AtomicUsize>,
+}
+
+impl Stream for Pieces {
+    type Item = Result<Bytes, &'static str>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
+        }
+        self.rests = !self.rests;
+        if self.rests {
+            // The reader takes all that is ready; it looks at what it has only when nothing is.
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let length = self.rest.len().min(PIECE_BYTES);
+        let Some(left) = self.head.load(Ordering::Relaxed).checked_sub(length) else {
+            self.head.store(0, Ordering::Relaxed);
+            return Poll::Ready(Some(Err("the head of a part is too long")));
+        };
+        self.head.store(left, Ordering::Relaxed);
+        Poll::Ready(Some(Ok(self.rest.split_to(length))))
+    }
 }
 
 /// A file has a name, or a content type that is not text's; everything else in a form is a text field.
@@ -422,7 +517,8 @@ mod tests {
     }
 
     async fn parse_as(content_type: Option<&'static str>, body: &[u8]) -> Result<ClassifyInput, ApiError> {
-        parse(&headers(content_type), Bytes::copy_from_slice(body), 3).await
+        let headers = headers(content_type);
+        read(Form::of(&headers)?, &headers, Bytes::copy_from_slice(body), 3).await
     }
 
     #[tokio::test]
@@ -523,5 +619,20 @@ mod tests {
             assert!(parsed.is_err(), "{body}");
         }
         assert!(parse_as(Some("multipart/form-data"), b"x").await.is_err(), "no boundary");
+
+        // Heads and text fields are bounded, files are not, whatever pieces the body is read in.
+        let large = "x".repeat(300_000);
+        let file = part("name=\"f\"; filename=\"x\"", &large) + &part("name=\"f\"; filename=\"x\"", "y") + "--b--\r\n";
+        let input = parse_as(Some("multipart/form-data; boundary=b"), file.as_bytes()).await.unwrap();
+        let sizes: Vec<usize> = files(input.images).iter().map(|file| file.as_ref().unwrap().len()).collect();
+        assert_eq!(sizes, [300_000, 1]);
+        for (head, body, said) in [
+            (format!("name=\"{large}\""), "x", "the head of a part"),
+            ("name=\"set\"".into(), &large[..], "more than 4096 bytes"),
+        ] {
+            let body = part(&head, body) + "--b--\r\n";
+            let error = parse_as(Some("multipart/form-data; boundary=b"), body.as_bytes()).await.unwrap_err();
+            assert!(error.to_string().contains(said), "{error}");
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! JSON bodies of requests and answers.
 
+use std::fmt::{self, Write as _};
+use std::marker::PhantomData;
+
 use super::error::ApiError;
 use crate::sentence::unknown_name;
-
-use std::marker::PhantomData;
 
 use model_core::image::Crop;
 use serde::Deserialize;
@@ -19,7 +20,48 @@ const ZERO_SHOT: [&str; 4] = ["candidate_labels", "candidateLabels", "hypothesis
 /// 400 with a sentence that names what is wrong; a field that nobody knows, by its name.
 pub fn read<T: DeserializeOwned>(json: &[u8]) -> Result<T, ApiError> {
     let parsed: Result<Object<T>, _> = serde_json::from_slice(json);
-    parsed.map(|Object(value)| value).map_err(|error| ApiError::invalid(explain(&error.to_string())))
+    parsed.map(|Object(value)| value).map_err(|error| {
+        let mut text = Ends::default();
+        // Writing to memory does not fail.
+        let _ = write!(text, "{error}");
+        ApiError::invalid(explain(&text.into_string()))
+    })
+}
+
+/// Both ends of a text whose middle a client may have made as long as a body.
+#[derive(Debug, Default)]
+struct Ends {
+    head: String,
+    tail: String,
+    is_cut: bool,
+}
+
+impl Ends {
+    /// Most bytes of either end; a text that fits into the first is whole.
+    const MOST: usize = 2 << 10;
+
+    fn into_string(self) -> String {
+        let Self { head, tail, is_cut } = self;
+        head + if is_cut { "…" } else { "" } + &tail
+    }
+}
+
+impl fmt::Write for Ends {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let rest = if self.tail.is_empty() { Self::MOST - self.head.len() } else { 0 };
+        let (head, tail) = text.split_at(boundary(text, rest));
+        self.head.push_str(head);
+        self.tail.push_str(&tail[boundary(tail, tail.len().saturating_sub(Self::MOST))..]);
+        let excess = boundary(&self.tail, self.tail.len().saturating_sub(Self::MOST));
+        self.is_cut |= excess > 0 || tail.len() > Self::MOST;
+        self.tail.drain(..excess);
+        Ok(())
+    }
+}
+
+/// The last place up to `at` where a text may be cut.
+fn boundary(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }
 
 /// What a reader derived with `deny_unknown_fields` says, as a sentence of ours.
@@ -56,7 +98,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
         impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
             type Value = Object<T>;
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
@@ -86,7 +128,7 @@ impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for AtMost<T, N>
         impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for ListVisitor<T, N> {
             type Value = AtMost<T, N>;
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, "a list of at most {N}")
             }
 
@@ -117,7 +159,7 @@ impl<'de> Deserialize<'de> for Count {
         impl Visitor<'_> for CountVisitor {
             type Value = Count;
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a whole number from zero on")
             }
 
@@ -150,7 +192,7 @@ impl<'de> Deserialize<'de> for JsonCrop {
         impl<'de> Visitor<'de> for CropVisitor {
             type Value = JsonCrop;
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a crop `x,y,w,h` or a list of its four numbers")
             }
 
@@ -198,6 +240,21 @@ mod tests {
         }
         for text in ["-1", "0.5", "\"7\"", "null", "true", "[]"] {
             assert_eq!(read(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn of_a_long_text_both_ends_are_kept() {
+        let ends = |parts: [&str; 3]| {
+            let mut ends = Ends::default();
+            parts.iter().for_each(|part| ends.write_str(part).unwrap());
+            ends.into_string()
+        };
+        assert_eq!(ends(["unknown field `", "a", "`, expected `b`"]), "unknown field `a`, expected `b`");
+        for middle in [3000, 5000, 1_000_000] {
+            let text = ends(["unknown field `", &"é".repeat(middle), "`, expected `b`"]);
+            assert!(text.len() <= 2 * Ends::MOST + 10 && text.starts_with("unknown field `é"), "{middle}");
+            assert_eq!(unknown_field(&text).map(|(_, known)| known), Some(vec!["b"]), "{middle}");
         }
     }
 

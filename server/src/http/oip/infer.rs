@@ -1,10 +1,12 @@
 //! `infer`: tensors in JSON or binary to images, logits to tensors in JSON or binary.
 
+use std::borrow::Cow;
+
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use base64::{DecodeError, Engine};
 use bytes::Bytes;
 use model_core::image::{Fit, RgbImage};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
@@ -17,7 +19,7 @@ use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 use super::super::answer;
 use super::super::auth::User;
-use super::super::body;
+use super::super::body::{Received, receive};
 use super::super::classify::{CLASSIFY, EXPERT_SET_GENERATION};
 use super::super::error::{ApiError, ErrorCode};
 use super::super::extract::{ApiPath, RequestContext};
@@ -208,12 +210,26 @@ fn example_answer() -> Value {
 #[derive(Default)]
 struct FlatData {
     numbers: Vec<f32>,
-    strings: Vec<String>,
+    /// What the strings stand for in base64.
+    strings: Vec<Result<Bytes, DecodeError>>,
 }
 
 impl FlatData {
     /// Strings that are kept of a list; above any sensible `max_images`, whose check comes later.
     const MOST_STRINGS: usize = 4096;
+    /// Numbers of one tensor; each takes two bytes of JSON at least, and four here.
+    const MOST_NUMBERS: usize = 4 << 20;
+
+    fn push<E: serde::de::Error>(&mut self, number: f32) -> Result<(), E> {
+        if self.numbers.len() == Self::MOST_NUMBERS {
+            return Err(E::custom(format!(
+                "data holds more than {} numbers; send the tensor in binary",
+                Self::MOST_NUMBERS
+            )));
+        }
+        self.numbers.push(number);
+        Ok(())
+    }
 }
 
 impl<'de> Deserialize<'de> for FlatData {
@@ -269,26 +285,23 @@ impl<'de> Visitor<'de> for Flatten<'_> {
         f.write_str("numbers, strings or lists of them")
     }
 
-    fn visit_u64<E>(self, value: u64) -> Result<(), E> {
-        self.0.numbers.push(value as f32);
-        Ok(())
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<(), E> {
+        self.0.push(value as f32)
     }
 
-    fn visit_i64<E>(self, value: i64) -> Result<(), E> {
-        self.0.numbers.push(value as f32);
-        Ok(())
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<(), E> {
+        self.0.push(value as f32)
     }
 
-    fn visit_f64<E>(self, value: f64) -> Result<(), E> {
-        self.0.numbers.push(value as f32);
-        Ok(())
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<(), E> {
+        self.0.push(value as f32)
     }
 
     fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
         if self.0.strings.len() == FlatData::MOST_STRINGS {
             return Err(E::custom(format!("data holds more than {} strings", FlatData::MOST_STRINGS)));
         }
-        self.0.strings.push(value.to_owned());
+        self.0.strings.push(STANDARD.decode(value.trim()).map(Bytes::from));
         Ok(())
     }
 
@@ -332,8 +345,8 @@ pub(super) async fn infer(
 ) -> Result<Response, ApiError> {
     let User { client, mut entry, headers, body } = user;
     let version = path.0.version()?;
-    let received = body::receive(&app, client, &headers, body).await?;
-    let (mut request, binary) = split(&app, &headers, received.bytes.clone()).await?;
+    let Received { bytes, deadline, permit } = receive(&app, client, &headers, body).await?;
+    let (mut request, binary) = split(&app, &headers, bytes).await?;
     refuse_shared_memory(&request)?;
     let images = images(&mut request.inputs.0, binary, app.limits.max_images)?;
     let parameters = request.parameters.as_ref().map(|parameters| &parameters.0);
@@ -345,12 +358,11 @@ pub(super) async fn infer(
         routing: false,
         look,
         started: context.started,
-        deadline: received.deadline,
+        deadline,
     };
     let answers = app.classifier.answer(&mut entry, images).await?;
     // The encoded bytes are not needed any more, and the answer may be slow to leave.
-    let deadline = received.deadline;
-    drop(received);
+    drop(permit);
     respond(&app, deadline, request, answers).await
 }
 
@@ -373,7 +385,7 @@ async fn split(app: &AppState, headers: &HeaderMap, body: Bytes) -> Result<(Infe
     let parse = move || json::read(&text);
     let parsed = match length {
         0..=INLINE_JSON_BYTES => parse(),
-        _ => app.decompression.run(parse).await?,
+        _ => app.bulk.run(parse).await?,
     };
     Ok((parsed?, binary))
 }
@@ -432,8 +444,7 @@ fn encoded(data: FlatData, binary: Option<Bytes>, count: usize) -> Result<Vec<Im
         Some(binary) => split_elements(binary, count)?,
         None => {
             check_count(IMAGE, count, data.strings.len())?;
-            let decode = |text: &String| STANDARD.decode(text.trim()).map(Bytes::from);
-            let decoded: Result<Vec<_>, _> = data.strings.iter().map(decode).collect();
+            let decoded: Result<Vec<_>, _> = data.strings.into_iter().collect();
             decoded.map_err(|error| ApiError::invalid(format!("`{IMAGE}` in JSON must be base64: {error}")))?
         }
     };
@@ -459,12 +470,14 @@ fn split_elements(mut rest: Bytes, count: usize) -> Result<Vec<Bytes>, ApiError>
 
 fn rgb(data: FlatData, binary: Option<Bytes>, shape: (usize, usize, usize)) -> Result<Vec<Image>, ApiError> {
     let (count, height, width) = shape;
-    let samples: Vec<u8> = match binary {
-        Some(binary) => binary.to_vec(),
+    let samples: Cow<'_, [u8]> = match &binary {
+        Some(binary) => Cow::Borrowed(binary),
         None => {
             let sample = |&value: &f32| (value.fract() == 0.0 && (0.0..=255.0).contains(&value)).then_some(value as u8);
-            let samples: Option<_> = data.numbers.iter().map(sample).collect();
-            samples.ok_or_else(|| ApiError::invalid(format!("`{PIXELS}` takes whole numbers from 0 to 255")))?
+            let samples: Option<Vec<u8>> = data.numbers.iter().map(sample).collect();
+            samples
+                .map(Cow::Owned)
+                .ok_or_else(|| ApiError::invalid(format!("`{PIXELS}` takes whole numbers from 0 to 255")))?
         }
     };
     let each = product(PIXELS, &[height, width, 3])?;
@@ -484,25 +497,27 @@ const LARGEST_INPUT: f32 = 1e6;
 fn prepared(data: FlatData, binary: Option<Bytes>, shape: (usize, usize)) -> Result<Vec<Image>, ApiError> {
     let (count, side) = shape;
     let each = product(INPUT, &[3, side, side])?;
-    let values: Vec<f32> = match binary {
+    let chunks = match &binary {
         Some(binary) => {
             check_count(INPUT, product(INPUT, &[count, each, 4])?, binary.len())?;
-            let (chunks, _) = binary.as_chunks::<4>();
-            chunks.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()
+            binary.as_chunks::<4>().0
         }
-        None => data.numbers,
+        None => {
+            check_count(INPUT, product(INPUT, &[count, each])?, data.numbers.len())?;
+            &[]
+        }
     };
-    check_count(INPUT, product(INPUT, &[count, each])?, values.len())?;
+    let value = |i: usize| chunks.get(i).map_or_else(|| data.numbers[i], |&chunk| f32::from_le_bytes(chunk));
     // Not a number fails the comparison, too.
-    if !values.iter().all(|value| value.abs() <= LARGEST_INPUT) {
+    if !(0..count * each).all(|i| value(i).abs() <= LARGEST_INPUT) {
         return Err(ApiError::invalid(format!(
             "`{INPUT}` must be finite numbers from -{LARGEST_INPUT} to {LARGEST_INPUT}"
         )));
     }
     // Channel-first on the wire, channel-last in the model.
     let area = side * side;
-    let image = |image: &[f32]| Image::Prepared((0..each).map(|i| image[i % 3 * area + i / 3]).collect());
-    Ok(values.chunks_exact(each).map(image).collect())
+    let image = |image: usize| (0..each).map(|i| value(image * each + i % 3 * area + i / 3)).collect();
+    Ok((0..count).map(|i| Image::Prepared(image(i))).collect())
 }
 
 fn product(input: &str, factors: &[usize]) -> Result<usize, ApiError> {
