@@ -31,8 +31,15 @@ pub fn answer(request: request::Builder, body: &[u8]) {
 fn start() -> Result<(Runtime, Router), Box<dyn std::error::Error + Send + Sync>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let router = runtime.block_on(async {
-        let flags =
-            ["butterflyvit", "--trust-loopback", "--compute-threads=1", "--decode-threads=1", "--request-timeout=1h"];
+        // The small model: what is fuzzed is the way to it.
+        let flags = [
+            "butterflyvit",
+            "--trust-loopback",
+            "--default-set=cifar100",
+            "--compute-threads=1",
+            "--decode-threads=1",
+            "--request-timeout=1h",
+        ];
         let args = Cli::try_parse_from(flags)?.serve;
         let app = serve::assemble(&args)?;
         serve::make_ready(&app, &args).await?;

@@ -5,14 +5,14 @@ import { byId, keep, make, notify, say } from "./dom.js";
 import { milliseconds, percent } from "./format.js";
 import * as routing from "./routing.js";
 
-/** The samples' files with what they show. They are test images of CIFAR-100, which the default set is trained for. */
+/** The samples' files with what they show and the set that is for such images. Those of 32 pixels are test images of CIFAR-100. */
 const SAMPLES = {
-  "test-01.png": "a lawn mower",
-  "test-09.png": "a bowl of fruit",
-  "test-07.png": "a crab",
-  "test-10.png": "a streetcar",
-  "test-00.png": "a hamster",
-  "test-06.png": "a girl",
+  "photo-coffee.jpg": ["a cup of coffee", "imagenet"],
+  "photo-cat.jpg": ["a cat", "imagenet"],
+  "test-01.png": ["a lawn mower", "cifar100"],
+  "test-09.png": ["a bowl of fruit", "cifar100"],
+  "test-10.png": ["a streetcar", "cifar100"],
+  "test-00.png": ["a hamster", "cifar100"],
 };
 
 /** Side of the preview in pixels. */
@@ -48,6 +48,14 @@ export function chooseSet(name) {
   byId("set").value = name;
   byId("set").dataset.touched = "";
   classify();
+}
+
+/** Chooses a set if there is one of that name. */
+function prefer(name) {
+  const select = byId("set");
+  if (![...select.options].some((option) => option.value === name)) return;
+  select.value = name;
+  select.dataset.touched = "";
 }
 
 async function choose(blob, name) {
@@ -147,12 +155,15 @@ function startDropping() {
 }
 
 function startSamples() {
-  const button = ([file, what]) => {
+  const button = ([file, [what, set]]) => {
     const picture = make("img", { src: `/console/samples/${file}`, alt: what, width: 32, height: 32 });
     const sample = make("button", { type: "button", className: "sample", title: what }, picture);
     sample.addEventListener("click", async () => {
       const response = await fetch(picture.src).catch(() => null);
-      if (response?.ok) choose(await response.blob(), what);
+      if (response?.ok) {
+        prefer(set);
+        choose(await response.blob(), what);
+      }
       else notify(byId("classify-message"), "error", "The server cannot be reached.");
     });
     return sample;

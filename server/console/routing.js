@@ -18,9 +18,9 @@ let pinnedCell = 0;
 const layer = () => map.layers[byId("layer").valueAsNumber - 1];
 const first = (experts) => experts[0];
 
-/** Shows the map of an answer; `null` hides it. */
+/** Shows the map of an answer; `null`, or one of a model without routers, hides it. */
 export function show(routing) {
-  map = routing;
+  map = routing?.layers.length ? routing : null;
   byId("routing").hidden = !map;
   if (!map) return;
   const slider = byId("layer");

@@ -87,11 +87,12 @@ pub struct ServeArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Models")]
 pub struct ModelArgs {
-    /// Folder with `backbones/NAME.safetensors` and `expert-sets/SET/VERSION.safetensors`; without it the model
-    /// embedded in this program is used.
+    /// Folder with `backbones/NAME.safetensors` and `expert-sets/SET/VERSION.safetensors`; without it the models
+    /// embedded in this program are used.
     #[arg(long, env = "BVIT_MODEL_STORE", value_name = "DIR")]
     pub model_store: Option<PathBuf>,
-    /// Expert set used when a request names none; without it the only one, or the first by name.
+    /// Expert set used when a request names none; without it `imagenet` of the embedded sets, and of a store the only one,
+    /// or the first by name.
     #[arg(long, env = "BVIT_DEFAULT_SET", value_name = "SET")]
     pub default_set: Option<String>,
 }
@@ -150,8 +151,9 @@ pub struct PipelineArgs {
     /// let in as keep the compute threads busy.
     #[arg(long, env = "BVIT_QUEUE_IMAGES", default_value_t = 64, value_name = "N")]
     pub queue_images: usize,
-    /// Most bytes of preprocessed images on their way; part of the memory budget.
-    #[arg(long, env = "BVIT_QUEUE_BYTES", default_value = "8MiB", value_name = "SIZE")]
+    /// Most bytes of preprocessed images on their way; part of the memory budget. They hold a full request: `--max-images`
+    /// images of the largest backbone, each 12 bytes a pixel.
+    #[arg(long, env = "BVIT_QUEUE_BYTES", default_value = "14MiB", value_name = "SIZE")]
     pub queue_bytes: ByteSize,
     /// Most of these images that may belong to one expert set; without it three quarters of the queue.
     #[arg(long, env = "BVIT_SET_QUEUE_IMAGES", value_name = "N")]

@@ -28,6 +28,7 @@ use crate::net::tls::Tls;
 use crate::sets::catalog::{self, Catalog};
 use crate::sets::loaded::{ArtifactSource, Row, SetLease, SetRegistry};
 use crate::sets::registry::{self, Registry};
+use crate::sets::store::EMBEDDED_DEFAULT;
 use crate::statistics::Statistics;
 use crate::threads::{BlockingPool, Priority};
 use crate::units::ByteSize;
@@ -164,6 +165,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     if let Some(first) = catalog.broken().first().filter(|_| args.registry.strict) {
         bail!("{}", first.reason);
     }
+    check_queue(args, &registry)?;
     let batching = QueueSettings {
         max_batch: args.pipeline.max_batch,
         max_wait: args.pipeline.max_wait,
@@ -288,11 +290,31 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
     })
 }
 
+/// Refuses a queue that a full request of one of the backbones does not fit: it would be refused every time.
+fn check_queue(args: &ServeArgs, registry: &SetRegistry) -> anyhow::Result<()> {
+    let Some(largest) = registry.backbones().into_iter().max_by_key(|backbone| backbone.config.image_size) else {
+        return Ok(());
+    };
+    let (images, queue) = (args.limits.max_images, args.pipeline.queue_bytes);
+    let (name, side) = (&largest.name, largest.config.image_size);
+    let needed = images.saturating_mul(side.pow(2) * 3 * size_of::<f32>());
+    if needed > queue.0 {
+        bail!(
+            "--queue-bytes {queue} does not hold a full request: --max-images {images} of the backbone `{name}`, {side} x {side} \
+             pixels each, take {needed} bytes; raise the one or lower the other"
+        );
+    }
+    Ok(())
+}
+
 /// The default set, resident: the one asked for, or the first by name that loads.
 async fn default_set(args: &ServeArgs, app: &AppState) -> anyhow::Result<SetLease> {
     let registry = &app.classifier.registry;
     if let Some(name) = &args.models.default_set {
         return registry.load(name, None, START_WAIT).await.with_context(|| format!("--default-set {name}"));
+    }
+    if args.models.model_store.is_none() {
+        return registry.load(EMBEDDED_DEFAULT, None, START_WAIT).await.context("the embedded model");
     }
     let mut names: Vec<String> = registry.names().into_iter().collect();
     names.sort_unstable();

@@ -64,7 +64,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `butterflyvit` with more flags and waits until it is ready.
+    /// Starts `butterflyvit` with more flags and waits until it is ready. The default set is `cifar100` unless the flags
+    /// say otherwise: the committed images are its images, and it answers in a fraction of the time.
     pub fn start<S: AsRef<OsStr>>(flags: impl IntoIterator<Item = S>) -> Self {
         Self::start_with(flags, [])
     }
@@ -75,14 +76,26 @@ impl Server {
         variables: [(&str, &str); N],
     ) -> Self {
         let flags: Vec<OsString> = flags.into_iter().map(|flag| flag.as_ref().to_owned()).collect();
+        let names = |flag: &OsString| flag.to_string_lossy().starts_with("--model-store") || flag == "--default-set";
+        let default_set = (!flags.iter().any(names)).then_some("cifar100");
+        Self::spawn(flags, &variables, default_set)
+    }
+
+    /// The server as a newcomer starts it, with the default set that it has by itself.
+    pub fn as_shipped() -> Self {
+        Self::spawn(Vec::new(), &[], None)
+    }
+
+    fn spawn(flags: Vec<OsString>, variables: &[(&str, &str)], default_set: Option<&str>) -> Self {
         // Most tests manage sets and are about something else than keys.
         let with_keys = flags.iter().any(|flag| flag.to_string_lossy().starts_with("--admin-key"))
             || variables.iter().any(|(name, _)| *name == "BVIT_ADMIN_KEYS");
         let mut child = Command::new(binary())
             .args(["--listen", "127.0.0.1:0"])
             .args(flags)
+            .envs(default_set.map(|set| ("BVIT_DEFAULT_SET", set)))
             .envs((!with_keys).then_some(("BVIT_TRUST_LOOPBACK", "true")))
-            .envs(variables)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

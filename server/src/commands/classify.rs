@@ -58,12 +58,12 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
 
 /// The set asked for, or the one a server would use by default; its newest version, with its backbone.
 fn find(models: &ModelArgs, set: Option<&str>) -> anyhow::Result<(BackboneDescriptor, SetDescriptor)> {
-    let mut contents = match &models.model_store {
-        Some(root) => store::scan(root)?,
-        None => store::embedded()?,
+    let (mut contents, default) = match &models.model_store {
+        Some(root) => (store::scan(root)?, None),
+        None => (store::embedded()?, Some(store::EMBEDDED_DEFAULT)),
     };
     contents.sets.sort_by(|a, b| (&a.name, b.version).cmp(&(&b.name, a.version)));
-    let wanted = set.or(models.default_set.as_deref());
+    let wanted = set.or(models.default_set.as_deref()).or(default);
     let found = contents.sets.into_iter().find(|set| wanted.is_none_or(|wanted| wanted == set.name));
     let Some(found) = found else {
         match (wanted, contents.broken.first()) {

@@ -21,7 +21,6 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
             vec![(name, artifact)]
         }
         None => store::embedded_bytes()
-            .into_iter()
             .map(|(name, bytes)| Ok((format!("embedded {name}"), inspect(bytes)?)))
             .collect::<anyhow::Result<_>>()?,
     };

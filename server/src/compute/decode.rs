@@ -45,6 +45,12 @@ pub struct Prepared {
 }
 
 impl Input {
+    /// Bytes that a decoded picture takes to become the input: sums, samples and normalised values.
+    fn resizing_bytes(&self) -> u64 {
+        let values = (self.side as u64).pow(2) * 3;
+        values * (2 * size_of::<f32>() as u64 + 1)
+    }
+
     fn prepare(&self, picture: &Picture) -> Result<Prepared, ImageError> {
         let (samples, seen) = self.preprocess.see(picture, self.view, self.side)?;
         Ok(Prepared { pixels: self.preprocess.normalize(&samples), seen: Some(seen) })
@@ -144,7 +150,8 @@ impl Decoder {
                 Err(error) => return Attempt::Done(Err(error)),
             };
             // The limits see to it that no image needs more than there is, but for rounding.
-            let grains = u32::try_from(info.decode_bytes_upper_bound.div_ceil(GRAIN)).unwrap_or(most).min(most);
+            let bytes = info.decode_bytes_upper_bound.saturating_add(input.resizing_bytes());
+            let grains = u32::try_from(bytes.div_ceil(GRAIN)).unwrap_or(most).min(most);
             let _permit = match permit.map_or_else(|| memory.try_acquire_many_owned(grains), Ok) {
                 Ok(permit) => permit,
                 Err(_) => return Attempt::NeedsMemory(grains),

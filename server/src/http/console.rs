@@ -70,7 +70,7 @@ const REVALIDATE: (HeaderName, HeaderValue) = (header::CACHE_CONTROL, HeaderValu
     responses((
         status = 200,
         description = "A file.",
-        content(("text/javascript"), ("text/css"), ("image/svg+xml"), ("image/png"), ("text/plain")),
+        content(("text/javascript"), ("text/css"), ("image/svg+xml"), ("image/png"), ("image/jpeg"), ("text/plain")),
     )),
     extensions(("x-errors" = json!(errors(&[&[ErrorCode::RouteNotFound]])))),
 )]
@@ -93,6 +93,7 @@ impl Asset {
             Some("css") => "text/css",
             Some("svg") => "image/svg+xml",
             Some("png") => "image/png",
+            Some("jpg") => "image/jpeg",
             _ => "text/plain",
         }
     }
@@ -121,10 +122,10 @@ static ASSETS: [Asset; 21] = assets![
     "main.js",
     "metrics.js",
     "routing.js",
+    "samples/photo-cat.jpg",
+    "samples/photo-coffee.jpg",
     "samples/test-00.png",
     "samples/test-01.png",
-    "samples/test-06.png",
-    "samples/test-07.png",
     "samples/test-09.png",
     "samples/test-10.png",
     "sets.js",

@@ -1,4 +1,4 @@
-//! The model store: a folder of artifacts, or the model embedded in this program.
+//! The model store: a folder of artifacts, or the models embedded in this program.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,15 +11,23 @@ use model_core::artifact::store_layout::{
 use crate::sentence::sentence;
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, describe_backbone, describe_set};
 
-/// Version of the embedded expert set.
+/// Version of the embedded expert sets.
 const EMBEDDED_VERSION: u64 = 1;
-/// Name of the embedded expert set.
-const EMBEDDED_SET: &str = "cifar100";
-/// Name of the embedded backbone.
-const EMBEDDED_BACKBONE: &str = "default";
+/// The embedded set that answers where a request names none.
+pub const EMBEDDED_DEFAULT: &str = "imagenet";
 
-static BACKBONE_BYTES: &[u8] = include_bytes!("../../../models/default-backbone.safetensors");
-static SET_BYTES: &[u8] = include_bytes!("../../../models/cifar100.safetensors");
+/// An artifact that is part of this program, by name.
+type Embedded = (&'static str, &'static [u8]);
+
+/// The one for photographs, and that of the paper's kind.
+static BACKBONES: [Embedded; 2] = [
+    ("photo", include_bytes!("../../../models/photo-backbone.safetensors")),
+    ("default", include_bytes!("../../../models/default-backbone.safetensors")),
+];
+static SETS: [Embedded; 2] = [
+    (EMBEDDED_DEFAULT, include_bytes!("../../../models/imagenet.safetensors")),
+    ("cifar100", include_bytes!("../../../models/cifar100.safetensors")),
+];
 
 /// A file that could not be registered.
 #[derive(Debug, Clone)]
@@ -48,19 +56,23 @@ pub struct Contents {
     pub broken: Vec<Broken>,
 }
 
-/// The embedded model.
+/// The embedded models.
 ///
 /// # Errors
-/// When it is broken, which only a broken build can be.
+/// When one is broken, which only a broken build can be.
 pub fn embedded() -> anyhow::Result<Contents> {
-    let backbone = describe_backbone(EMBEDDED_BACKBONE, &Location::Embedded(BACKBONE_BYTES))?;
-    let set = describe_set(EMBEDDED_SET, EMBEDDED_VERSION, &Location::Embedded(SET_BYTES))?;
-    Ok(Contents { backbones: vec![backbone], sets: vec![set], broken: Vec::new() })
+    let backbones = BACKBONES.iter().map(|(name, bytes)| describe_backbone(name, &Location::Embedded(bytes)));
+    let sets = SETS.iter().map(|(name, bytes)| describe_set(name, EMBEDDED_VERSION, &Location::Embedded(bytes)));
+    Ok(Contents {
+        backbones: backbones.collect::<Result<_, _>>()?,
+        sets: sets.collect::<Result<_, _>>()?,
+        broken: Vec::new(),
+    })
 }
 
-/// The embedded artifacts with their names: backbone, then expert set.
-pub fn embedded_bytes() -> [(&'static str, &'static [u8]); 2] {
-    [(EMBEDDED_BACKBONE, BACKBONE_BYTES), (EMBEDDED_SET, SET_BYTES)]
+/// The embedded artifacts with their names: backbones, then expert sets.
+pub fn embedded_bytes() -> impl Iterator<Item = Embedded> {
+    BACKBONES.into_iter().chain(SETS)
 }
 
 /// Looks at every file of the store in `root`, headers only.

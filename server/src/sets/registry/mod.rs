@@ -662,6 +662,11 @@ impl<S: Source> Registry<S> {
         self.inner.lock().backbones.get(digest).map(|slot| Arc::clone(&slot.descriptor))
     }
 
+    /// All backbones that are known.
+    pub fn backbones(&self) -> Vec<Arc<BackboneDescriptor>> {
+        self.inner.lock().backbones.values().map(|slot| Arc::clone(&slot.descriptor)).collect()
+    }
+
     /// A failed load is remembered for a while, but another file under the same name deserves another try at once.
     async fn clear_failure_of_changed_file(&self, name: &str, version: Option<u64>) {
         let failed: Vec<(Key, Location, Option<Stamp>)> = {
