@@ -26,8 +26,8 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(peak as u64 <= info.decode_bytes_upper_bound, "{peak} bytes, announced were {info:?}");
         let Ok(picture) = result else { continue };
         for fit in [Fit::Crop, Fit::Pad, Fit::Stretch] {
-            if let Ok((samples, _)) = Preprocess::default().see(&picture, (Crop::default(), fit), 32) {
-                assert_eq!(samples.len(), 32 * 32 * 3);
+            if let Ok(sight) = Preprocess::default().see(&picture, (Crop::default(), fit), 32) {
+                assert_eq!(sight.samples.len(), 32 * 32 * 3);
             }
         }
     }

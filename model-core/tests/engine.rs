@@ -53,8 +53,9 @@ fn answers(
     let mut out: Vec<_> =
         batch.iter().map(|(set, _)| (vec![f32::NAN; set.labels().len()], vec![u16::MAX; routing(set)])).collect();
     let rows = batch.iter().zip(&mut out);
-    let mut rows: Vec<_> =
-        rows.map(|((set, pixels), (logits, routing))| Row { set, pixels, logits, routing: Some(routing) }).collect();
+    let mut rows: Vec<_> = rows
+        .map(|((set, pixels), (logits, routing))| Row { set, pixels, logits, routing: Some(routing), features: None })
+        .collect();
     forward(&mut rows);
     out
 }
@@ -181,7 +182,8 @@ fn what_does_not_fit_is_refused_before_anything_is_computed() {
     let image = pixels(&config, 0);
     let mut forward = |pixels: &[f32], classes: usize, routing: Option<usize>, rows: usize| {
         let (mut logits, mut routing) = (vec![vec![0.0; classes]; rows], routing.map(|len| vec![0; len]));
-        let mut rows: Vec<_> = logits.iter_mut().map(|l| Row { set: &set, pixels, logits: l, routing: None }).collect();
+        let mut rows: Vec<_> =
+            logits.iter_mut().map(|l| Row { set: &set, pixels, logits: l, routing: None, features: None }).collect();
         if let Some(row) = rows.first_mut() {
             row.routing = routing.as_deref_mut();
         }
@@ -199,7 +201,7 @@ fn what_does_not_fit_is_refused_before_anything_is_computed() {
         Backbone::from_weights("other".into(), &backbone_weights, Preprocess::default(), other, Isa::best()).unwrap();
     let mut session = Session::new(&Arc::new(other), 1, 1);
     let mut logits = [0.0; 5];
-    let mut rows = [Row { set: &set, pixels: &image, logits: &mut logits, routing: None }];
+    let mut rows = [Row { set: &set, pixels: &image, logits: &mut logits, routing: None, features: None }];
     assert!(matches!(session.forward(&mut rows), Err(ModelError::ForeignSet { .. })));
 }
 

@@ -44,7 +44,7 @@ fn parts_are_fitted_as_pillow_does_it() {
     ] {
         let expected = decoded(&fixture(name));
         let crop = crop.parse().unwrap();
-        let (seen, _) = Preprocess::default().see(&picture, (crop, fit), expected.width() as usize).unwrap();
+        let seen = Preprocess::default().see(&picture, (crop, fit), expected.width() as usize).unwrap().samples;
         assert!(seen == expected.as_raw()[..], "{name}");
     }
 }
@@ -61,7 +61,7 @@ fn files_are_reduced_by_the_part_that_is_looked_at() {
         assert_eq!(probe(&bytes, &limits).unwrap().reduction, reduction, "{crop:?}");
         assert_eq!(decode(&bytes, &limits).unwrap().dimensions(), size, "{crop:?}");
         let picture = decode_picture(&bytes, &limits, &|| false).unwrap();
-        let (_, seen) = Preprocess::default().see(&picture, (crop, Fit::Stretch), 32).unwrap();
+        let seen = Preprocess::default().see(&picture, (crop, Fit::Stretch), 32).unwrap().seen;
         assert_eq!(seen.crop, crop.shares((2048, 1600)).unwrap());
     }
     let outside = DecodeLimits { crop: Crop::Pixels([2000, 0, 49, 10]), ..DecodeLimits::default() };
@@ -76,7 +76,7 @@ fn a_picture_of_any_shape_takes_little_memory() {
         let error = Preprocess::default().see(&line, (Crop::default(), fit), 32).unwrap_err();
         assert!(matches!(error, ImageError::TooLong { .. }), "{error}");
         let part = Crop::Pixels([0, 0, 60_000, 1]);
-        assert_eq!(Preprocess::default().see(&line, (part, fit), 32).unwrap().0.len(), 32 * 32 * 3);
+        assert_eq!(Preprocess::default().see(&line, (part, fit), 32).unwrap().samples.len(), 32 * 32 * 3);
     }
     assert!(Preprocess::default().see(&line, (Crop::default(), Fit::Crop), 32).is_ok());
 }

@@ -43,7 +43,7 @@ fn check(backbone: &Backbone, mut forward: impl FnMut(&mut [Row<'_>]), sets: &[E
     let mut rows: Vec<_> = logits
         .iter_mut()
         .zip(sets.iter().cycle())
-        .map(|(logits, set)| Row { set, pixels: &pixels, logits, routing: None })
+        .map(|(logits, set)| Row { set, pixels: &pixels, logits, routing: None, features: None })
         .collect();
     forward(&mut rows);
     let before = ALLOCATIONS.load(Ordering::Relaxed);

@@ -37,7 +37,8 @@ fn image(seed: usize) -> (Vec<u8>, Vec<f32>) {
 fn logits(session: &mut Session, set: &ExpertSet, images: &[Vec<f32>]) -> Vec<Vec<f32>> {
     let mut logits = vec![vec![f32::NAN; set.labels().len()]; images.len()];
     let rows = images.iter().zip(&mut logits);
-    let mut rows: Vec<_> = rows.map(|(pixels, logits)| Row { set, pixels, logits, routing: None }).collect();
+    let mut rows: Vec<_> =
+        rows.map(|(pixels, logits)| Row { set, pixels, logits, routing: None, features: None }).collect();
     session.forward(&mut rows).unwrap();
     logits
 }

@@ -18,6 +18,13 @@ const SAMPLES = {
 /** Side of the preview in pixels. */
 const PREVIEW = 512;
 
+// What people are told of a picture that is unknown.
+const UNKNOWN = {
+  flat: "Unknown: the picture shows nothing but one colour. Is something in front of the lens?",
+  unfamiliar: "Unknown: the picture is unlike those that this expert set was made for.",
+  unsure: "Unknown: no label is sure enough.",
+};
+
 const STAGES = [
   ["decode", "decode and resize"],
   ["queue", "wait for a thread"],
@@ -110,6 +117,8 @@ async function classify() {
 function show(answer, roundTrip) {
   byId("result").hidden = false;
   say(byId("generation"), answer.generation);
+  byId("unknown").hidden = answer.unknown !== true;
+  say(byId("unknown"), answer.unknown ? UNKNOWN[answer.unknown_reason] : "");
   const create = () => make("li", {}, make("span", { className: "label" }), make("span", { className: "score" }), make("span", { className: "bar" }, make("span")));
   keep(byId("labels"), answer.predictions, ({ index }) => String(index), create, (item, { label, score }) => {
     const [name, number, bar] = item.children;

@@ -20,6 +20,7 @@ use crate::repeats::REPEATS;
 use crate::sets::loaded::{Answer, SetLease, SetRegistry};
 use crate::sets::registry::SetError;
 use crate::statistics::{Statistics, milliseconds};
+use crate::verdict::{Evidence, MinScore};
 
 /// What classifies: expert sets, and what images pass through on their way to one.
 pub struct Classifier {
@@ -47,6 +48,8 @@ pub struct Request {
     pub routing: bool,
     /// The part of each picture that matters.
     pub look: Look,
+    /// Score below which the best label does not count.
+    pub min_score: Option<MinScore>,
     /// When the request began.
     pub started: Instant,
     /// When the answer must be there.
@@ -182,7 +185,7 @@ impl Classifier {
     }
 
     async fn answer_in_time(&self, entry: &mut Entry, request: Request) -> Result<Answers, Error> {
-        let Request { set, version, images, routing, look, started, deadline } = request;
+        let Request { set, version, images, routing, look, min_score, started, deadline } = request;
         entry.charge(images.len())?;
         let wait = self.load_wait.min(deadline.saturating_duration_since(Instant::now()));
         let lease = self.registry.acquire(&set, version, wait).await?;
@@ -195,9 +198,9 @@ impl Classifier {
         let mut jobs = Vec::new();
         let mut slots = Vec::with_capacity(prepared.len());
         for (image, permit) in prepared.into_iter().zip(places) {
-            slots.push(image.map(|(Prepared { pixels, seen }, decode)| {
+            slots.push(image.map(|(Prepared { pixels, seen, is_flat }, decode)| {
                 jobs.push(Job { lease: lease.clone(), pixels, routing, deadline: deadline.into_std(), permit });
-                (seen, decode)
+                Before { seen, is_flat, min_score, decode }
             }));
         }
         let mut receivers = self.pipeline.submit(jobs)?.into_iter();
@@ -233,7 +236,9 @@ impl Classifier {
                 let reason = "`crop` and `fit` are of pictures; nothing can be cut out of the model's own input";
                 return Err(Error::Form(reason.into()));
             }
-            Image::Prepared(pixels) if pixels.len() == side * side * 3 => Prepared { pixels, seen: None },
+            Image::Prepared(pixels) if pixels.len() == side * side * 3 => {
+                Prepared { pixels, seen: None, is_flat: false }
+            }
             Image::Prepared(_) => return Err(Error::Side { set: lease.descriptor.name.clone(), side }),
         };
         Ok((prepared, started.elapsed()))
@@ -246,12 +251,24 @@ impl Classifier {
             let count = images.iter().filter(|image| result(image) == wanted).count();
             self.metrics.count_images(Some(set), wanted, count);
         }
+        for reason in images.iter().flatten().filter_map(|answer| answer.verdict.reason) {
+            self.metrics.count_unknown(set, reason);
+        }
     }
+}
+
+/// What is known of an image before the model runs.
+struct Before {
+    seen: Option<Seen>,
+    is_flat: bool,
+    min_score: Option<MinScore>,
+    /// Time it took to get there.
+    decode: Duration,
 }
 
 fn finish(
     reply: Result<Result<Answer, ForwardFailed>, RecvError>,
-    (seen, decode): (Option<Seen>, Duration),
+    before: Before,
     started: Instant,
     set: &str,
 ) -> Result<Answer, Error> {
@@ -268,8 +285,11 @@ fn finish(
         }
         return Err(Error::NotFinite { set: set.to_owned() });
     }
-    answer.seen = seen;
-    answer.timings.decode = milliseconds(decode);
+    let evidence =
+        Evidence { is_flat: before.is_flat, is_familiar: answer.is_familiar, best_score: best_score(&answer.logits) };
+    answer.verdict = evidence.decide(before.min_score);
+    answer.seen = before.seen;
+    answer.timings.decode = milliseconds(before.decode);
     answer.timings.total = milliseconds(started.elapsed());
     Ok(answer)
 }
@@ -295,6 +315,12 @@ pub fn predictions(logits: &[f32], labels: &[String], top_k: usize) -> Vec<Predi
     let prediction =
         |index: usize| Prediction { label: labels[index].clone(), score: exponentials[index] / sum, index };
     order.into_iter().map(prediction).collect()
+}
+
+/// The softmax score of the best label.
+fn best_score(logits: &[f32]) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().map(|logit| (logit - max).exp()).sum::<f32>().recip()
 }
 
 /// What turns logits into scores.
@@ -330,12 +356,21 @@ impl ScoreFunction {
 mod tests {
     use super::*;
     use crate::statistics::Timings;
+    use crate::verdict::Verdict;
 
     #[test]
     fn numbers_that_are_not_finite_are_an_error_with_a_reason() {
         for (logit, is_good) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false), (f32::NEG_INFINITY, false)] {
-            let answer = Answer { logits: vec![0.0, logit], routing: None, seen: None, timings: Timings::default() };
-            let finished = finish(Ok(Ok(answer)), (None, Duration::ZERO), Instant::now(), "flowers");
+            let answer = Answer {
+                logits: vec![0.0, logit],
+                routing: None,
+                is_familiar: None,
+                seen: None,
+                verdict: Verdict::default(),
+                timings: Timings::default(),
+            };
+            let before = Before { seen: None, is_flat: false, min_score: None, decode: Duration::ZERO };
+            let finished = finish(Ok(Ok(answer)), before, Instant::now(), "flowers");
             match finished {
                 Ok(_) => assert!(is_good, "{logit}"),
                 Err(error) => {

@@ -18,6 +18,7 @@ use crate::admission::{Ceilings, ImageLimits};
 use crate::http::origin::parse_origin;
 use crate::sentence::nearest;
 use crate::units::{ByteSize, parse_duration};
+use crate::verdict::MinScore;
 
 /// Image-classification inference server for edge gateways: ButterflyViT over HTTP.
 #[derive(Debug, Parser)]
@@ -309,6 +310,9 @@ pub struct ClassifyArgs {
     /// How that part becomes a square, `crop`, `pad` or `stretch`; the set decides when left out.
     #[arg(long, env = "BVIT_FIT", value_name = "FIT")]
     pub fit: Option<Fit>,
+    /// Say that a picture is unknown when the best label's score is lower, from 0 to 1.
+    #[arg(long, env = "BVIT_MIN_SCORE", value_name = "SCORE")]
+    pub min_score: Option<MinScore>,
     /// How many labels to print for each image.
     #[arg(long, env = "BVIT_TOP_K", default_value_t = 5, value_name = "N")]
     pub top_k: usize,

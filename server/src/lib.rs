@@ -14,7 +14,7 @@
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
 //! | admit requests, images and bytes | [`admission`] |
-//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`] |
+//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`], [`verdict`] |
 
 #![forbid(unsafe_code)]
 #![warn(clippy::too_many_lines, clippy::unwrap_used)]
@@ -42,3 +42,4 @@ pub mod sets;
 pub mod statistics;
 pub mod threads;
 pub mod units;
+pub mod verdict;

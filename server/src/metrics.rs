@@ -15,6 +15,7 @@ use prometheus::{
 };
 
 use crate::memory::ProcessMemory;
+use crate::verdict::Reason;
 
 /// Buckets in seconds for durations seen by clients: from fast hosts to the longest timeout.
 const DURATION_BUCKETS: &[f64] =
@@ -165,6 +166,8 @@ metrics! {
     pub inference_duration: Histogram = "bvit_inference_duration_seconds" DURATION_BUCKETS;
     /// Images by expert set and result.
     images: IntCounterVec = "bvit_images_total" ["set", "result"];
+    /// Pictures that are unknown to the expert set asked, by reason.
+    unknown: IntCounterVec = "bvit_unknown_total" ["set", "reason"];
     /// Forward passes.
     pub batches: IntCounter = "bvit_batches_total";
     /// Images per forward pass.
@@ -281,6 +284,9 @@ impl Metrics {
                 // Fails only when the series does not exist, which is what is wanted.
                 let _ = self.images.remove_label_values(&[set, result.as_str()]);
             }
+            for reason in Reason::ALL.iter().filter(|_| !stays) {
+                let _ = self.unknown.remove_label_values(&[set, reason.as_str()]);
+            }
             stays
         });
     }
@@ -299,6 +305,12 @@ impl Metrics {
             }
         };
         self.images.with_label_values(&[label, result.as_str()]).inc_by(count as u64);
+    }
+
+    /// Counts a picture that is unknown to a registered set.
+    pub fn count_unknown(&self, set: &str, reason: Reason) {
+        let label = if self.per_set { set } else { ALL_SETS };
+        self.unknown.with_label_values(&[label, reason.as_str()]).inc();
     }
 
     fn labelled_sets(&self) -> MutexGuard<'_, HashSet<String>> {
@@ -359,8 +371,10 @@ mod tests {
         let metrics = Metrics::new(true).unwrap();
         metrics.count_images(Some("known"), ImageResult::Ok, 2);
         metrics.count_images(None, ImageResult::Failed, 1000);
+        metrics.count_unknown("known", Reason::Flat);
         let text = String::from_utf8(metrics.encode().unwrap()).unwrap();
         assert!(text.contains("bvit_images_total{result=\"ok\",set=\"known\"} 2"));
+        assert!(text.contains("bvit_unknown_total{reason=\"flat\",set=\"known\"} 1"));
         assert!(text.contains("bvit_images_total{result=\"failed\",set=\"other\"} 1000"));
         metrics.forget_other_sets(&HashSet::new());
         assert!(!String::from_utf8(metrics.encode().unwrap()).unwrap().contains("set=\"known\""));

@@ -139,6 +139,13 @@ impl Server {
         self.client.request(method, self.url(path))
     }
 
+    /// The value of one series of `/metrics`.
+    pub fn metric(&self, series: &str) -> f64 {
+        let text = self.get("/metrics").text;
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{series} is missing: {text}"))
+    }
+
     /// POSTs bytes to `/classify` without a content type, as `curl -T` does.
     pub fn classify(&self, body: &[u8]) -> Answer {
         Answer::of(self.post("/classify").body(body.to_vec()))

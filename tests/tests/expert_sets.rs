@@ -67,13 +67,6 @@ fn accounted(server: &Server) -> Value {
     server.get("/sets").json()["memory"]["kinds"].clone()
 }
 
-/// The value of one series of `/metrics`.
-fn metric(server: &Server, series: &str) -> f64 {
-    let text = server.get("/metrics").text;
-    let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("{series} is missing")).parse().unwrap()
-}
-
 fn files(root: &Path, folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -310,7 +303,7 @@ fn a_pinned_set_stays_and_what_cannot_fit_beside_it_is_507() {
     let pinned = serve(store.path(), &["--memory-budget", &budget, "--pin", "alpha"]);
     classify(&pinned, "beta").assert_refused(507, "set_too_large");
     assert_eq!(classify(&pinned, "alpha").status, 200);
-    assert_eq!(metric(&pinned, "bvit_set_resident{pinned=\"true\",set=\"alpha\"}"), 1.0);
+    assert_eq!(pinned.metric("bvit_set_resident{pinned=\"true\",set=\"alpha\"}"), 1.0);
     Answer::of(pinned.post("/sets/alpha/unload")).assert_refused(409, "conflict");
 
     drop(pinned);
@@ -320,8 +313,8 @@ fn a_pinned_set_stays_and_what_cannot_fit_beside_it_is_507() {
         let total = free.get("/sets").json()["memory"]["accounted_bytes"].as_u64().unwrap();
         assert!(total <= budget.parse().unwrap());
     }
-    assert_eq!(metric(&free, "bvit_set_evictions_total{reason=\"budget\"}"), 3.0);
-    assert_eq!(metric(&free, "bvit_sets_resident"), 1.0);
+    assert_eq!(free.metric("bvit_set_evictions_total{reason=\"budget\"}"), 3.0);
+    assert_eq!(free.metric("bvit_sets_resident"), 1.0);
 }
 
 /// Guarantee 13, by the real server.
@@ -334,7 +327,7 @@ fn one_bad_file_stops_nothing_unless_strict() {
     assert_eq!(server.get("/v2/health/ready").status, 200);
     assert_eq!(server.classify(&image("test-00.png")).status, 200);
     assert_eq!(server.get("/sets").json()["broken"][0]["file"], "torn/1.safetensors");
-    assert_eq!(metric(&server, "bvit_sets_failed"), 1.0);
+    assert_eq!(server.metric("bvit_sets_failed"), 1.0);
     drop(server);
     let strict = std::process::Command::new(system_tests::server::binary())
         .args(["--listen", "127.0.0.1:0", "--strict", "--model-store"])
@@ -382,7 +375,7 @@ fn images_of_different_sets_share_batches_and_answer_as_alone() {
     let gateway = Gateway::start(&names, &["--compute-threads", "1", "--max-wait", "30ms"]);
     let alone: Vec<Value> = names.iter().map(|name| gateway.classify(name).json()["predictions"].clone()).collect();
     let (gateway, start) = (&gateway, Instant::now());
-    let sum = |of: &str| metric(&gateway.server, &format!("bvit_batch_distinct_sets_{of}"));
+    let sum = |of: &str| gateway.server.metric(&format!("bvit_batch_distinct_sets_{of}"));
     while sum("sum") < sum("count") + 20.0 {
         assert!(start.elapsed() < PATIENCE, "batches are hardly mixed");
         thread::scope(|scope| {

@@ -41,7 +41,7 @@ const SERVER: Rooms = &[
     &["app"],
     &["classify"],
     &["compute", "sets", "admission"],
-    &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map"],
+    &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map", "verdict"],
     &["repeats", "sentence", "threads", "units"],
 ];
 

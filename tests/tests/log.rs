@@ -7,13 +7,6 @@ use system_tests::server::{Answer, Reader, Server, image, request_head, wait_unt
 
 const LIVE: &[u8] = b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n";
 
-/// The value of a metric without labels.
-fn metric(server: &Server, name: &str) -> u64 {
-    let text = server.get("/metrics").text;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{name} is missing: {text}"))
-}
-
 /// So many requests, one after the other, each of which is a line of the log at `--log debug`.
 fn ask(server: &Server, requests: usize) {
     let mut connection = server.connect();
@@ -27,7 +20,7 @@ fn a_reader_of_the_log_that_stands_still_stops_nothing() {
     let mut server = Server::start(["--log", "butterflyvit=debug"]);
     server.set_reader(Reader::StandsStill);
     let start = Instant::now();
-    while metric(&server, "bvit_log_lines_lost_total") == 0 {
+    while server.metric("bvit_log_lines_lost_total") == 0.0 {
         assert!(start.elapsed() < Duration::from_secs(60), "the pipe does not fill");
         ask(&server, 1000);
     }
@@ -37,8 +30,8 @@ fn a_reader_of_the_log_that_stands_still_stops_nothing() {
     server.wait_for_log("log lines were lost");
 
     server.set_reader(Reader::StandsStill);
-    let lost = metric(&server, "bvit_log_lines_lost_total");
-    while metric(&server, "bvit_log_lines_lost_total") == lost {
+    let lost = server.metric("bvit_log_lines_lost_total");
+    while server.metric("bvit_log_lines_lost_total") == lost {
         ask(&server, 1000);
     }
     server.signal("TERM");
@@ -50,7 +43,7 @@ fn a_closed_log_stops_nothing() {
     let mut server = Server::start(["--log", "butterflyvit=debug"]);
     server.set_reader(Reader::Closes);
     ask(&server, 100);
-    wait_until("lines are lost", || metric(&server, "bvit_log_lines_lost_total") > 0);
+    wait_until("lines are lost", || server.metric("bvit_log_lines_lost_total") > 0.0);
     assert_eq!(server.classify(&image("test-00.png")).status, 200);
     server.signal("TERM");
     assert_eq!(server.wait().code(), Some(0));

@@ -87,7 +87,13 @@ impl Predictor for Integer {
         let mut rows: Vec<Row<'_>> = pixels
             .chunks_exact(self.backbone.pixels_len())
             .zip(outputs)
-            .map(|(pixels, (logits, routing))| Row { set: &self.set, pixels, logits, routing: Some(routing) })
+            .map(|(pixels, (logits, routing))| Row {
+                set: &self.set,
+                pixels,
+                logits,
+                routing: Some(routing),
+                features: None,
+            })
             .collect();
         session.forward(&mut rows)?;
         self.idle.lock().expect("nobody panics while holding the list").push(session);

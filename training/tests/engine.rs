@@ -42,7 +42,7 @@ fn logits_agree_with_the_candle_model() {
             let mut rows: Vec<_> = pixels
                 .chunks_exact(side * side * 3)
                 .zip(&mut logits)
-                .map(|(pixels, logits)| Row { set: &set, pixels, logits, routing: None })
+                .map(|(pixels, logits)| Row { set: &set, pixels, logits, routing: None, features: None })
                 .collect();
             Session::new(&Arc::new(backbone), 3, 1).forward(&mut rows).unwrap();
             for (logits, expected) in logits.iter().zip(&expected) {
@@ -79,7 +79,7 @@ fn a_calibrated_stem_agrees_with_the_candle_model() {
     let backbone = Backbone::from_weights("b".into(), &weights, preprocess, digest, Isa::best()).unwrap();
     let set = ExpertSet::from_weights("s".into(), set_weights, digest, &backbone).unwrap();
     let mut logits = vec![f32::NAN; set.labels().len()];
-    let mut rows = [Row { set: &set, pixels: &pixels, logits: &mut logits, routing: None }];
+    let mut rows = [Row { set: &set, pixels: &pixels, logits: &mut logits, routing: None, features: None }];
     Session::new(&Arc::new(backbone), 1, 1).forward(&mut rows).unwrap();
     let error = relative_error(&logits, &expected);
     println!("a calibrated stem: {error:.4}");

@@ -141,8 +141,9 @@ fn model(
     let mut routing = vec![0; batch * choices];
     let rows = logits.chunks_exact_mut(config.num_classes).zip(routing.chunks_exact_mut(choices));
     let rows = rows.zip(pixels.chunks_exact(backbone.pixels_len()));
-    let mut rows: Vec<_> =
-        rows.map(|((logits, routing), pixels)| Row { set, pixels, logits, routing: Some(routing) }).collect();
+    let mut rows: Vec<_> = rows
+        .map(|((logits, routing), pixels)| Row { set, pixels, logits, routing: Some(routing), features: None })
+        .collect();
     session.forward(&mut rows)?;
     let time = time(options.duration, || {
         session.forward(&mut rows).expect("the first forward succeeded with the same rows");

@@ -26,6 +26,8 @@ pub struct Row<'a> {
     pub logits: &'a mut [f32],
     /// The chosen experts, best first, `[num_layers, tokens, top_k]`, where the caller wants them.
     pub routing: Option<&'a mut [u16]>,
+    /// What the head sees, `[d_model]`, where the caller wants it.
+    pub features: Option<&'a mut [f32]>,
 }
 
 /// Everything one caller needs to run batches: scratch for `max_batch` images and, above one, helper threads.
@@ -354,6 +356,9 @@ impl Session {
                 *v /= tokens as f32;
             }
             let row = &mut rows[row];
+            if let Some(features) = &mut row.features {
+                features.copy_from_slice(pooled);
+            }
             row.set.head.forward(pooled, quantized, row.logits).expect(LENGTHS);
             row.logits.iter_mut().for_each(|logit| *logit /= row.set.temperature);
         }
@@ -377,6 +382,9 @@ fn check_rows(backbone: &Backbone, max_batch: usize, rows: &[Row<'_>]) -> Result
         if let Some(routing) = &row.routing {
             let expected = config.num_layers * config.num_tokens() * set.config().top_k;
             expect_len("routing", routing.len(), expected)?;
+        }
+        if let Some(features) = &row.features {
+            expect_len("features", features.len(), config.d_model)?;
         }
     }
     Ok(())

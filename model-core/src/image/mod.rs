@@ -9,6 +9,7 @@
 mod bmp;
 mod decode;
 mod error;
+mod flat;
 mod folder;
 mod format;
 mod gif;
@@ -30,6 +31,6 @@ pub use decode::{decode, decode_picture};
 pub use error::ImageError;
 pub use folder::{ClassFolder, FileError, FolderError, ImageFolder, read_image};
 pub use picture::Picture;
-pub use preprocess::{Preprocess, Resize};
+pub use preprocess::{Preprocess, Resize, Sight};
 pub use probe::{DecodeLimits, ImageInfo, probe};
 pub use view::{Crop, Fit, Seen, View, ViewError};

@@ -1,5 +1,7 @@
 //! A decoded picture, turned as its EXIF orientation says without being copied: whoever reads it steps through it.
 
+use std::ops::Range;
+
 use ::image::RgbImage;
 use ::image::metadata::Orientation;
 
@@ -71,6 +73,20 @@ pub(super) struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// Columns and rows of the canvas, once that has `side` of each, in which nothing but the part is to be seen.
+    pub(super) fn within(&self, side: usize) -> (Range<usize>, Range<usize>) {
+        let range = |at: usize, size: usize, canvas: usize| {
+            if size == canvas {
+                return 0..side;
+            }
+            // Where it meets the canvas, both are mixed.
+            let (first, end) = ((at * side).div_ceil(canvas) + 1, ((at + size) * side / canvas).saturating_sub(1));
+            let middle = ((2 * at + size) * side / (2 * canvas)).min(side.saturating_sub(1));
+            if first < end { first..end } else { middle..middle + 1 }
+        };
+        (range(self.at.0, self.size.0, self.canvas.0), range(self.at.1, self.size.1, self.canvas.1))
+    }
+
     /// Rows of the part.
     pub(super) fn rows(&self) -> usize {
         self.size.1

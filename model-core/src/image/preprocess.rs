@@ -4,6 +4,7 @@ use ::image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use super::error::ImageError;
+use super::flat::is_flat;
 use super::picture::{Picture, part};
 use super::resize::resize;
 use super::view::{Crop, Fit, Seen};
@@ -38,6 +39,17 @@ const fn default_reduction() -> f32 {
     8.0
 }
 
+/// What a model sees of a picture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sight {
+    /// RGB8 `[side, side, 3]`.
+    pub samples: Vec<u8>,
+    /// Which part of the picture that is.
+    pub seen: Seen,
+    /// Whether it shows nothing: one colour, but for the noise of a sensor.
+    pub is_flat: bool,
+}
+
 impl Default for Preprocess {
     /// Samples from -1 to 1.
     fn default() -> Self {
@@ -57,15 +69,18 @@ impl Preprocess {
         resize(&whole.expect("the whole of an image is in it").0, side)
     }
 
-    /// What a model whose input has that side sees of a picture: RGB8 `[side, side, 3]`, and which part that is.
+    /// What a model whose input has that side sees of a picture.
     ///
     /// # Errors
     /// [`ImageError::Crop`] when the crop reaches outside of the picture; [`ImageError::TooLong`] when a side is longer than
     /// is padded or stretched.
-    pub fn see(&self, picture: &Picture, (crop, fit): (Crop, Fit), side: usize) -> Result<(Vec<u8>, Seen), ImageError> {
+    pub fn see(&self, picture: &Picture, (crop, fit): (Crop, Fit), side: usize) -> Result<Sight, ImageError> {
         let Resize::CenterCropBilinear = self.resize;
         let (part, seen) = picture.part(crop, fit)?;
-        Ok((resize(&part, side), seen))
+        let samples = resize(&part, side);
+        let (columns, rows) = part.within(side);
+        let is_flat = is_flat(&samples, side, rows, columns);
+        Ok(Sight { samples, seen, is_flat })
     }
 
     /// RGB8 samples `[.., 3]` to the values the model sees.

@@ -25,6 +25,7 @@ use crate::sets::registry::{self, Registry};
 use crate::sets::store;
 use crate::statistics::Statistics;
 use crate::threads::{BlockingPool, Priority};
+use crate::verdict::Verdict;
 
 /// Longest time for one file. A file has no client that waits.
 const DAY: Duration = Duration::from_secs(86400);
@@ -42,7 +43,7 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         let lease = classifier.registry.load(&set.name, Some(set.version), DAY).await?;
         for file in &args.files {
-            match answer(&classifier, &set, file, Look { crop: args.crop, fit: args.fit }).await {
+            match answer(&classifier, &set, file, args).await {
                 Ok(answer) => {
                     print(&mut out, args, &set, lease.value.labels(), file, &answer).context("standard output")?;
                 }
@@ -104,7 +105,12 @@ fn classifier(args: &ClassifyArgs, backbone: BackboneDescriptor, set: SetDescrip
 }
 
 /// The answer for a file, or the reason why there is none.
-async fn answer(classifier: &Classifier, set: &SetDescriptor, file: &Path, look: Look) -> anyhow::Result<Answer> {
+async fn answer(
+    classifier: &Classifier,
+    set: &SetDescriptor,
+    file: &Path,
+    args: &ClassifyArgs,
+) -> anyhow::Result<Answer> {
     let bytes = std::fs::read(file)?;
     let started = Instant::now();
     let request = Request {
@@ -112,7 +118,8 @@ async fn answer(classifier: &Classifier, set: &SetDescriptor, file: &Path, look:
         version: Some(set.version),
         images: vec![Ok(Image::Encoded(bytes.into()))],
         routing: false,
-        look,
+        look: Look { crop: args.crop, fit: args.fit },
+        min_score: args.min_score,
         started,
         deadline: started + DAY,
     };
@@ -129,6 +136,8 @@ struct Classified<'a> {
     version: u64,
     generation: &'a str,
     predictions: &'a [Prediction],
+    #[serde(flatten)]
+    verdict: Verdict,
     seen: Option<Seen>,
     #[serde(skip_serializing_if = "Option::is_none")]
     logits: Option<&'a [f32]>,
@@ -151,12 +160,16 @@ fn print(
             version: set.version,
             generation: &set.generation(),
             predictions: &predictions,
+            verdict: answer.verdict,
             seen: answer.seen,
             logits: args.logits.then_some(logits),
         };
         return writeln!(out, "{}", serde_json::to_string(&document)?);
     }
-    writeln!(out, "{}", file.display())?;
+    match answer.verdict.reason {
+        Some(reason) => writeln!(out, "{}: unknown, {}", file.display(), reason.as_str())?,
+        None => writeln!(out, "{}", file.display())?,
+    }
     for prediction in &predictions {
         writeln!(out, "  {:>6.2}%  {}", prediction.score * 100.0, prediction.label)?;
     }

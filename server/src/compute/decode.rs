@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use model_core::image::{
-    Crop, DecodeLimits, Fit, ImageError, Picture, Preprocess, RgbImage, Seen, decode_picture, probe,
+    Crop, DecodeLimits, Fit, ImageError, Picture, Preprocess, RgbImage, Seen, Sight, decode_picture, probe,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -42,6 +42,8 @@ pub struct Prepared {
     pub pixels: Vec<f32>,
     /// The part of the picture that it is; unknown when the client made it.
     pub seen: Option<Seen>,
+    /// Whether that part shows nothing.
+    pub is_flat: bool,
 }
 
 impl Input {
@@ -52,8 +54,8 @@ impl Input {
     }
 
     fn prepare(&self, picture: &Picture) -> Result<Prepared, ImageError> {
-        let (samples, seen) = self.preprocess.see(picture, self.view, self.side)?;
-        Ok(Prepared { pixels: self.preprocess.normalize(&samples), seen: Some(seen) })
+        let Sight { samples, seen, is_flat } = self.preprocess.see(picture, self.view, self.side)?;
+        Ok(Prepared { pixels: self.preprocess.normalize(&samples), seen: Some(seen), is_flat })
     }
 }
 

@@ -23,6 +23,7 @@ use crate::classify::{self, Answers, Prediction, Request, ScoreFunction};
 use crate::routing_map::RoutingMap;
 use crate::sets::loaded::{Answer, SetLease};
 use crate::statistics::Timings;
+use crate::verdict::Verdict;
 
 /// Labels answered when the request does not say how many.
 pub(super) const DEFAULT_TOP_K: usize = 5;
@@ -55,6 +56,7 @@ fn example() -> Value {
         "version": 1,
         "generation": "cifar100:1:0a1b2c3d4e5f",
         "predictions": [{ "label": "hamster", "score": 0.91, "index": 36 }, { "label": "mouse", "score": 0.03, "index": 50 }],
+        "unknown": null,
         "seen": { "crop": [0.125, 0.0, 0.75, 1.0], "fit": "crop" },
         "timings_ms": { "decode": 0.31, "queue": 0.02, "inference": 2.4, "total": 2.9 },
     })
@@ -84,6 +86,9 @@ pub struct ClassifyQuery {
     /// How that part becomes a square. The set decides when left out.
     #[param(inline, value_type = FitName, required = false)]
     fit: Option<String>,
+    /// The picture is unknown when the best label's softmax score is lower; predictions stay.
+    #[param(value_type = f32, required = false, minimum = 0, maximum = 1)]
+    min_score: Option<String>,
 }
 
 /// The answer for one image.
@@ -97,6 +102,8 @@ pub struct Classification {
     pub generation: String,
     /// Labels, best first.
     pub predictions: Vec<Prediction>,
+    #[serde(flatten)]
+    pub verdict: Verdict,
     /// The part of the picture that the model was shown.
     #[schema(value_type = Seen)]
     pub seen: Option<model_core::image::Seen>,
@@ -241,6 +248,7 @@ async fn classify(
         images: input.images,
         routing: query.routing,
         look,
+        min_score: input::parse_min_score(query.min_score.as_deref())?.or(input.min_score),
         started: context.started,
         deadline,
     };
@@ -292,6 +300,7 @@ fn classified(
         version: lease.descriptor.version,
         generation: lease.descriptor.generation(),
         predictions: wish.function.predictions(&answer.logits, lease.value.labels(), wish.top_k),
+        verdict: answer.verdict,
         seen: answer.seen,
         timings_ms: answer.timings,
         routing: answer.routing,

@@ -37,6 +37,12 @@ struct HfQuery {
     /// How that part becomes a square.
     #[param(inline, value_type = FitName, required = false)]
     fit: Option<String>,
+    /// The picture is unknown when the best label's softmax score is lower.
+    #[param(value_type = f32, required = false, minimum = 0, maximum = 1)]
+    min_score: Option<String>,
+    /// Whether the label `unknown` comes before all others, with score 1, for a picture that is.
+    #[param(required = false)]
+    unknown: Option<bool>,
 }
 
 /// Labels with scores, the best first.
@@ -92,6 +98,7 @@ async fn classify(
         images: input.images,
         routing: false,
         look: input::parse_look(query.0.crop.as_deref(), query.0.fit.as_deref())?.or(input.look),
+        min_score: input::parse_min_score(query.0.min_score.as_deref())?.or(input.min_score),
         started: context.started,
         deadline,
     };
@@ -101,8 +108,15 @@ async fn classify(
     drop(permit);
     let Answers { lease, images } = answers;
     let bound = answer::bound(&images, lease.value.labels(), top_k);
+    let says_unknown = query.0.unknown.unwrap_or(input.unknown_label);
     let encode = move || {
-        let list = |answer: Answer| input.function.predictions(&answer.logits, lease.value.labels(), top_k);
+        let labels = lease.value.labels();
+        let list = |answer: Answer| {
+            let is_unknown = says_unknown && answer.verdict.unknown == Some(true);
+            let unknown = is_unknown.then(|| Prediction { label: "unknown".into(), score: 1.0, index: labels.len() });
+            let known = input.function.predictions(&answer.logits, labels, top_k);
+            unknown.into_iter().chain(known).collect()
+        };
         // The schema has no place for one image's error among other images' answers.
         let mut lists: Vec<Vec<Prediction>> =
             images.into_iter().map(|image| image.map(list)).collect::<Result<_, _>>()?;

@@ -30,6 +30,7 @@ use crate::app::AppState;
 use crate::classify::{self, Image, Look, ScoreFunction};
 use crate::repeats::REPEATS;
 use crate::sentence::{nearest, unknown_name};
+use crate::verdict::{MinScore, MinScoreError};
 
 /// Text fields and empty files that a form may have.
 const MOST_FIELDS: usize = 64;
@@ -63,6 +64,10 @@ pub struct ClassifyInput {
     pub function: ScoreFunction,
     /// Where the body says to look.
     pub look: Look,
+    /// Score below which the best label does not count.
+    pub min_score: Option<MinScore>,
+    /// Whether a list of labels is to say so when the picture is unknown.
+    pub unknown_label: bool,
 }
 
 /// Reads a body by its content type. Of large bodies that are more than an image, one is read at a time: what is made of
@@ -183,6 +188,13 @@ struct JsonParameters {
     #[serde(default)]
     #[schema(value_type = Option<FitName>)]
     fit: Option<Fit>,
+    /// The picture is unknown when the best label's softmax score is lower.
+    #[serde(default)]
+    #[schema(value_type = Option<f32>, minimum = 0, maximum = 1)]
+    min_score: Option<MinScore>,
+    /// Whether `/hf` answers the label `unknown`, before all others, for a picture that is.
+    #[serde(default)]
+    unknown: Option<bool>,
 }
 
 /// Hints for Hugging Face's hosted service. A set is always waited for, and answers are never cached.
@@ -224,6 +236,9 @@ pub(super) struct ImageForm {
     /// How that part becomes a square.
     #[schema(required = false)]
     fit: FitName,
+    /// The picture is unknown when the best label's softmax score is lower.
+    #[schema(required = false, minimum = 0, maximum = 1)]
+    min_score: f32,
 }
 
 /// A request that can be sent as it stands.
@@ -333,6 +348,8 @@ fn parse_json(body: &[u8], max_images: usize) -> Result<ClassifyInput, ApiError>
         top_k,
         function: parameters.function_to_apply.unwrap_or_default(),
         look: Look { crop: parameters.crop.map(|crop| crop.0), fit: parameters.fit },
+        min_score: parameters.min_score,
+        unknown_label: parameters.unknown.unwrap_or(false),
     })
 }
 
@@ -444,7 +461,7 @@ fn is_file(part: &Field<'_>) -> bool {
 /// Takes in a text field of a form. A page's form may have fields that mean nothing here, such as its button; one that
 /// looks like a parameter must not be passed over without a word.
 fn parameter(input: &mut ClassifyInput, name: &str, text: &str) -> Result<(), ApiError> {
-    const PARAMETERS: [&str; 6] = ["set", "model", "top_k", "function_to_apply", "crop", "fit"];
+    const PARAMETERS: [&str; 7] = ["set", "model", "top_k", "function_to_apply", "crop", "fit", "min_score"];
     /// Parameters of the query.
     const ELSEWHERE: [&str; 2] = ["version", "routing"];
     match name {
@@ -452,6 +469,7 @@ fn parameter(input: &mut ClassifyInput, name: &str, text: &str) -> Result<(), Ap
         "top_k" => input.top_k = Some(parse_top_k(text)?),
         "crop" => input.look = parse_look(Some(text), None)?.or(input.look),
         "fit" => input.look = parse_look(None, Some(text))?.or(input.look),
+        "min_score" => input.min_score = parse_min_score(Some(text))?,
         "function_to_apply" => {
             let wrong = |_: serde::de::value::Error| ApiError::invalid("function_to_apply is softmax, sigmoid or none");
             input.function = ScoreFunction::deserialize(text.into_deserializer()).map_err(wrong)?;
@@ -492,6 +510,14 @@ pub fn parse_look(crop: Option<&str>, fit: Option<&str>) -> Result<Look, ApiErro
     let invalid = |error: model_core::image::ViewError| ApiError::invalid(error.to_string());
     let crop = crop.map(str::parse).transpose().map_err(invalid)?;
     Ok(Look { crop, fit: fit.map(str::parse).transpose().map_err(invalid)? })
+}
+
+/// `min_score` as text.
+///
+/// # Errors
+/// 400 unless it is a number from 0 to 1.
+pub fn parse_min_score(text: Option<&str>) -> Result<Option<MinScore>, ApiError> {
+    text.map(str::parse).transpose().map_err(|error: MinScoreError| ApiError::invalid(error.to_string()))
 }
 
 fn bad_top_k() -> ApiError {

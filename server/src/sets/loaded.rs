@@ -12,6 +12,7 @@ use crate::routing_map::RoutingMap;
 use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor};
 use crate::sets::registry::{Lease, Loaded, Registry, Source};
 use crate::statistics::Timings;
+use crate::verdict::Verdict;
 use model_core::engine::{self, Backbone, ExpertSet, Session, SessionGroup, Welcome};
 
 /// The registry as the server uses it.
@@ -63,8 +64,12 @@ pub struct Answer {
     pub logits: Vec<f32>,
     /// Where its patches went, when asked for.
     pub routing: Option<RoutingMap>,
+    /// Whether the set's statistics know pictures of this kind, if it has any.
+    pub is_familiar: Option<bool>,
     /// The part of the picture that the model was shown; whoever cut it out adds it.
     pub seen: Option<Seen>,
+    /// Whether the picture is unknown; whoever knows what the request asked for adds it.
+    pub verdict: Verdict,
     /// Where the time went; each stage adds its own.
     pub timings: Timings,
 }
@@ -102,25 +107,38 @@ impl LoadedBackbone {
     pub fn forward(&self, thread: usize, rows: &[Row<'_>], metrics: Option<&Metrics>) -> anyhow::Result<Vec<Answer>> {
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
-        let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
-            .map(|(row, (logits, routing))| engine::Row {
+        let len = self.backbone.config().d_model;
+        let mut features: Vec<Option<Vec<f32>>> =
+            rows.iter().map(|row| row.set.set.familiarity().map(|_| vec![0.0; len])).collect();
+        let buffers = std::iter::zip(std::iter::zip(&mut logits, &mut routing), &mut features);
+        let mut engine_rows: Vec<_> = std::iter::zip(rows, buffers)
+            .map(|(row, ((logits, routing), features))| engine::Row {
                 set: &row.set.set,
                 pixels: row.pixels,
                 logits,
                 routing: Some(routing),
+                features: features.as_deref_mut(),
             })
             .collect();
         self.sessions.forward(thread, &mut engine_rows)?;
         if let Some(metrics) = metrics {
             count_expert_tokens(rows, &routing, metrics);
         }
-        let outputs = std::iter::zip(rows, std::iter::zip(logits, routing)).map(|(row, (logits, routing))| Answer {
+        let results = std::iter::zip(std::iter::zip(logits, routing), features);
+        let outputs = std::iter::zip(rows, results).map(|(row, ((logits, routing), features))| Answer {
             logits,
             routing: row.routing.then(|| row.set.routing_map(&routing)),
+            is_familiar: features.and_then(|features| self.is_familiar(row.set, &features)),
             seen: None,
+            verdict: Verdict::default(),
             timings: Timings::default(),
         });
         Ok(outputs.collect())
+    }
+
+    fn is_familiar(&self, set: &LoadedSet, features: &[f32]) -> Option<bool> {
+        let familiarity = set.set.familiarity()?;
+        Some(!familiarity.is_unknown(familiarity.distance(features, self.backbone.background())))
     }
 
     /// Bids the other compute threads welcome to help in the forward passes of `thread`.

@@ -29,7 +29,8 @@ use super::super::openapi::{commands, errors};
 use super::path::ModelPath;
 use crate::app::AppState;
 use crate::classify::{Answers, Image, Look, Prediction, Request, predictions};
-use crate::sets::loaded::SetLease;
+use crate::sets::loaded::{Answer, SetLease};
+use crate::verdict::{MinScore, Reason};
 
 /// Encoded images, BYTES `[n]`; base64 when they come in JSON.
 const IMAGE: &str = "image";
@@ -43,6 +44,10 @@ pub(super) const SCORES: &str = "scores";
 const LOGITS: &str = "logits";
 /// The best label, BYTES `[n, 1]`.
 const LABEL: &str = "label";
+/// Whether the picture is unknown, BOOL `[n, 1]`.
+const UNKNOWN: &str = "unknown";
+/// Why it is, BYTES `[n, 1]`.
+const UNKNOWN_REASON: &str = "unknown_reason";
 
 /// Length of the JSON that comes before binary tensors.
 pub const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
@@ -90,6 +95,10 @@ struct RequestParameters {
     #[serde(default)]
     #[schema(value_type = Option<FitName>)]
     fit: Option<Fit>,
+    /// The picture is unknown when the best label's softmax score is lower.
+    #[serde(default)]
+    #[schema(value_type = Option<f32>, minimum = 0, maximum = 1)]
+    min_score: Option<MinScore>,
 }
 
 /// `image` BYTES `[n]`, encoded files (base64 in JSON); `pixels` UINT8 `[n, height, width, 3]`, images of any size; or
@@ -143,7 +152,8 @@ struct InputParameters {
     shared_memory_region: Option<IgnoredAny>,
 }
 
-/// `scores` FP32 `[n, classes]`, `logits` FP32 `[n, classes]` or `label` BYTES `[n, 1]`.
+/// `scores` FP32 `[n, classes]`, `logits` FP32 `[n, classes]`, `label` BYTES `[n, 1]`, `unknown` BOOL `[n, 1]` or
+/// `unknown_reason` BYTES `[n, 1]`, which is empty for pictures that are not unknown.
 #[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct OutputRequest {
@@ -162,6 +172,9 @@ enum OutputName {
     Scores,
     Logits,
     Label,
+    Unknown,
+    #[schema(rename = "unknown_reason")]
+    UnknownReason,
 }
 
 #[derive(Default, Deserialize, ToSchema)]
@@ -351,12 +364,14 @@ pub(super) async fn infer(
     let images = images(&mut request.inputs.0, binary, app.limits.max_images)?;
     let parameters = request.parameters.as_ref().map(|parameters| &parameters.0);
     let look = parameters.map_or_else(Look::default, |wish| Look { crop: wish.crop.map(|crop| crop.0), fit: wish.fit });
+    let min_score = parameters.and_then(|wish| wish.min_score);
     let images = Request {
         set: path.0.set,
         version,
         images: images.into_iter().map(Ok).collect(),
         routing: false,
         look,
+        min_score,
         started: context.started,
         deadline,
     };
@@ -568,6 +583,7 @@ struct OutputSize {
 #[serde(untagged)]
 enum Tensor {
     Floats(Vec<f32>),
+    Flags(Vec<bool>),
     Strings(Vec<String>),
 }
 
@@ -575,6 +591,7 @@ impl Tensor {
     fn datatype(&self) -> &'static str {
         match self {
             Self::Floats(_) => "FP32",
+            Self::Flags(_) => "BOOL",
             Self::Strings(_) => "BYTES",
         }
     }
@@ -582,6 +599,7 @@ impl Tensor {
     fn to_binary(&self) -> Vec<u8> {
         match self {
             Self::Floats(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::Flags(values) => values.iter().map(|&value| u8::from(value)).collect(),
             Self::Strings(values) => values.iter().fold(Vec::new(), |mut bytes, value| {
                 // Labels are bounded far below 4 GiB by the artifact's header.
                 bytes.extend((value.len() as u32).to_le_bytes());
@@ -601,8 +619,7 @@ async fn respond(
     let Answers { lease, images } = answers;
     let generation = HeaderValue::try_from(lease.descriptor.generation()).map_err(ApiError::internal)?;
     // The protocol has no place for one image's error among other images' answers.
-    let logits: Vec<Vec<f32>> =
-        images.into_iter().map(|image| image.map(|answer| answer.logits)).collect::<Result<_, _>>()?;
+    let answers: Vec<Answer> = images.into_iter().collect::<Result<_, _>>()?;
     let all_binary = request.parameters.as_ref().is_some_and(|parameters| parameters.0.binary_data_output);
     let mut outputs = request.outputs.unwrap_or_default().0;
     if outputs.is_empty() {
@@ -610,9 +627,9 @@ async fn respond(
     }
     let labels = lease.value.labels();
     let bound = outputs.iter().map(|Object(output)| output.bound(labels)).fold(0, usize::saturating_add);
-    let bound = bound.saturating_mul(logits.len()).saturating_add(request.id.as_ref().map_or(0, |id| 6 * id.len()));
+    let bound = bound.saturating_mul(answers.len()).saturating_add(request.id.as_ref().map_or(0, |id| 6 * id.len()));
     let id = request.id;
-    let encode = move || encode(id, all_binary, &outputs, &lease, &logits);
+    let encode = move || encode(id, all_binary, &outputs, &lease, &answers);
     let (bytes, json_length) = answer::build(app, deadline, bound, encode).await?;
     let content_type = if json_length.is_some() { "application/octet-stream" } else { "application/json" };
     let mut response = bytes.into_response();
@@ -630,13 +647,13 @@ fn encode(
     all_binary: bool,
     outputs: &[Object<OutputRequest>],
     lease: &SetLease,
-    logits: &[Vec<f32>],
+    answers: &[Answer],
 ) -> Result<(Vec<u8>, Option<usize>), ApiError> {
     let (mut described, mut binary, mut any_binary) = (Vec::new(), Vec::new(), false);
     for Object(output) in outputs {
         let wishes = output.parameters.as_ref();
-        let (tensor, width) = tensor(output, logits, lease.value.labels())?;
-        let (datatype, shape) = (tensor.datatype(), [logits.len(), width]);
+        let (tensor, width) = tensor(output, answers, lease.value.labels())?;
+        let (datatype, shape) = (tensor.datatype(), [answers.len(), width]);
         let (parameters, data) = if wishes.and_then(|wishes| wishes.0.binary_data).unwrap_or(all_binary) {
             let bytes = tensor.to_binary();
             let binary_data_size = bytes.len();
@@ -675,8 +692,9 @@ impl OutputRequest {
 }
 
 /// An output, and its values per image.
-fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Result<(Tensor, usize), ApiError> {
+fn tensor(output: &OutputRequest, answers: &[Answer], labels: &[String]) -> Result<(Tensor, usize), ApiError> {
     let classes = labels.len();
+    let logits = || answers.iter().map(|answer| &answer.logits[..]);
     let scores = |logits: &[f32]| {
         let mut scores = vec![0.0; classes];
         predictions(logits, labels, classes).into_iter().for_each(|found| scores[found.index] = found.score);
@@ -684,10 +702,18 @@ fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Res
     };
     let classification = output.parameters.as_ref().and_then(|parameters| parameters.0.classification).map(|k| k.0);
     match (output.name.as_str(), classification.filter(|&k| k > 0)) {
-        (SCORES, None) => Ok((Tensor::Floats(logits.iter().flat_map(|logits| scores(logits)).collect()), classes)),
-        (LOGITS, None) => Ok((Tensor::Floats(logits.concat()), classes)),
+        (SCORES, None) => Ok((Tensor::Floats(logits().flat_map(scores).collect()), classes)),
+        (LOGITS, None) => Ok((Tensor::Floats(logits().flatten().copied().collect()), classes)),
+        (UNKNOWN, None) => {
+            let is_unknown = |answer: &Answer| answer.verdict.unknown == Some(true);
+            Ok((Tensor::Flags(answers.iter().map(is_unknown).collect()), 1))
+        }
+        (UNKNOWN_REASON, None) => {
+            let reason = |answer: &Answer| answer.verdict.reason.map_or("", Reason::as_str).to_owned();
+            Ok((Tensor::Strings(answers.iter().map(reason).collect()), 1))
+        }
         (LABEL, None) => {
-            let best = logits.iter().flat_map(|logits| predictions(logits, labels, 1)).map(|best| best.label);
+            let best = logits().flat_map(|logits| predictions(logits, labels, 1)).map(|best| best.label);
             Ok((Tensor::Strings(best.collect()), 1))
         }
         (SCORES | LOGITS, Some(k)) => {
@@ -699,13 +725,13 @@ fn tensor(output: &OutputRequest, logits: &[Vec<f32>], labels: &[String]) -> Res
                 let value = if output.name == LOGITS { logits[found.index] } else { found.score };
                 format!("{value}:{}:{}", found.index, found.label)
             };
-            let lines = logits
-                .iter()
-                .flat_map(|row| predictions(row, labels, k).into_iter().map(move |found| line(row, found)));
+            let lines =
+                logits().flat_map(|row| predictions(row, labels, k).into_iter().map(move |found| line(row, found)));
             Ok((Tensor::Strings(lines.collect()), k.min(classes)))
         }
         (name, _) => Err(ApiError::invalid(format!(
-            "there is no output `{name}`; there are `{SCORES}`, `{LOGITS}` (both also as classification) and `{LABEL}`"
+            "there is no output `{name}`; there are `{SCORES}`, `{LOGITS}` (both also as classification), `{LABEL}`, \
+             `{UNKNOWN}` and `{UNKNOWN_REASON}`"
         ))),
     }
 }
