@@ -17,7 +17,6 @@
 //! | [`engine`] | the integer forward pass that serves: artifact bytes in, logits out; timing it | all of the above |
 //! | [`footprint`] | where every byte goes | `artifact`, `kernels` |
 //! | [`routing_map`] | how alike pairs of patches are routed | nothing |
-//! | [`restart`] | starting the program over with settings that libraries read before `main` | nothing |
 //!
 //! Training, and the float reference that the engine is measured against, are the crate `training`.
 
@@ -33,6 +32,5 @@ pub mod image;
 pub mod kernels;
 pub mod random;
 pub mod random_weights;
-pub mod restart;
 pub mod routing_map;
 pub mod weights;

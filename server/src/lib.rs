@@ -6,7 +6,7 @@
 //!
 //! | step | room |
 //! | --- | --- |
-//! | start, stop | [`serve`], [`commands`], [`config`], [`logging`] |
+//! | start, stop | [`serve`], [`commands`], [`config`], [`logging`], [`allocator`] |
 //! | accept | [`net`]: TLS, connection limits, slow clients, graceful shutdown |
 //! | observe, route, authorise, answer or refuse | [`http`] |
 //! | everything that a handler reaches | [`app`] |
@@ -16,11 +16,12 @@
 //! | admit requests, images and bytes | [`admission`] |
 //! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`], [`verdict`] |
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![warn(clippy::too_many_lines, clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails"))]
 
 pub mod admission;
+pub mod allocator;
 pub mod app;
 pub mod classify;
 pub mod commands;

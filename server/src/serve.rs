@@ -32,7 +32,7 @@ use crate::sets::store::EMBEDDED_DEFAULT;
 use crate::statistics::Statistics;
 use crate::threads::{BlockingPool, Priority};
 use crate::units::ByteSize;
-use crate::{http, logging, made_key};
+use crate::{allocator, http, logging, made_key};
 
 /// Files that are open beside connections: probes' connections, the model store's files, uploads, the runtime's own.
 const OTHER_FILES: u64 = 192;
@@ -44,21 +44,14 @@ const START_WAIT: Duration = Duration::from_secs(60);
 /// What could not be started.
 const NO_THREADS: &str = "threads";
 
-/// A setting of glibc's allocator, which reads it before `main`. Left alone, the first photo to be freed raises the size
-/// from which memory goes back to the system at once, and later ones stay in a heap per thread that does not shrink:
-/// `loadtests/load.py photos` shows a third more at the peak.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-const ALLOCATOR: [(&str, &str); 1] = [("MALLOC_MMAP_THRESHOLD_", "131072")];
-
 /// Runs the server until SIGTERM, SIGINT or SIGHUP.
 ///
 /// # Errors
 /// Names what keeps it from starting.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let _log = logging::init(&args.log)?;
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    if let Err(error) = model_core::restart::with_environment(&ALLOCATOR) {
-        tracing::warn!(%error, "cannot start over with the allocator's setting: photos will take more memory");
+    if !allocator::give_back_large_blocks() {
+        tracing::warn!("the C library's allocator does not take its setting: photos will take more memory");
     }
     for unknown in config::unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
         tracing::warn!("{unknown}");

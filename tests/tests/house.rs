@@ -20,7 +20,7 @@ const MODEL_CORE: Rooms = &[
     &["error", "familiarity", "routing_map"],
     &["artifact", "random_weights"],
     &["weights"],
-    &["image", "config", "random", "restart"],
+    &["image", "config", "random"],
     &["kernels"],
 ];
 const TRAINING: Rooms = &[
@@ -42,7 +42,7 @@ const SERVER: Rooms = &[
     &["classify"],
     &["compute", "sets", "admission"],
     &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map", "verdict"],
-    &["repeats", "sentence", "threads", "units"],
+    &["allocator", "repeats", "sentence", "threads", "units"],
 ];
 
 /// Libraries with the rooms that may name them.

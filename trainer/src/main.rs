@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+mod restart;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +22,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// As shells count a program that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
 
-/// Settings of libraries that they read from the environment once. candle and `gemm` split small operations over
+/// Settings of libraries that they read from the environment once, before `main`: candle asks the environment itself for
+/// the threads, and mimalloc's binding names no option for the other. candle and `gemm` split small operations over
 /// rayon's threads, where a run is faster with a thread per shard and nothing below; and the allocator must not give
 /// back memory that the next step asks for again.
 const ENVIRONMENT: [(&str, &str); 2] = [("RAYON_NUM_THREADS", "1"), ("MIMALLOC_PURGE_DELAY", "-1")];
@@ -28,7 +31,7 @@ const ENVIRONMENT: [(&str, &str); 2] = [("RAYON_NUM_THREADS", "1"), ("MIMALLOC_P
 fn main() -> ExitCode {
     // By now the allocator has read its settings.
     #[cfg(unix)]
-    if let Err(error) = model_core::restart::with_environment(&ENVIRONMENT) {
+    if let Err(error) = restart::with_environment(&ENVIRONMENT) {
         eprintln!("warning: training will be slow: the program cannot be started over: {error}");
     }
     match run(&Cli::parse()) {

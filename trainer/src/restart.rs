@@ -7,7 +7,7 @@
 /// The program cannot be started over, and goes on as it is. That is so of a program under an emulator that the kernel
 /// does not know of.
 #[cfg(unix)]
-pub fn with_environment(settings: &[(&str, &str)]) -> std::io::Result<()> {
+pub(crate) fn with_environment(settings: &[(&str, &str)]) -> std::io::Result<()> {
     use std::ffi::{CString, OsString};
     use std::os::unix::ffi::OsStringExt;
 
