@@ -177,6 +177,13 @@ impl Background {
         squared(x.into_iter())
     }
 
+    /// A difference `[d_model]` in coordinates in which the background is white.
+    pub fn whitened(&self, difference: &[f32]) -> Vec<f32> {
+        let mut x: Vec<f64> = difference.iter().map(|&v| v.into()).collect();
+        self.whitening.whiten(&mut x);
+        x.into_iter().map(|v| v as f32).collect()
+    }
+
     /// Bytes on the heap.
     pub fn heap_bytes(&self) -> usize {
         size_of_val(&*self.mean) + self.whitening.heap_bytes()

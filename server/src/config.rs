@@ -38,6 +38,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Classify image files here, without a server.
     Classify(ClassifyArgs),
+    /// Make an expert set from a folder of images by class.
+    Teach(TeachArgs),
     /// Show where the bytes of an artifact go.
     Inspect(InspectArgs),
     /// Time layer and model on random weights, beside the dense experts they replace.
@@ -325,6 +327,50 @@ pub struct ClassifyArgs {
     /// Most pixels (width times height) of an image.
     #[arg(long, env = "BVIT_MAX_PIXELS", default_value_t = 16_777_216, value_name = "N")]
     pub max_pixels: u64,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct TeachArgs {
+    /// A folder with a subfolder for each class, named as its label, that holds images of it.
+    #[arg(value_name = "FOLDER")]
+    pub folder: PathBuf,
+    /// Name of the expert set; a set that is there gets another version.
+    #[arg(long, env = "BVIT_SET", value_name = "SET")]
+    pub set: String,
+    /// Model store that the set goes to; made when it is not there.
+    #[arg(long, env = "BVIT_MODEL_STORE", value_name = "DIR")]
+    pub store: PathBuf,
+    /// Backbone to teach on: a file, which is copied into the store, or the name of one in the store; without it the
+    /// store's only one.
+    #[arg(long, env = "BVIT_BACKBONE", value_name = "FILE|NAME")]
+    pub backbone: Option<String>,
+    /// The part of each picture that the set looks at, in shares of the upright picture.
+    #[arg(long, env = "BVIT_CROP", value_name = "X,Y,W,H")]
+    pub crop: Option<Crop>,
+    /// How that part becomes a square: `crop`, `pad` or `stretch`.
+    #[arg(long, env = "BVIT_FIT", value_name = "FIT")]
+    pub fit: Option<Fit>,
+    /// Threads that compute; without it one for each core.
+    #[arg(long, env = "BVIT_COMPUTE_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+    /// Print the report as one JSON document.
+    #[arg(long, env = "BVIT_JSON")]
+    pub json: bool,
+}
+
+impl TeachArgs {
+    /// The part of each picture, in shares.
+    ///
+    /// # Errors
+    /// When it is in pixels: pictures may differ in size.
+    pub fn crop_shares(&self) -> anyhow::Result<[f64; 4]> {
+        match self.crop.unwrap_or_default() {
+            Crop::Shares(shares) => Ok(shares),
+            Crop::Pixels(_) => {
+                anyhow::bail!("the crop of a set is in shares of the picture, from 0 to 1, not in pixels")
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Args)]

@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         None => serve::run(&cli.serve).map(|()| ExitCode::SUCCESS),
         Some(Command::Serve(args)) => serve::run(&args).map(|()| ExitCode::SUCCESS),
         Some(Command::Classify(args)) => commands::classify::run(&args),
+        Some(Command::Teach(args)) => commands::teach::run(&args),
         Some(Command::Inspect(args)) => commands::inspect::run(&args),
         Some(Command::Bench(args)) => commands::bench::run(&args),
         Some(Command::AdminKey(args)) => commands::admin_key::run(&args),

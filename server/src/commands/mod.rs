@@ -5,3 +5,4 @@ pub mod bench;
 pub mod classify;
 pub mod healthcheck;
 pub mod inspect;
+pub mod teach;

@@ -2,7 +2,7 @@
 //! either the old file or the whole new one.
 
 use std::fs::{self, File, Permissions};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -73,6 +73,22 @@ impl Upload {
         sync_folder(&sets_folder(root))?;
         Ok(path)
     }
+}
+
+/// Writes a file of the store that is not there yet, by way of a temporary one. Blocking.
+///
+/// # Errors
+/// When it is there already, or cannot be written.
+pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    fs::create_dir_all(folder)?;
+    let mut file =
+        tempfile::Builder::new().prefix(PREFIX).permissions(Permissions::from_mode(0o644)).tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist_noclobber(path).map_err(|error| error.error)?;
+    sync_folder(folder)?;
+    folder.parent().map_or(Ok(()), sync_folder)
 }
 
 /// Deletes a version of a set, and its folder when it was the last. Blocking.

@@ -1,0 +1,88 @@
+//! `butterflyvit teach`: a folder of images by class becomes an expert set that is served.
+
+mod features;
+mod images;
+mod place;
+mod progress;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use model_core::artifact::read_expert_set;
+use model_core::artifact::store_layout::{NAME_RULE, is_valid_name};
+use model_core::config::ExpertConfig;
+use model_core::engine::ExpertSet;
+use model_core::image::View;
+use teaching::{Base, Examples, Options, Taught, teach};
+
+use crate::config::TeachArgs;
+use features::Extractor;
+use images::Images;
+use place::{Place, Source};
+use progress::Progress;
+use report::Outcome;
+
+/// Teaches a set and puts it into the store.
+///
+/// # Errors
+/// Names what is wrong with folder, backbone or store; nothing is written then.
+pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
+    if !is_valid_name(&args.set) {
+        bail!("`{}` is no name of a set: {NAME_RULE}", args.set);
+    }
+    let place = Place::new(&args.store);
+    let source = place.backbone(args.backbone.as_deref())?;
+    let images = Images::list(&args.folder)?;
+    let view = View { crop: args.crop_shares()?, fit: args.fit.unwrap_or_default() };
+    let progress = Progress::new();
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let found = Extractor::new(&source, view, threads)?.extract(&images, &progress)?;
+
+    let config = source.backbone.config();
+    let examples = Examples {
+        features: &found.features,
+        views: found.views,
+        d_model: config.d_model,
+        labels: &found.labels,
+        classes: &found.classes,
+    };
+    let options = Options { threads, ..Options::default() };
+    let background = source.weights_background.as_ref();
+    let taught = teach(&examples, background, &options, &mut |share| progress.show("fitting", share), &|| false)?;
+    progress.done();
+    let report = taught.report.clone();
+    let base = Base {
+        backbone: config.shape(),
+        backbone_digest: source.backbone.digest(),
+        experts: NO_EXPERTS,
+        borrowed_experts: None,
+        view,
+    };
+    let bytes = artifact(taught, &args.set, base, &source)?;
+    let copied = place.copy_backbone(&source)?;
+    let (path, version) = place.put(&args.set, &bytes)?;
+    let outcome = Outcome { args, report: &report, found: &found, path, version, bytes: bytes.len(), copied };
+    outcome.print().context("standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The bytes of a set that a server would load.
+fn artifact(taught: Taught, name: &str, base: Base, source: &Source) -> anyhow::Result<Vec<u8>> {
+    let bytes = taught.into_artifact(name, base).to_bytes()?;
+    ExpertSet::from_artifact(read_expert_set(&bytes)?, &source.backbone, None)?;
+    Ok(bytes)
+}
+
+/// On a backbone without blocks nobody asks for experts.
+const NO_EXPERTS: ExpertConfig = ExpertConfig {
+    num_experts: 1,
+    top_k: 1,
+    stages_in: 0,
+    stages_hidden: 0,
+    stages_out: 0,
+    angle_bits: 8,
+    angle_seed: None,
+    router_bits: 8,
+    router_scales: model_core::config::FloatFormat::F32,
+};
