@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use model_core::artifact::{Digest, read_backbone, write_backbone, write_expert_set};
+use model_core::artifact::{
+    Digest, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
+};
 use model_core::config::{BackboneConfig, ViTConfig};
 use model_core::image::Preprocess;
 use model_core::weights::{
@@ -125,6 +127,15 @@ pub fn backbone_artifact(config: &BackboneConfig, seed: u64) -> (Vec<u8>, Digest
 pub fn expert_set_artifact(config: &ViTConfig, backbone: Digest, name: &str, seed: u64) -> Vec<u8> {
     let weights = expert_set_weights(config, seed);
     write_expert_set(name, &weights, (&config.backbone, backbone), &json!({})).expect("valid weights")
+}
+
+/// The bytes of an expert set that borrows the experts of the one with the bytes `lender`; `adjust` may change the rest.
+pub fn borrower_artifact(lender: &[u8], name: &str, adjust: impl FnOnce(&mut ExpertSetArtifact)) -> Vec<u8> {
+    let mut set = read_expert_set(lender).expect("a lender");
+    (set.name, set.borrowed_experts) = (name.to_owned(), Some(set.digest));
+    set.weights.layers.clear();
+    adjust(&mut set);
+    set.to_bytes().expect("valid weights")
 }
 
 /// Writes a model store with one backbone and version 1 of each named set.

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use model_core::artifact::{Digest, Header};
+use model_core::artifact::{Digest, Header, read_expert_set};
 use model_core::config::ViTConfig;
 use model_core::footprint::loading_bytes;
 use serde_json::Value;
-use system_tests::fixtures::{backbone_artifact, expert_set_artifact, write, write_store};
+use system_tests::fixtures::{backbone_artifact, borrower_artifact, expert_set_artifact, write, write_store};
 use system_tests::server::{Answer, PATIENCE, Server, image, wait_until};
 use tempfile::TempDir;
 
@@ -105,6 +105,66 @@ fn an_uploaded_set_answers_and_can_be_pinned_unloaded_and_deleted() {
     gateway.classify("flowers").assert_refused(404, "set_not_found");
     assert_eq!(gateway.files().len(), 2, "{:?}", gateway.files());
     Answer::of(gateway.server.request("DELETE", "/sets/alpha")).assert_refused(409, "conflict");
+}
+
+#[test]
+fn sets_that_borrow_experts_keep_their_lender() {
+    let gateway = Gateway::start(&["alpha"], &[]);
+    let base = gateway.artifact("base", 9);
+    let same = borrower_artifact(&base, "same", |_| ());
+    gateway.put("/sets/same/1", &same).assert_refused(422, "lender_mismatch");
+    assert_eq!(gateway.files().len(), 2, "{:?}", gateway.files());
+    assert_eq!(gateway.put("/sets/base/1", &base).status, 201);
+    let other = borrower_artifact(&base, "other", |set| set.weights.head.bias[3] += 100.0);
+    for (name, bytes) in [("same", &same), ("other", &other)] {
+        let answer = gateway.put(&format!("/sets/{name}/1"), bytes);
+        assert_eq!(answer.status, 201, "{}", answer.text);
+        assert_eq!(answer.json()["base"], gateway.set("base")["generation"]);
+    }
+    let predictions = |set: &str| gateway.classify(set).json()["predictions"].clone();
+    let expected = predictions("same");
+    assert_eq!(gateway.set("base")["state"], "resident", "a borrower brings its lender");
+    assert_eq!(expected, predictions("base"));
+    assert_eq!(predictions("other")[0]["index"], 3);
+    let (same, base_bytes) = (gateway.set("same"), gateway.set("base")["resident_bytes"].as_u64());
+    assert!(same["resident_bytes"].as_u64() < base_bytes, "{same}");
+
+    let borrowed = |answer: Answer| {
+        answer.assert_refused(409, "conflict");
+        assert!(answer.json()["error"].as_str().unwrap().contains("`other/1`, `same/1`"), "{}", answer.text);
+    };
+    borrowed(Answer::of(gateway.server.request("DELETE", "/sets/base")));
+    borrowed(Answer::of(gateway.server.request("DELETE", "/sets/base/1")));
+    borrowed(gateway.put("/sets/base/1", &gateway.artifact("base", 10)));
+    // A newer version stands beside the one that is borrowed.
+    assert_eq!(gateway.put("/sets/base/2", &gateway.artifact("base", 10)).status, 201);
+    assert_ne!(predictions("base"), expected);
+    assert_eq!(predictions("same"), expected);
+    let chain = borrower_artifact(&base, "chain", |set| {
+        set.borrowed_experts = Some(read_expert_set(&other).unwrap().digest);
+    });
+    gateway.put("/sets/chain/1", &chain).assert_refused(422, "lender_mismatch");
+
+    for name in ["same", "other", "base"] {
+        assert_eq!(Answer::of(gateway.server.request("DELETE", &format!("/sets/{name}"))).status, 200, "{name}");
+    }
+    assert_eq!(gateway.files().len(), 2, "{:?}", gateway.files());
+}
+
+#[test]
+fn a_store_of_borrowers_is_found_in_any_order() {
+    let store = tempfile::tempdir().unwrap();
+    let backbone = write_store(store.path(), &config(), &["zebra"]);
+    let lender = expert_set_artifact(&config(), backbone, "zebra", 2);
+    let path = |name: &str| store.path().join("expert-sets").join(name).join("1.safetensors");
+    write(&path("ant"), &borrower_artifact(&lender, "ant", |_| ()));
+    write(&path("bee"), &borrower_artifact(&expert_set_artifact(&config(), backbone, "gone", 3), "bee", |_| ()));
+    let server = serve(store.path(), &["--default-set", "ant"]);
+    let ask = |set: &str| Answer::of(server.post(&format!("/classify/{set}")).body(image("test-00.png"))).json();
+    assert_eq!(ask("ant")["predictions"], ask("zebra")["predictions"]);
+    let broken = server.get("/sets").json()["broken"].clone();
+    assert_eq!(broken[0]["file"], "bee/1.safetensors");
+    assert!(broken[0]["reason"].as_str().unwrap().contains("which is not here"), "{broken}");
 }
 
 /// Guarantee 7: readers never see half a file, and what is refused leaves nothing behind.

@@ -35,8 +35,9 @@ const DAY: Duration = Duration::from_secs(86400);
 /// # Errors
 /// Names what is wrong with the model.
 pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
-    let (backbone, set) = find(&args.models, args.set.as_deref())?;
-    let classifier = classifier(args, backbone, set.clone())?;
+    let (backbone, sets) = find(&args.models, args.set.as_deref())?;
+    let set = sets.last().context("no expert set")?.clone();
+    let classifier = classifier(args, backbone, sets)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let mut out = std::io::stdout().lock();
     let mut exit = ExitCode::SUCCESS;
@@ -57,15 +58,16 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// The set asked for, or the one a server would use by default; its newest version, with its backbone.
-fn find(models: &ModelArgs, set: Option<&str>) -> anyhow::Result<(BackboneDescriptor, SetDescriptor)> {
+/// The set asked for, or the one a server would use by default; its newest version, with its backbone. Before it comes the
+/// set whose experts it borrows, if it does.
+fn find(models: &ModelArgs, set: Option<&str>) -> anyhow::Result<(BackboneDescriptor, Vec<SetDescriptor>)> {
     let (mut contents, default) = match &models.model_store {
         Some(root) => (store::scan(root)?, None),
         None => (store::embedded()?, Some(store::EMBEDDED_DEFAULT)),
     };
     contents.sets.sort_by(|a, b| (&a.name, b.version).cmp(&(&b.name, a.version)));
     let wanted = set.or(models.default_set.as_deref()).or(default);
-    let found = contents.sets.into_iter().find(|set| wanted.is_none_or(|wanted| wanted == set.name));
+    let found = contents.sets.iter().find(|set| wanted.is_none_or(|wanted| wanted == set.name)).cloned();
     let Some(found) = found else {
         match (wanted, contents.broken.first()) {
             (_, Some(broken)) => bail!("{}", broken.reason),
@@ -76,18 +78,23 @@ fn find(models: &ModelArgs, set: Option<&str>) -> anyhow::Result<(BackboneDescri
     let backbone = contents.backbones.into_iter().find(|backbone| backbone.digest == found.backbone);
     let backbone = backbone
         .with_context(|| format!("{}: bound to backbone {}, which is not here", found.location, found.backbone))?;
-    Ok((backbone, found))
+    let lender = found.lender.and_then(|lender| contents.sets.into_iter().find(|set| set.digest == lender));
+    Ok((backbone, lender.into_iter().chain([found]).collect()))
 }
 
-/// A classifier for one caller and one set, whatever memory it takes.
-fn classifier(args: &ClassifyArgs, backbone: BackboneDescriptor, set: SetDescriptor) -> anyhow::Result<Classifier> {
+/// A classifier for one caller and these sets, whatever memory they take.
+fn classifier(
+    args: &ClassifyArgs,
+    backbone: BackboneDescriptor,
+    sets: Vec<SetDescriptor>,
+) -> anyhow::Result<Classifier> {
     let metrics = Arc::new(Metrics::new(false)?);
     let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
     let settings = registry::Settings { budget_bytes: usize::MAX, ..registry::Settings::default() };
     let loader = BlockingPool::start("load", 1, Priority::Normal)?;
     let registry = Registry::new(source, settings, loader, metrics.sets().clone())?;
     registry.register_backbone(backbone);
-    registry.register(set)?;
+    sets.into_iter().try_for_each(|set| registry.register(set))?;
     let limits = DecodeLimits { max_pixels: args.max_pixels, ..DecodeLimits::default() };
     let batching = QueueSettings { max_batch: 1, max_wait: Duration::ZERO, threads: 1 };
     let images = ImageLimits { images: 1, bytes: usize::MAX, images_per_set: 1, images_when_busy: 1 };

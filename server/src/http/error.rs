@@ -91,6 +91,8 @@ error_codes! {
     InvalidArtifact "invalid_artifact" UNPROCESSABLE_ENTITY;
     /// The expert set was made for a backbone that is not here.
     BackboneMismatch "backbone_mismatch" UNPROCESSABLE_ENTITY;
+    /// The expert set borrows the experts of a set that is not here, or that cannot lend them.
+    LenderMismatch "lender_mismatch" UNPROCESSABLE_ENTITY;
     /// The body came too slowly.
     BodyTimeout "body_timeout" REQUEST_TIMEOUT;
     /// The queue, or another bounded resource, is full.
@@ -279,6 +281,7 @@ impl From<SetError> for ApiError {
                 return Self::new(ErrorCode::SetFailed, error.to_string()).retry_after(*retry_after);
             }
             SetError::NoBackbone { .. } => ErrorCode::BackboneMismatch,
+            SetError::NoLender { .. } | SetError::BadLender { .. } => ErrorCode::LenderMismatch,
             SetError::Conflict(_) => ErrorCode::Conflict,
         };
         Self::new(code, error.to_string())

@@ -45,6 +45,7 @@ pub const LOAD: &[ErrorCode] = &[
     ErrorCode::SetNotFound,
     ErrorCode::InvalidArtifact,
     ErrorCode::BackboneMismatch,
+    ErrorCode::LenderMismatch,
     ErrorCode::SetLoading,
     ErrorCode::SetFailed,
     ErrorCode::SetTooLarge,

@@ -34,6 +34,7 @@ const UPLOAD: &[ErrorCode] = &[
     ErrorCode::UnsupportedMediaType,
     ErrorCode::InvalidArtifact,
     ErrorCode::BackboneMismatch,
+    ErrorCode::LenderMismatch,
     ErrorCode::Conflict,
     ErrorCode::QueueFull,
     ErrorCode::BodyTimeout,
@@ -66,6 +67,7 @@ fn example_view() -> Value {
         "num_classes": 17,
         "backbone": "default",
         "backbone_digest": "5be9c1d3a7f0426e8b1d5c9e7a3f0b2d4c6e8f0a1b3d5c7e9f1a2b4c6d8e0f13",
+        "base": null,
         "generation": "flowers:1:0a1b2c3d4e5f",
         "hits": 12,
         "last_used": 1770000000.25,
@@ -104,6 +106,8 @@ pub struct SetView {
     num_classes: usize,
     backbone: String,
     backbone_digest: String,
+    /// Generation of the set whose experts it borrows, or null.
+    base: Option<String>,
     /// Name, version and content digest of what answers.
     generation: String,
     /// Requests it has answered from memory.
@@ -130,6 +134,7 @@ impl From<SetStatus> for SetView {
             num_classes: descriptor.num_classes,
             backbone: status.backbone_name,
             backbone_digest: descriptor.backbone.to_string(),
+            base: status.base,
             generation: status.resident_generation.unwrap_or_else(|| descriptor.generation()),
             hits: status.hits,
             last_used: status.last_used.and_then(seconds),
@@ -320,7 +325,7 @@ struct Deleted {
 
 /// Forget an expert set and delete its files.
 ///
-/// A pinned set stays, and so does the last version of the default set.
+/// A pinned set stays, and so do the last version of the default set and a set whose experts others borrow.
 #[utoipa::path(
     delete,
     path = "/sets/{name}",
@@ -342,7 +347,7 @@ async fn delete_set(
 
 /// Forget one version of an expert set and delete its file.
 ///
-/// A pinned set stays, and so does the last version of the default set.
+/// A pinned set stays, and so do the last version of the default set and a set whose experts others borrow.
 #[utoipa::path(
     delete,
     path = "/sets/{name}/{version}",

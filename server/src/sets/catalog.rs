@@ -128,7 +128,8 @@ impl Catalog {
     ///
     /// # Errors
     /// [`CatalogError::Invalid`] when it is not a sound expert set; [`CatalogError::Set`] when its backbone is not here,
-    /// or when it can never fit the budget; [`CatalogError::DiskFull`]. The store is then as before.
+    /// borrows the experts of a set that is not here, replaces one whose experts are borrowed,
+    /// or can never fit the budget; [`CatalogError::DiskFull`]. The store is then as before.
     pub async fn publish(&self, mut upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
         upload.sync().await?;
         let name = name.to_owned();
@@ -149,7 +150,7 @@ impl Catalog {
     /// Forgets a version of a set, or all of them, and deletes the files. Returns what is gone.
     ///
     /// # Errors
-    /// [`CatalogError::Set`] when it is unknown or pinned; [`CatalogError::ReadOnly`].
+    /// [`CatalogError::Set`] when it is unknown or pinned, or its experts are borrowed; [`CatalogError::ReadOnly`].
     pub async fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, CatalogError> {
         let name = name.to_owned();
         self.change(move |shared| shared.delete(&name, version)).await
@@ -194,11 +195,14 @@ impl Shared {
     }
 
     fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, CatalogError> {
-        let gone = self.registry.remove(name, version)?;
+        let mut gone = self.registry.remove(name, version)?;
+        // Lenders before those that borrow their experts, should they have to come back; files go the other way.
+        gone.sort_by_key(|set| set.lender.is_some());
+        gone.reverse();
         for (i, descriptor) in gone.iter().enumerate() {
             let Location::File(path) = &descriptor.location else { continue };
             if let Err(error) = upload::delete(path) {
-                for kept in &gone[i..] {
+                for kept in gone[i..].iter().rev() {
                     self.registry.register(SetDescriptor::clone(kept))?;
                 }
                 return Err(error.into());
@@ -234,10 +238,13 @@ impl Shared {
             Location::Embedded(_) => None,
         }));
         let broken = register(&self.registry, contents);
-        for status in names.into_iter().flat_map(|name| self.registry.status(&name).unwrap_or_default()) {
+        let known = names.into_iter().flat_map(|name| self.registry.status(&name).unwrap_or_default());
+        // A lender cannot go before those that borrow its experts.
+        let (borrowers, owners): (Vec<_>, Vec<_>) = known.partition(|status| status.descriptor.lender.is_some());
+        for status in borrowers.into_iter().chain(owners) {
             let descriptor = &status.descriptor;
             if matches!(&descriptor.location, Location::File(path) if !present.contains(path)) {
-                // Refused for pinned sets, which go on serving from memory.
+                // Refused for pinned sets and lenders, which go on serving from memory.
                 let _ = self.registry.remove(&descriptor.name, Some(descriptor.version));
             }
         }
@@ -298,7 +305,9 @@ pub fn replaces_resident(registry: &SetRegistry, name: &str, version: u64) -> bo
 fn register(registry: &SetRegistry, contents: Contents) -> Vec<Broken> {
     let mut broken = contents.broken;
     contents.backbones.into_iter().for_each(|backbone| registry.register_backbone(backbone));
-    for set in contents.sets {
+    // Lenders before those that borrow their experts.
+    let (borrowers, owners): (Vec<_>, Vec<_>) = contents.sets.into_iter().partition(|set| set.lender.is_some());
+    for set in owners.into_iter().chain(borrowers) {
         let location = set.location.clone();
         if let Err(error) = registry.register(set) {
             broken.push(Broken { path: location.to_string().into(), reason: format!("{location}: {error}") });
@@ -321,14 +330,18 @@ fn describe_upload(
 ) -> Result<SetDescriptor, CatalogError> {
     let location = Location::File(upload.path().to_owned());
     let descriptor = describe_set(name, version, &location).map_err(|error| invalid(upload, error))?;
+    registry.check_place(&descriptor)?;
     registry.check_fits(&descriptor)?;
     Ok(descriptor)
 }
 
 /// Checks an upload from its first byte to its last.
 fn check_upload(registry: &SetRegistry, upload: &Upload, descriptor: &SetDescriptor) -> Result<(), CatalogError> {
+    // Once more: the store may have changed since it was described.
+    registry.check_place(descriptor)?;
     let SetDescriptor { name, backbone, location, .. } = descriptor;
     let missing = || SetError::NoBackbone { name: name.clone(), backbone: *backbone };
     let backbone = registry.backbone(backbone).ok_or_else(missing)?;
-    check_set(location, &backbone).map_err(|error| invalid(upload, error))
+    let lender = descriptor.lender.and_then(|lender| registry.lender(&lender));
+    check_set(location, &backbone, lender.as_deref()).map_err(|error| invalid(upload, error))
 }

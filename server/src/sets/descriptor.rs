@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
-use model_core::artifact::{self, Contents, Digest, Header, read_expert_set};
+use model_core::artifact::{self, Contents, Digest, Header, Lender, read_expert_set};
 use model_core::config::{BackboneConfig, ExpertConfig};
 use model_core::footprint::{Footprint, loading_bytes};
 
@@ -89,6 +89,8 @@ pub struct SetDescriptor {
     pub digest: Digest,
     /// The backbone it was fitted to.
     pub backbone: Digest,
+    /// The set whose experts it borrows, unless it has its own.
+    pub lender: Option<Digest>,
     /// Bytes it takes when resident, as far as the header tells.
     pub resident_bytes: usize,
     /// Most bytes that loading it takes beside those.
@@ -106,6 +108,16 @@ impl SetDescriptor {
     /// Name, version and content in one word: what a client compares to know which model answered.
     pub fn generation(&self) -> String {
         format!("{}:{}:{}", self.name, self.version, self.digest.short())
+    }
+
+    /// The set as one that lends its experts.
+    pub fn as_lender(&self) -> Lender<'_> {
+        Lender {
+            digest: self.digest,
+            borrows: self.lender.is_some(),
+            config: &self.experts,
+            backbone_digest: self.backbone,
+        }
     }
 }
 
@@ -131,6 +143,7 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Re
         version,
         digest: header.digest,
         backbone: set.backbone_digest,
+        lender: set.borrowed_experts,
         resident_bytes,
         loading_bytes,
         file_bytes: header.file_bytes,
@@ -141,13 +154,19 @@ pub fn describe_set(name: &str, version: u64, location: &Location) -> anyhow::Re
     })
 }
 
-/// Checks an expert set's file from its first byte to its last, without keeping it.
-pub fn check_set(location: &Location, backbone: &BackboneDescriptor) -> anyhow::Result<()> {
+/// Checks an expert set's file from its first byte to its last, without keeping it. `lender` is the set whose experts it
+/// borrows, if it does.
+pub fn check_set(
+    location: &Location,
+    backbone: &BackboneDescriptor,
+    lender: Option<&SetDescriptor>,
+) -> anyhow::Result<()> {
     let set = read_expert_set(&location.read()?).with_context(|| location.to_string())?;
     let Contents::Backbone(own) = header(&backbone.location)?.contents else {
         bail!("{}: this file was a backbone when the server started and is none now", backbone.name);
     };
-    set.check_backbone(&own.config, backbone.digest).with_context(|| location.to_string())
+    set.check_backbone(&own.config, backbone.digest).with_context(|| location.to_string())?;
+    set.check_lender(lender.map(SetDescriptor::as_lender)).with_context(|| location.to_string())
 }
 
 /// Describes a backbone from its header.

@@ -224,12 +224,13 @@ impl Source for ArtifactSource {
         &self,
         descriptor: &SetDescriptor,
         backbone: &Arc<LoadedBackbone>,
+        lender: Option<&LoadedSet>,
     ) -> anyhow::Result<Loaded<LoadedSet>> {
         let location = &descriptor.location;
         let set = || {
             // The file goes before the set is packed.
             let artifact = read_expert_set(&location.read()?)?;
-            anyhow::Ok(ExpertSet::from_artifact(artifact, &backbone.backbone, None)?)
+            anyhow::Ok(ExpertSet::from_artifact(artifact, &backbone.backbone, lender.map(|lender| &lender.set))?)
         };
         let set = set().with_context(|| location.to_string())?;
         if set.digest() != descriptor.digest {

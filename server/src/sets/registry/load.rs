@@ -1,6 +1,7 @@
 //! From a file to a resident set: describe, find the backbone, reserve, read, commit. One task per load, however many
 //! requests wait for it.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -21,7 +22,7 @@ use crate::threads::Panicked;
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
 /// Bytes that a load needs.
-struct Want<'a> {
+struct Want<'a, S: Source> {
     kind: Kind,
     bytes: usize,
     /// Bytes that the same load holds already and keeps while it waits for these.
@@ -29,6 +30,8 @@ struct Want<'a> {
     /// What is loaded, and the backbone it runs on.
     key: &'a Key,
     backbone: &'a Digest,
+    /// The set whose experts it borrows.
+    lender: Option<&'a Arc<Resident<S>>>,
     /// When to give up waiting.
     deadline: Instant,
 }
@@ -83,18 +86,55 @@ impl<S: Source> Inner<S> {
         let descriptor = self.current_descriptor(key, load_id).await?;
         let deadline = Instant::now() + self.settings.room_wait;
         let backbone = self.acquire_backbone(key, &descriptor.backbone, deadline).await?;
+        // Before bytes are reserved: a load that holds some never waits for another load.
+        let lender = match &descriptor.lender {
+            Some(digest) => Some(self.acquire_lender(key, digest).await?),
+            None => None,
+        };
+        let lent = lender.as_ref().and_then(|lender| lender.resident.as_ref());
         // What stays and what the load takes beside that at once: two loads, each with one of the two, could wait for ever.
         let bytes = descriptor.resident_bytes.saturating_add(descriptor.loading_bytes);
-        let want = Want { kind: Kind::Loading, bytes, held: 0, key, backbone: &descriptor.backbone, deadline };
+        let want =
+            Want { kind: Kind::Loading, bytes, held: 0, key, backbone: &descriptor.backbone, lender: lent, deadline };
         let mut memory = self.reserve(&want).await?;
-        let (inner, source_descriptor, source_backbone) =
-            (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value));
-        let loaded =
-            sync::run_blocking(&self.loader, move || inner.source.load_set(&source_descriptor, &source_backbone)).await;
+        let (inner, source_descriptor, source_backbone, source_lender) =
+            (Arc::clone(self), Arc::clone(&descriptor), Arc::clone(&backbone.value), lent.cloned());
+        let load = move || {
+            let lender = source_lender.as_deref().map(|lender| &lender.value);
+            inner.source.load_set(&source_descriptor, &source_backbone, lender)
+        };
+        let loaded = sync::run_blocking(&self.loader, load).await;
         let Loaded { value, bytes } = flatten(loaded).map_err(|reason| self.failed(key, reason))?;
         self.settle(&mut memory, (Kind::Sets, bytes), key)?;
         let backbone = self.use_backbone(backbone, &descriptor, &Want { held: memory.bytes(), ..want }).await?;
-        Ok(Resident { value, descriptor, backbone, served: false.into(), memory })
+        Ok(Resident { value, descriptor, backbone, lender, served: false.into(), memory })
+    }
+
+    /// The set whose experts are borrowed; the first load that needs it loads it.
+    async fn acquire_lender(self: &Arc<Self>, key: &Key, digest: &Digest) -> Result<Lease<S>, SetError> {
+        let missing = || SetError::NoLender { name: key.name.clone(), lender: *digest };
+        let mut watch = {
+            let mut state = self.lock();
+            let lender = state.lender(digest).map(|(lender, _)| lender.clone()).ok_or_else(missing)?;
+            let slot = state.slot_mut(&lender).ok_or_else(missing)?;
+            slot.revive();
+            // While a changed file loads, what is resident may still be the set of that digest.
+            if let Some(resident) = slot.resident.as_ref().filter(|resident| resident.descriptor.digest == *digest) {
+                return Ok(self.lease(resident));
+            }
+            self.start_load(&mut state, &lender)?
+        };
+        let outcome = watch.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        let lease = outcome.unwrap_or_else(|| Err(self.failed(key, "the load of its lender was abandoned".into())));
+        match lease {
+            Ok(lease) if lease.descriptor.digest == *digest => Ok(lease),
+            Ok(_) => Err(missing()),
+            Err(SetError::Failed { name, reason, retry_after }) => {
+                let reason = format!("the experts that it borrows are those of `{name}`, which failed: {reason}");
+                Err(SetError::Failed { name: key.name.clone(), reason, retry_after })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// A hold on `backbone` with the scratch that a set needs.
@@ -102,7 +142,7 @@ impl<S: Source> Inner<S> {
         &self,
         backbone: Arc<ResidentBackbone<S>>,
         set: &SetDescriptor,
-        want: &Want<'_>,
+        want: &Want<'_, S>,
     ) -> Result<BackboneUse<S>, SetError> {
         let known = self.lock().backbones.get(&set.backbone).map(|slot| Arc::clone(&slot.descriptor));
         let known = known.ok_or_else(|| SetError::NoBackbone { name: set.name.clone(), backbone: set.backbone })?;
@@ -143,11 +183,10 @@ impl<S: Source> Inner<S> {
             flatten(sync::run_blocking(&self.loader, describe).await).map_err(|reason| self.failed(key, reason))?;
         let fresh = Arc::new(fresh);
         let mut state = self.lock();
-        if !state.backbones.contains_key(&fresh.backbone) {
-            return Err(SetError::NoBackbone { name: key.name.clone(), backbone: fresh.backbone });
-        }
+        state.check_place(&fresh)?;
         if let Some(slot) = state.slot_mut(key).filter(|slot| slot.load_id == load_id) {
-            slot.descriptor = Arc::clone(&fresh);
+            let old = std::mem::replace(&mut slot.descriptor, Arc::clone(&fresh));
+            state.lenders.replace(Some(&old), &fresh);
         }
         Ok(fresh)
     }
@@ -178,7 +217,7 @@ impl<S: Source> Inner<S> {
             Arc::clone(&slot.descriptor)
         };
         let bytes = descriptor.resident_bytes.saturating_add(descriptor.loading_bytes);
-        let want = Want { kind: Kind::Loading, bytes, held: 0, key, backbone: digest, deadline };
+        let want = Want { kind: Kind::Loading, bytes, held: 0, key, backbone: digest, lender: None, deadline };
         let mut memory = self.reserve(&want).await?;
         let (inner, source_descriptor) = (Arc::clone(self), Arc::clone(&descriptor));
         let load = move || inner.source.load_backbone(&source_descriptor);
@@ -205,11 +244,11 @@ impl<S: Source> Inner<S> {
     pub(super) async fn reserve_reading(&self, set: &SetDescriptor) -> Result<Reservation, SetError> {
         let (key, deadline) = (Key::of(set), Instant::now() + self.settings.room_wait);
         let (bytes, backbone) = (set.loading_bytes, &set.backbone);
-        self.reserve(&Want { kind: Kind::Loading, bytes, held: 0, key: &key, backbone, deadline }).await
+        self.reserve(&Want { kind: Kind::Loading, bytes, held: 0, key: &key, backbone, lender: None, deadline }).await
     }
 
     /// Takes bytes, evicting what may be evicted, waiting while too much is in use.
-    async fn reserve(&self, want: &Want<'_>) -> Result<Reservation, SetError> {
+    async fn reserve(&self, want: &Want<'_, S>) -> Result<Reservation, SetError> {
         let name = || want.key.name.clone();
         loop {
             // Registered before looking, so that bytes released in between are not missed.
@@ -237,26 +276,33 @@ impl<S: Source> Inner<S> {
         }
     }
 
-    /// Chooses and removes victims. Never: pinned, in use, loading, protected, and what `key` is about to replace.
-    fn make_room(&self, want: &Want<'_>) -> Room<S> {
-        let Want { bytes, key, .. } = *want;
+    /// Chooses and removes victims. Never: pinned, in use, loading, protected, what `key` is about to replace, and the
+    /// lenders of all these.
+    fn make_room(&self, want: &Want<'_, S>) -> Room<S> {
+        let bytes = want.bytes;
         let now = Instant::now();
         let mut state = self.lock();
         let budget = self.ledger.snapshot();
         let mut fixed = budget.used(Kind::Queue) + want.held;
-        let mut fixed_backbones = std::collections::HashSet::from([*want.backbone]);
-        let mut backbone_users: std::collections::HashMap<Digest, usize> = std::collections::HashMap::new();
+        let mut fixed_backbones = HashSet::from([*want.backbone]);
+        let mut backbone_users: HashMap<Digest, usize> = HashMap::new();
         let mut candidates = Vec::new();
-        for (name_key, name, slot) in state.slots() {
+        revive_lenders(&mut state);
+        let Lent { fixed: fixed_sets, users: borrowers } = Lent::of(&state, want, now);
+        fixed += fixed_sets.values().sum::<usize>();
+        for (name_key, _, slot) in state.slots() {
             let Some(resident) = &slot.resident else { continue };
-            let replaced = *name_key == key.name && slot.descriptor.version <= key.version;
-            if name.pinned || replaced {
-                fixed += resident.memory.bytes();
+            if fixed_sets.contains_key(&Arc::as_ptr(resident)) {
                 fixed_backbones.insert(resident.descriptor.backbone);
-            } else if slot.is_idle(now) {
+                continue;
+            }
+            let borrowers = borrowers.get(&Arc::as_ptr(resident)).copied().unwrap_or(0);
+            if slot.is_idle(borrowers, now) {
                 *backbone_users.entry(resident.descriptor.backbone).or_default() += 1;
                 let victim = Victim::Set(Key { name: name_key.clone(), version: slot.descriptor.version });
-                candidates.push((victim, (0u8, slot.usage.order()), resident.memory.bytes()));
+                // Those that borrow from it go first.
+                let rank = u8::from(borrowers > 0);
+                candidates.push((victim, (rank, slot.usage.order()), resident.memory.bytes()));
             }
         }
         for (digest, slot) in &state.backbones {
@@ -269,7 +315,7 @@ impl<S: Source> Inner<S> {
             // One reference is the registry's, one is `resident` above, the rest are sets that would go first.
             let users = backbone_users.get(digest).copied().unwrap_or(0);
             if slot.keep.is_some() && Arc::strong_count(&resident) == 2 + users {
-                candidates.push((Victim::Backbone(*digest), (1, (false, 0)), size));
+                candidates.push((Victim::Backbone(*digest), (2, (false, 0)), size));
             }
         }
         let available = budget.limit().saturating_sub(fixed);
@@ -281,7 +327,7 @@ impl<S: Source> Inner<S> {
         let (mut sets, mut backbones) = (Vec::new(), Vec::new());
         for victim in victims {
             match victim {
-                Victim::Set(key) => sets.extend(state.slot_mut(&key).and_then(|slot| slot.resident.take())),
+                Victim::Set(key) => sets.extend(state.slot_mut(&key).and_then(Slot::take)),
                 Victim::Backbone(digest) => {
                     backbones.extend(state.backbones.get_mut(&digest).and_then(|slot| slot.keep.take()));
                 }
@@ -321,7 +367,7 @@ impl<S: Source> Inner<S> {
                     slot.protected_until = Instant::now() + self.settings.protect_unused;
                     replaced.extend(slot.resident.replace(Arc::clone(resident)));
                     let old = name.serving.filter(|&old| old < key.version);
-                    replaced.extend(old.and_then(|old| name.versions.get_mut(&old)?.resident.take()));
+                    replaced.extend(old.and_then(|old| name.versions.get_mut(&old)?.take()));
                     if name.serving.is_none_or(|old| old < key.version) {
                         name.serving = Some(key.version);
                     }
@@ -354,7 +400,10 @@ impl<S: Source> Inner<S> {
     fn remember(&self, slot: &Slot<S>, error: &SetError) -> Option<Failure> {
         let reason = match error {
             SetError::Failed { reason, .. } => reason.clone(),
-            SetError::TooLarge { .. } | SetError::NoBackbone { .. } => error.to_string(),
+            SetError::TooLarge { .. }
+            | SetError::NoBackbone { .. }
+            | SetError::NoLender { .. }
+            | SetError::BadLender { .. } => error.to_string(),
             _ => return slot.failure.clone(),
         };
         let count = slot.failure.as_ref().map_or(1, |failure| failure.count.saturating_add(1));
@@ -370,6 +419,45 @@ impl<S: Source> Inner<S> {
         if !dropped.is_empty() {
             self.metrics.evictions.with_label_values(&[reason]).inc_by(dropped.len() as u64);
         }
+    }
+}
+
+/// Lenders that left the registry while sets borrow from them return to it: they are to be evicted after those.
+fn revive_lenders<S: Source>(state: &mut State<S>) {
+    let residents = state.slots().filter_map(|(_, _, slot)| slot.resident.as_ref());
+    let lent: HashSet<_> = residents.filter_map(|resident| resident.lender().map(Arc::as_ptr)).collect();
+    let slots = state.names.values_mut().flat_map(|name| name.versions.values_mut());
+    slots.filter(|slot| slot.resident.is_none() && lent.contains(&slot.alive.as_ptr())).for_each(|slot| {
+        slot.revive();
+    });
+}
+
+/// What resident sets mean for the lenders of their experts.
+struct Lent<S: Source> {
+    /// Bytes of each set that must stay, lenders of sets that must stay among them.
+    fixed: HashMap<*const Resident<S>, usize>,
+    /// How many sets that may be evicted borrow from each.
+    users: HashMap<*const Resident<S>, usize>,
+}
+
+impl<S: Source> Lent<S> {
+    fn of(state: &State<S>, want: &Want<'_, S>, now: Instant) -> Self {
+        let (mut fixed, mut users) = (HashMap::new(), HashMap::new());
+        let mut fix = |resident: &Arc<Resident<S>>| {
+            for resident in [Some(resident), resident.lender()].into_iter().flatten() {
+                fixed.insert(Arc::as_ptr(resident), resident.memory.bytes());
+            }
+        };
+        want.lender.into_iter().for_each(&mut fix);
+        for (name_key, name, slot) in state.slots() {
+            let Some(resident) = &slot.resident else { continue };
+            if name.pinned || (*name_key == want.key.name && slot.descriptor.version <= want.key.version) {
+                fix(resident);
+            } else if let Some(lender) = resident.lender().filter(|_| slot.is_idle(0, now)) {
+                *users.entry(Arc::as_ptr(lender)).or_default() += 1;
+            }
+        }
+        Self { fixed, users }
     }
 }
 

@@ -9,6 +9,7 @@
 //! accounted never falls below what is held.
 
 mod budget;
+mod lenders;
 mod load;
 mod lru;
 #[cfg(test)]
@@ -33,6 +34,7 @@ pub use source::{Loaded, Source};
 use crate::metrics::SetMetrics;
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, Stamp};
 use crate::threads::BlockingPool;
+use lenders::Lenders;
 use lru::Usage;
 use scratch::Scratch;
 
@@ -111,6 +113,16 @@ pub enum SetError {
         /// The digest it names.
         backbone: Digest,
     },
+    /// The set whose experts it borrows is not registered.
+    #[error("expert set `{name}` borrows the experts of set {lender}, which is not here")]
+    NoLender {
+        name: String,
+        /// The digest it names.
+        lender: Digest,
+    },
+    /// It may not borrow from the set that it names.
+    #[error("expert set `{name}` cannot borrow the experts of `{lender}`: {reason}")]
+    BadLender { name: String, lender: String, reason: String },
     /// The request contradicts the set's state.
     #[error("{0}")]
     Conflict(String),
@@ -169,6 +181,8 @@ pub struct Resident<S: Source> {
     pub descriptor: Arc<SetDescriptor>,
     /// What it runs on.
     pub backbone: BackboneUse<S>,
+    /// The set whose experts it borrows: they stay in memory as long as it does.
+    lender: Option<Lease<S>>,
     served: AtomicBool,
     memory: Reservation,
 }
@@ -226,6 +240,8 @@ struct Failure {
 struct Slot<S: Source> {
     descriptor: Arc<SetDescriptor>,
     resident: Option<Arc<Resident<S>>>,
+    /// What left the registry while leases or borrowers held it: as long as they do, it is not loaded a second time.
+    alive: Weak<Resident<S>>,
     usage: Usage,
     protected_until: Instant,
     loading: Option<LoadWatch<S>>,
@@ -243,6 +259,7 @@ impl<S: Source> Slot<S> {
         Self {
             descriptor,
             resident: None,
+            alive: Weak::new(),
             usage: Usage::first(0),
             protected_until: Instant::now(),
             loading: None,
@@ -254,13 +271,28 @@ impl<S: Source> Slot<S> {
         }
     }
 
-    /// Whether the registry holds the only reference, so that dropping it frees memory now.
-    fn is_idle(&self, now: Instant) -> bool {
+    /// Whether the registry and so many borrowers hold the only references, so that dropping those frees memory now.
+    fn is_idle(&self, borrowers: usize, now: Instant) -> bool {
         self.loading.is_none()
             && self.resident.as_ref().is_some_and(|resident| {
-                Arc::strong_count(resident) == 1
+                Arc::strong_count(resident) == 1 + borrowers
                     && (now >= self.protected_until || resident.served.load(Ordering::Relaxed))
             })
+    }
+
+    /// What is resident, out of the registry.
+    fn take(&mut self) -> Option<Arc<Resident<S>>> {
+        let resident = self.resident.take()?;
+        self.alive = if Arc::strong_count(&resident) > 1 { Arc::downgrade(&resident) } else { Weak::new() };
+        Some(resident)
+    }
+
+    /// Whether what the descriptor describes is in memory; what left the registry and is still held returns to it.
+    fn revive(&mut self) -> bool {
+        if self.resident.is_none() {
+            self.resident = self.alive.upgrade().filter(|resident| resident.is_current(&self.descriptor));
+        }
+        self.resident.is_some()
     }
 }
 
@@ -293,6 +325,7 @@ struct BackboneSlot<S: Source> {
 struct State<S: Source> {
     names: BTreeMap<String, Name<S>>,
     backbones: HashMap<Digest, BackboneSlot<S>>,
+    lenders: Lenders,
     tick: u64,
     load_ids: u64,
 }
@@ -307,7 +340,7 @@ impl<S: Source> State<S> {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Key {
     name: String,
     version: u64,
@@ -356,6 +389,8 @@ pub struct SetStatus {
     pub descriptor: Arc<SetDescriptor>,
     /// Name of its backbone.
     pub backbone_name: String,
+    /// Generation of the set whose experts it borrows.
+    pub base: Option<String>,
     /// What it is doing.
     pub state: SetState,
     /// Never evicted.
@@ -416,7 +451,13 @@ impl<S: Source> Registry<S> {
             needed: settings.queue_bytes,
             available: settings.budget_bytes,
         })?;
-        let state = State { names: BTreeMap::new(), backbones: HashMap::new(), tick: 0, load_ids: 0 };
+        let state = State {
+            names: BTreeMap::new(),
+            backbones: HashMap::new(),
+            lenders: Lenders::default(),
+            tick: 0,
+            load_ids: 0,
+        };
         let inner = Inner { source, settings, ledger, state: Mutex::new(state), loader, metrics, _queue: queue };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -441,14 +482,15 @@ impl<S: Source> Registry<S> {
     /// on serving until the new one is loaded.
     ///
     /// # Errors
-    /// [`SetError::NoBackbone`] when it was made for a backbone that is not registered.
+    /// Those of [`Registry::check_place`].
     pub fn register(&self, descriptor: SetDescriptor) -> Result<(), SetError> {
         let mut state = self.inner.lock();
-        if !state.backbones.contains_key(&descriptor.backbone) {
-            return Err(SetError::NoBackbone { name: descriptor.name, backbone: descriptor.backbone });
-        }
-        let name = state.names.entry(descriptor.name.clone()).or_default();
+        state.check_place(&descriptor)?;
         let descriptor = Arc::new(descriptor);
+        let key = Key::of(&descriptor);
+        let old = state.slot_mut(&key).map(|slot| Arc::clone(&slot.descriptor));
+        state.lenders.replace(old.as_deref(), &descriptor);
+        let name = state.names.entry(descriptor.name.clone()).or_default();
         let slot = name.versions.entry(descriptor.version).or_insert_with(|| Slot::new(Arc::clone(&descriptor)));
         if slot.descriptor.digest != descriptor.digest || slot.descriptor.stamp != descriptor.stamp {
             slot.failure = None;
@@ -460,7 +502,22 @@ impl<S: Source> Registry<S> {
         Ok(())
     }
 
-    /// Whether a set could ever be resident, with nothing beside it but its backbone and the queue.
+    /// Whether a set may take its place among the others.
+    ///
+    /// # Errors
+    /// [`SetError::NoBackbone`] or [`SetError::NoLender`] when what it needs is not registered, [`SetError::BadLender`]
+    /// when it may not borrow from the set that it names, and [`SetError::Conflict`] when it replaces a set whose experts
+    /// others borrow.
+    pub fn check_place(&self, descriptor: &SetDescriptor) -> Result<(), SetError> {
+        self.inner.lock().check_place(descriptor)
+    }
+
+    /// The set of that digest, if it is registered and has experts of its own.
+    pub fn lender(&self, digest: &Digest) -> Option<Arc<SetDescriptor>> {
+        self.inner.lock().lender(digest).map(|(_, slot)| Arc::clone(&slot.descriptor))
+    }
+
+    /// Whether a set could ever be resident, with nothing beside it but its backbone, its lender and the queue.
     ///
     /// # Errors
     /// [`SetError::TooLarge`], or [`SetError::NoBackbone`] when its backbone is not registered.
@@ -471,8 +528,10 @@ impl<S: Source> Registry<S> {
         let slot = slot.ok_or_else(|| SetError::NoBackbone { name: name(), backbone: descriptor.backbone })?;
         // The scratch that every set needs shows only once the backbone is resident.
         let resident = slot.resident.upgrade().map(|resident| resident.memory.bytes() + resident.scratch.base());
+        let lender = descriptor.lender.and_then(|digest| state.lender(&digest));
+        let borrowed = lender.map_or(0, |(_, lender)| lender.descriptor.resident_bytes);
         let budget = self.inner.ledger.snapshot();
-        let fixed = budget.used(Kind::Queue) + resident.unwrap_or(slot.descriptor.resident_bytes);
+        let fixed = budget.used(Kind::Queue) + resident.unwrap_or(slot.descriptor.resident_bytes) + borrowed;
         let available = budget.limit().saturating_sub(fixed);
         let growth = self.inner.source.scratch_growth(descriptor, &slot.descriptor);
         // The scratch grows when the load is over.
@@ -521,7 +580,7 @@ impl<S: Source> Registry<S> {
             let wanted = version.or_else(|| entry.newest_usable()).ok_or_else(|| unknown(name, version))?;
             let slot = entry.versions.get_mut(&wanted).ok_or_else(|| unknown(name, version))?;
             let key = Key { name: name.to_owned(), version: wanted };
-            if slot.resident.is_some() {
+            if slot.revive() {
                 let lease = self.inner.use_slot(slot, tick);
                 if version.is_none() {
                     entry.serving = entry.serving.max(Some(wanted));
@@ -554,6 +613,7 @@ impl<S: Source> Registry<S> {
             let wanted = version.or_else(|| entry.versions.keys().next_back().copied());
             let wanted = wanted.ok_or_else(|| unknown(name, version))?;
             let slot = entry.versions.get_mut(&wanted).ok_or_else(|| unknown(name, version))?;
+            slot.revive();
             if let Some(resident) = slot.resident.as_ref().filter(|resident| resident.is_current(&slot.descriptor)) {
                 return Ok(self.inner.lease(resident));
             }
@@ -573,7 +633,7 @@ impl<S: Source> Registry<S> {
             return Err(SetError::Conflict(format!("expert set `{name}` is pinned; unpin it first")));
         }
         entry.unloaded = true;
-        let dropped: Vec<_> = entry.versions.values_mut().filter_map(|slot| slot.resident.take()).collect();
+        let dropped: Vec<_> = entry.versions.values_mut().filter_map(Slot::take).collect();
         drop(state);
         self.inner.count_evictions("unload", &dropped);
         Ok(())
@@ -582,9 +642,12 @@ impl<S: Source> Registry<S> {
     /// Forgets a version, or all of them. Leases go on; bytes come back with the last.
     ///
     /// # Errors
-    /// [`SetError::Unknown`]; [`SetError::Conflict`] when it is pinned.
+    /// [`SetError::Unknown`]; [`SetError::Conflict`] when it is pinned, or other sets borrow its experts.
     pub fn remove(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, SetError> {
         let mut state = self.inner.lock();
+        let versions = state.names.get(name).into_iter().flat_map(|entry| entry.versions.values());
+        let leaving = versions.map(|slot| &*slot.descriptor).filter(|set| version.is_none_or(|v| v == set.version));
+        state.lenders.check_leave(&leaving.collect::<Vec<_>>())?;
         let entry = state.names.get_mut(name).ok_or_else(|| unknown(name, version))?;
         let last = version.is_none_or(|version| entry.versions.keys().all(|&v| v == version));
         if entry.pinned && (last || version == entry.serving) {
@@ -602,6 +665,7 @@ impl<S: Source> Registry<S> {
         } else if version == entry.serving {
             entry.serving = None;
         }
+        gone.iter().for_each(|slot| state.lenders.forget(&slot.descriptor));
         drop(state);
         let dropped: Vec<_> = gone.iter().filter_map(|slot| slot.resident.clone()).collect();
         self.inner.count_evictions("delete", &dropped);
@@ -692,6 +756,11 @@ impl<S: Source> Registry<S> {
 }
 
 impl<S: Source> Resident<S> {
+    /// The set whose experts it borrows, if it does.
+    fn lender(&self) -> Option<&Arc<Self>> {
+        self.lender.as_ref()?.resident.as_ref()
+    }
+
     /// Whether this is what the descriptor describes.
     fn is_current(&self, descriptor: &SetDescriptor) -> bool {
         self.descriptor.digest == descriptor.digest && self.descriptor.stamp == descriptor.stamp
@@ -753,6 +822,10 @@ impl<S: Source> State<S> {
         let resident = slot.resident.as_ref();
         SetStatus {
             backbone_name: backbone.map(|slot| slot.descriptor.name.clone()).unwrap_or_default(),
+            base: slot.descriptor.lender.map(|lender| match self.lender(&lender) {
+                Some((_, lender)) => lender.descriptor.generation(),
+                None => lender.to_string(),
+            }),
             state,
             pinned: name.pinned,
             current: name.current() == Some(slot.descriptor.version),

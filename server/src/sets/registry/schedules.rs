@@ -10,6 +10,7 @@ use shuttle::rand::{Rng, thread_rng};
 
 use super::tests::{Fake, WAIT, registry, serve, set};
 use super::{Kind, Registry, SetError};
+use crate::sets::descriptor::SetDescriptor;
 
 thread_local! {
     static RUNNING: Cell<bool> = const { Cell::new(false) };
@@ -103,6 +104,44 @@ fn guarantees_1_to_3_hold_in_every_schedule_of_calls() {
             registry.remove(&name, None).unwrap();
         }
         // Loads of sets that were deleted meanwhile may still be ending.
+        while registry.budget().used(Kind::Sets) > 0 {
+            shuttle::future::yield_now().await;
+        }
+    });
+}
+
+#[test]
+fn lenders_are_loaded_once_and_outlive_their_borrowers_in_every_schedule() {
+    check(500, || async {
+        // Room for the lender with two of its four borrowers, or for the large set alone.
+        let (registry, lender) = (timeless(60), set("lender", 1, 40));
+        registry.register(lender.clone()).unwrap();
+        for i in 0..4 {
+            registry.register(SetDescriptor { lender: Some(lender.digest), ..set(&format!("b{i}"), 1, 10) }).unwrap();
+        }
+        registry.register(set("large", 1, 60)).unwrap();
+        let tasks: Vec<_> = (0..4)
+            .map(|_| {
+                let registry = registry.clone();
+                shuttle::future::spawn(async move {
+                    for _ in 0..3 {
+                        let name = ["b0", "b1", "b2", "b3", "lender", "large"][thread_rng().gen_range(0..6)];
+                        match thread_rng().gen_range(0..6) {
+                            0 => registry.unload(name).unwrap(),
+                            1 => assert!(matches!(registry.remove("lender", None), Err(SetError::Conflict(_)))),
+                            _ => drop(serve(&registry, name).await.unwrap()),
+                        }
+                        within_budget(&registry);
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        for name in ["b0", "b1", "b2", "b3", "large", "lender"] {
+            registry.remove(name, None).unwrap();
+        }
         while registry.budget().used(Kind::Sets) > 0 {
             shuttle::future::yield_now().await;
         }

@@ -25,9 +25,13 @@ pub trait Source: Send + Sync + 'static {
     /// Reads and decodes a backbone. Blocking.
     fn load_backbone(&self, descriptor: &BackboneDescriptor) -> anyhow::Result<Loaded<Self::Backbone>>;
 
-    /// Reads and decodes an expert set. Blocking.
-    fn load_set(&self, descriptor: &SetDescriptor, backbone: &Arc<Self::Backbone>)
-    -> anyhow::Result<Loaded<Self::Set>>;
+    /// Reads and decodes an expert set. Blocking. `lender` is the set whose experts it borrows, if it does.
+    fn load_set(
+        &self,
+        descriptor: &SetDescriptor,
+        backbone: &Arc<Self::Backbone>,
+        lender: Option<&Self::Set>,
+    ) -> anyhow::Result<Loaded<Self::Set>>;
 
     /// Bytes of working memory that come with a backbone.
     fn scratch(&self, backbone: &Self::Backbone) -> usize;

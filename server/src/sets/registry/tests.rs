@@ -53,7 +53,13 @@ impl Source for Fake {
         Ok(Loaded { value: (), bytes: descriptor.resident_bytes })
     }
 
-    fn load_set(&self, descriptor: &SetDescriptor, _: &Arc<()>) -> anyhow::Result<Loaded<usize>> {
+    fn load_set(
+        &self,
+        descriptor: &SetDescriptor,
+        _: &Arc<()>,
+        lender: Option<&usize>,
+    ) -> anyhow::Result<Loaded<usize>> {
+        assert_eq!(lender.is_some(), descriptor.lender.is_some());
         self.loads.fetch_add(1, Ordering::SeqCst);
         let started = Instant::now();
         let waiting = |delay: &Duration| started.elapsed() < *delay;
@@ -87,6 +93,7 @@ pub(super) fn set(name: &str, version: u64, resident_bytes: usize) -> SetDescrip
         version,
         digest: digest(&format!("{name} {version} {resident_bytes}")),
         backbone: digest("backbone"),
+        lender: None,
         resident_bytes,
         loading_bytes: 0,
         file_bytes: 1,
@@ -419,6 +426,149 @@ async fn backbones_leave_with_their_last_set_when_asked_and_make_room_when_idle(
     }
 }
 
+/// A set that borrows the experts of another.
+fn borrower(name: &str, of: &SetDescriptor) -> SetDescriptor {
+    SetDescriptor { lender: Some(of.digest), ..set(name, 1, 5) }
+}
+
+/// A registry with a lender of 60 bytes and so many sets of 5 bytes, `b0` and so on, that borrow its experts.
+fn lending(room: usize, borrowers: usize) -> (Registry<Fake>, SetDescriptor) {
+    let (registry, base) = (registry(room, |_| ()), set("base", 1, 60));
+    registry.register(base.clone()).unwrap();
+    for i in 0..borrowers {
+        registry.register(borrower(&format!("b{i}"), &base)).unwrap();
+    }
+    (registry, base)
+}
+
+#[tokio::test]
+async fn lenders_are_in_memory_once_and_counted_once() {
+    let (registry, _) = lending(100, 8);
+    registry.source().slow.lock().unwrap().insert("base".into(), Duration::from_millis(30));
+    let requests: Vec<_> = (0..8)
+        .map(|i| {
+            let registry = registry.clone();
+            tokio::spawn(async move { serve(&registry, &format!("b{i}")).await })
+        })
+        .collect();
+    for request in requests {
+        assert_eq!(request.await.unwrap(), Ok(1));
+    }
+    assert_eq!((registry.source().loads(), registry.budget().used(Kind::Sets)), (9, 100), "one load of each");
+    assert_eq!(registry.status("b3").unwrap()[0].base, Some(set("base", 1, 60).generation()));
+    // What a borrower keeps in memory is not loaded again, whoever asks for it.
+    registry.unload("base").unwrap();
+    registry.unload("b0").unwrap();
+    serve(&registry, "b0").await.unwrap();
+    serve(&registry, "base").await.unwrap();
+    assert_eq!((registry.source().loads(), registry.budget().used(Kind::Sets)), (10, 100));
+    for name in registry.names() {
+        registry.unload(&name).unwrap();
+    }
+    assert_eq!(registry.budget().used(Kind::Sets), 0, "the lender goes with the last that holds it");
+}
+
+#[tokio::test]
+async fn eviction_takes_no_lender_from_under_its_borrowers() {
+    let (registry, _) = lending(100, 2);
+    registry.register(set("other", 1, 40)).unwrap();
+    registry.register(set("large", 1, 90)).unwrap();
+    let held = registry.acquire("b0", None, WAIT).await.unwrap();
+    held.mark_served();
+    serve(&registry, "b1").await.unwrap();
+    // The oldest is the lender, but its borrowers go first, and it stays as long as one of them is in use.
+    assert_eq!(serve(&registry, "other").await, Err(SetError::NoRoom { name: "other".into() }));
+    assert!(resident(&registry, "base") && resident(&registry, "b0"));
+    drop(held);
+    serve(&registry, "large").await.unwrap();
+    assert_eq!((registry.totals().resident, registry.budget().used(Kind::Sets)), (1, 90), "then all may go");
+
+    let (registry, _) = lending(100, 1);
+    registry.register(set("large", 1, 60)).unwrap();
+    registry.pin("b0", WAIT).await.unwrap();
+    assert!(matches!(serve(&registry, "large").await, Err(SetError::TooLarge { available: 35, .. })));
+    registry.unload("base").unwrap();
+    assert!(matches!(registry.load("large", None, WAIT).await, Err(SetError::TooLarge { available: 35, .. })));
+    registry.unpin("b0").unwrap();
+    registry.load("large", None, WAIT).await.unwrap();
+    assert_eq!(registry.budget().used(Kind::Sets), 60, "a lender that was unloaded goes as well");
+}
+
+#[tokio::test]
+async fn lenders_stay_while_their_experts_are_borrowed() {
+    let (registry, base) = lending(200, 7);
+    let conflict = |result: Result<(), SetError>| match result {
+        Err(SetError::Conflict(message)) => message,
+        other => panic!("{other:?}"),
+    };
+    let named = "the experts of `base/1` are borrowed by `b0/1`, `b1/1`, `b2/1`, `b3/1`, `b4/1` and 2 more";
+    assert_eq!(conflict(registry.remove("base", None).map(drop)), named);
+    assert_eq!(conflict(registry.remove("base", Some(1)).map(drop)), named);
+    assert_eq!(conflict(registry.register(set("base", 1, 61))), named);
+    assert_eq!(conflict(registry.check_place(&set("base", 1, 61))), named);
+    registry.register(base.clone()).unwrap();
+
+    // A new version beside it is no replacement; the old one answers its borrowers.
+    registry.register(set("base", 2, 70)).unwrap();
+    assert_eq!(serve(&registry, "base").await, Ok(2));
+    serve(&registry, "b0").await.unwrap();
+    assert_eq!(registry.budget().used(Kind::Sets), 70 + 60 + 5);
+    registry.remove("base", Some(2)).unwrap();
+
+    // The same experts under another name are as good.
+    registry.register(SetDescriptor { name: "copy".into(), ..base.clone() }).unwrap();
+    registry.remove("base", None).unwrap();
+    serve(&registry, "b1").await.unwrap();
+    assert!(matches!(registry.remove("copy", None), Err(SetError::Conflict(_))));
+    for i in 0..7 {
+        registry.remove(&format!("b{i}"), None).unwrap();
+    }
+    registry.remove("copy", None).unwrap();
+    assert_eq!(registry.totals().registered, 0);
+    assert_eq!(registry.budget().used(Kind::Sets), 0);
+}
+
+#[tokio::test]
+async fn versions_of_one_name_may_borrow_from_each_other_and_go_together() {
+    let (registry, base) = lending(200, 0);
+    registry.register(SetDescriptor { version: 2, ..borrower("base", &base) }).unwrap();
+    assert_eq!(serve(&registry, "base").await, Ok(2));
+    assert!(matches!(registry.remove("base", Some(1)), Err(SetError::Conflict(_))));
+    assert_eq!(registry.remove("base", None).unwrap().len(), 2);
+    assert_eq!(registry.budget().used(Kind::Sets), 0);
+}
+
+#[tokio::test]
+async fn borrowers_without_a_fitting_lender_are_refused() {
+    let (registry, base) = lending(100, 1);
+    let refused = |set: SetDescriptor| registry.register(set).unwrap_err().to_string();
+    let missing = SetDescriptor { lender: Some(digest("elsewhere")), ..set("b", 1, 5) };
+    assert!(refused(missing).contains("which is not here"));
+    let chain = borrower("b", &borrower("b0", &base));
+    assert!(refused(chain).contains("which is not here"), "a borrower lends nothing");
+    let mut other = borrower("b", &base);
+    other.experts.num_experts += 1;
+    assert!(refused(other).contains("another shape"));
+    assert!(refused(SetDescriptor { version: 1, ..borrower("base", &base) }).contains("replaces"));
+    registry.register_backbone(backbone("second"));
+    let foreign = SetDescriptor { backbone: digest("second"), ..borrower("b", &base) };
+    assert!(refused(foreign).contains("another backbone"));
+    assert!(matches!(
+        registry.check_fits(&SetDescriptor { resident_bytes: 51, ..borrower("b", &base) }),
+        Err(SetError::TooLarge { needed: 51, available: 50, .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_lender_that_fails_fails_its_borrowers_with_the_reason() {
+    let (registry, _) = lending(100, 1);
+    registry.source().failing.lock().unwrap().insert("base".into(), "torn".into());
+    let error = serve(&registry, "b0").await.unwrap_err().to_string();
+    assert!(error.contains("`b0`") && error.contains("`base`") && error.contains("torn"), "{error}");
+    registry.source().failing.lock().unwrap().clear();
+    registry.load("b0", None, WAIT).await.unwrap();
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Serve(usize),
@@ -429,6 +579,7 @@ enum Step {
     Pin(usize),
     Unpin(usize),
     Replace(usize, usize),
+    Borrow(usize, usize),
     Delete(usize),
 }
 
@@ -443,6 +594,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => name.clone().prop_map(Step::Pin),
         1 => name.clone().prop_map(Step::Unpin),
         1 => (name.clone(), 1usize..120).prop_map(|(name, size)| Step::Replace(name, size)),
+        2 => (name.clone(), name.clone()).prop_map(|(name, of)| Step::Borrow(name, of)),
         1 => name.prop_map(Step::Delete),
     ];
     prop::collection::vec(step, 0..40)
@@ -477,6 +629,13 @@ proptest! {
                             version += 1;
                             registry.register(set(&name(i), version, size)).unwrap();
                         }
+                        Step::Borrow(i, of) => {
+                            version += 1;
+                            let lender = registry.lookup(&name(of), None).ok().map(|found| found.set.digest);
+                            let set = SetDescriptor { lender, ..set(&name(i), version, 7) };
+                            // Refused when that one borrows its experts itself.
+                            drop(registry.register(set));
+                        }
                     }
                 };
                 tokio::time::timeout(WAIT, run).await.expect("no call may get stuck");
@@ -484,10 +643,15 @@ proptest! {
                 assert!(budget.total() <= budget.limit());
             }
             drop(held);
-            for name in registry.names() {
-                let _ = registry.unpin(&name);
-                registry.remove(&name, None).unwrap();
+            // Lenders only go after those that borrow from them; nothing borrows from a borrower.
+            for _ in 0..2 {
+                for status in registry.list() {
+                    let name = &status.descriptor.name;
+                    let _ = registry.unpin(name);
+                    let _ = registry.remove(name, Some(status.descriptor.version));
+                }
             }
+            assert_eq!(registry.totals().registered, 0);
             // Loads of deleted sets may still be ending.
             let ended = async {
                 while registry.budget().used(Kind::Sets) > 0 {
