@@ -1,9 +1,15 @@
 //! Pictures that no expert set knows, on every front end.
 
 use std::process::Command;
+use std::sync::Arc;
 
-use model_core::image::RgbImage;
+use model_core::artifact::write_backbone;
+use model_core::config::{FloatFormat, ViTConfig};
+use model_core::engine::{Backbone, ExpertSet, Row, Session};
+use model_core::image::{DecodeLimits, Picture, Preprocess, RgbImage, decode};
+use model_core::weights::{BackboneWeights, Background, Covariance, Familiarity};
 use serde_json::{Value, json};
+use system_tests::fixtures::{Random, backbone_weights, borrower_artifact, expert_set_artifact, write};
 use system_tests::server::{Answer, Server, binary, image};
 
 fn png(image: &RgbImage) -> Vec<u8> {
@@ -73,4 +79,89 @@ fn the_command_line_says_so_too() {
     assert!(run(&[]).contains(": unknown, flat"));
     let document: Value = serde_json::from_str(&run(&["--json"])).unwrap();
     assert_eq!(verdict(&document), (&json!(true), Some("flat")));
+}
+
+/// What a set with statistics calls unfamiliar, against the distances of `FORMAT.md` in double precision.
+#[test]
+fn an_unfamiliar_picture_is_unknown_to_a_set_with_statistics() {
+    let config = ViTConfig::preset("tiny").unwrap();
+    let d_model = config.backbone.d_model;
+    let mut random = Random::new(7);
+    let mut values = |len: usize, least: f32| (0..len).map(|_| random.signed().abs() + least).collect::<Vec<_>>();
+    let background = Background {
+        mean: values(d_model, 0.0),
+        covariance: Covariance::Diagonal { diagonal: values(d_model, 0.5), factor: Vec::new() },
+        source: "none".into(),
+        images: 1,
+    };
+    let means = values(2 * d_model, -0.5);
+    let diagonal = values(d_model, 0.2);
+    let weights = BackboneWeights { background: Some(background.clone()), ..backbone_weights(&config.backbone, 1) };
+    let backbone_bytes = write_backbone("random", &weights, &Preprocess::default(), &json!({})).unwrap();
+    let backbone = Arc::new(Backbone::from_bytes(&backbone_bytes).unwrap());
+    let lender = expert_set_artifact(&config, backbone.digest(), "lender", 2);
+    let lender_set = ExpertSet::from_bytes(&lender, &backbone).unwrap();
+
+    let picture = image("test-00.png");
+    let distance = {
+        let decoded = Picture::from(decode(&picture, &DecodeLimits::default()).unwrap());
+        let preprocess = backbone.preprocess();
+        let samples = preprocess.see(&decoded, Default::default(), config.backbone.image_size).unwrap().samples;
+        let (mut logits, mut features) = (vec![0.0; config.num_classes], vec![0.0; d_model]);
+        let pixels = preprocess.normalize(&samples);
+        let row = Row {
+            set: &lender_set,
+            pixels: &pixels,
+            logits: &mut logits,
+            routing: None,
+            features: Some(&mut features),
+        };
+        Session::new(&backbone, 1, 1).forward(&mut [row]).unwrap();
+        let squared = |mean: &[f32], variances: &[f32]| -> f64 {
+            let pairs = features.iter().zip(mean).zip(variances);
+            pairs.map(|((&f, &m), &v)| (f64::from(f) - f64::from(m)).powi(2) / f64::from(v)).sum()
+        };
+        let Covariance::Diagonal { diagonal: far, .. } = &background.covariance else { unreachable!() };
+        let nearest = means.chunks_exact(d_model).map(|mean| squared(mean, &diagonal)).fold(f64::INFINITY, f64::min);
+        nearest - squared(&background.mean, far)
+    };
+
+    let store = tempfile::tempdir().unwrap();
+    let path = |name: &str| store.path().join("expert-sets").join(name).join("1.safetensors");
+    write(&store.path().join("backbones/main.safetensors"), &backbone_bytes);
+    write(&path("lender"), &lender);
+    let slack = distance.abs().max(1.0) * 1e-4;
+    for (name, threshold, temperature) in [("above", distance + slack, 4.0), ("below", distance - slack, 1.0)] {
+        let set = borrower_artifact(&lender, name, |set| {
+            set.weights.temperature = temperature;
+            set.weights.familiarity = Some(Familiarity {
+                format: FloatFormat::F32,
+                relative: true,
+                means: means.clone(),
+                covariance: Covariance::Diagonal { diagonal: diagonal.clone(), factor: Vec::new() },
+                threshold: threshold as f32,
+                pass_share: 0.0,
+            });
+        });
+        write(&path(name), &set);
+    }
+    let server = Server::start(["--model-store", store.path().to_str().unwrap()]);
+    let ask = |set: &str, query: &str| {
+        Answer::of(server.post(&format!("/classify/{set}?top_k=9{query}")).body(picture.clone())).json()
+    };
+    assert_eq!(verdict(&ask("lender", "")), (&json!(null), None));
+    assert_eq!(verdict(&ask("above", "")), (&json!(false), None));
+    assert_eq!(verdict(&ask("below", "")), (&json!(true), Some("unfamiliar")));
+    assert_eq!(verdict(&ask("below", "&min_score=1")), (&json!(true), Some("unfamiliar")));
+    assert_eq!(verdict(&ask("above", "&min_score=1")), (&json!(true), Some("unsure")));
+    assert!(server.metric("bvit_unknown_total{reason=\"unfamiliar\",set=\"below\"}") >= 2.0);
+
+    // The temperature divides the logits: differences of log-scores shrink by it.
+    let log_scores = |answer: &Value| {
+        let predictions = answer["predictions"].as_array().unwrap();
+        let score = |i: usize| predictions[i]["score"].as_f64().unwrap().ln();
+        score(0) - score(predictions.len() - 1)
+    };
+    let (hot, cold) = (log_scores(&ask("above", "")), log_scores(&ask("below", "")));
+    assert!((hot * 4.0 - cold).abs() < 1e-3 * cold, "{hot} {cold}");
 }
