@@ -282,8 +282,8 @@ impl Footprint {
     pub fn of_artifact(contents: &Contents, file_bytes: u64) -> Self {
         let feed_forward = match contents {
             Contents::Backbone(_) => None,
-            // A borrower's are those of the set that lends them.
-            Contents::ExpertSet(set) if set.borrowed_experts.is_some() => None,
+            // A borrower's are those of the set that lends them; a backbone that is a stem alone has none.
+            Contents::ExpertSet(set) if set.borrowed_experts.is_some() || set.backbone.num_layers == 0 => None,
             Contents::ExpertSet(set) => Some(FeedForward::of(&set.backbone, &set.config)),
         };
         Self { components: components(contents, file_bytes), feed_forward }

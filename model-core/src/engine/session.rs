@@ -77,10 +77,11 @@ struct ThreadScratch {
 impl ThreadScratch {
     fn new(backbone: &Backbone) -> Self {
         let config = backbone.config();
-        let rows = TILE * config.d_model;
+        // Without blocks nothing is normed, and only the pooled features of one image come out.
+        let (rows, out) = if config.has_blocks() { (TILE, TILE) } else { (0, 1) };
         Self {
-            rows: vec![0.0; rows],
-            out: vec![0.0; rows],
+            rows: vec![0.0; rows * config.d_model],
+            out: vec![0.0; out * config.d_model],
             quantized: Quantized::new(config.d_model),
             attention: AttentionScratch::new(block_tokens(config), config.head_dim()),
         }

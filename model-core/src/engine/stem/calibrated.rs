@@ -19,6 +19,10 @@ use crate::kernels::depthwise::{Input, Shape};
 use crate::kernels::{Isa, PackedDepthwise, PackedPointwise, Requantize};
 use crate::weights::{BackboneWeights, Matrix, Precision};
 
+/// 1.5 times 2^23: a float to which this is added has no digits behind the point left, ties to even. What is too large for
+/// that saturates as a code. A baseline CPU rounds by a call of a library.
+const ROUNDING: f32 = 12_582_912.0;
+
 /// The stem of one backbone.
 #[derive(Debug)]
 pub(super) struct Calibrated {
@@ -178,7 +182,7 @@ impl Calibrated {
     ) {
         for (pixel, codes) in pixels.chunks_exact(3).zip(planes[self.image.clone()].chunks_exact_mut(3)) {
             for ((value, code), (scale, shift)) in pixel.iter().zip(codes).zip(self.pixels) {
-                *code = (value * scale + shift).round_ties_even() as i8;
+                *code = (value * scale + shift + ROUNDING - ROUNDING) as i8;
             }
         }
         for layer in &self.layers {
