@@ -243,6 +243,9 @@ impl Metrics {
         for result in ImageResult::ALL {
             self.count_images(None, result, 0);
         }
+        if !self.per_set {
+            self.declare_unknown(ALL_SETS);
+        }
         for result in ["ok", "error"] {
             self.sets.loads.with_label_values(&[result]);
         }
@@ -300,11 +303,19 @@ impl Metrics {
                 let mut labelled = self.labelled_sets();
                 if !labelled.contains(set) {
                     labelled.insert(set.to_owned());
+                    self.declare_unknown(set);
                 }
                 set
             }
         };
         self.images.with_label_values(&[label, result.as_str()]).inc_by(count as u64);
+    }
+
+    /// Makes the series of unknown pictures exist before the first.
+    fn declare_unknown(&self, set: &str) {
+        for reason in Reason::ALL {
+            self.unknown.with_label_values(&[set, reason.as_str()]);
+        }
     }
 
     /// Counts a picture that is unknown to a registered set.
