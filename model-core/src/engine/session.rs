@@ -186,7 +186,6 @@ impl Session {
         self.moe.shrink();
     }
 
-    /// Bytes of scratch.
     pub fn resident_bytes(&self) -> usize {
         let floats = self.x.capacity() + self.normed.capacity() + self.qkv.capacity() + self.heads.capacity();
         let buffers = floats * size_of::<f32>()

@@ -42,7 +42,6 @@ const CURL_CROP: &str = "curl -T cat.jpg 'http://127.0.0.1:8000/classify?crop=0.
 const CURL_ROUTING: &str = "curl --data-binary @cat.jpg 'http://127.0.0.1:8000/classify/cifar100?routing=true'";
 const CURL_UPLOAD_NAMED: &str = "curl -T cat.jpg http://127.0.0.1:8000/classify/cifar100";
 
-/// Errors of classification.
 pub(super) const CLASSIFY: &[&[ErrorCode]] = &[USER, BODY, LIFECYCLE, LOAD, IMAGES];
 
 /// The routes of this resource. `PUT` is there for `curl -T image.jpg`.

@@ -56,10 +56,8 @@ pub struct Contents {
     pub broken: Vec<Broken>,
 }
 
-/// The embedded models.
-///
 /// # Errors
-/// When one is broken, which only a broken build can be.
+/// When an embedded model is broken, which only a broken build can be.
 pub fn embedded() -> anyhow::Result<Contents> {
     let backbones = BACKBONES.iter().map(|(name, bytes)| describe_backbone(name, &Location::Embedded(bytes)));
     let sets = SETS.iter().map(|(name, bytes)| describe_set(name, EMBEDDED_VERSION, &Location::Embedded(bytes)));

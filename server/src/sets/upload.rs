@@ -42,8 +42,6 @@ impl Upload {
         &self.path
     }
 
-    /// Appends bytes.
-    ///
     /// # Errors
     /// When the disk is full or broken.
     pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {

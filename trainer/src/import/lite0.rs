@@ -156,10 +156,8 @@ pub(super) fn backbone(tensors: &Tensors<'_>, shape: Shape, image_size: usize) -
     })
 }
 
-/// The last layer.
-///
 /// # Errors
-/// When it is missing or has another shape.
+/// When the last layer is missing or has another shape.
 pub(super) fn head(tensors: &Tensors<'_>, shape: Shape, classes: usize) -> Result<Linear> {
     let read = || -> Result<Linear> {
         let weight = tensors.floats("_fc.weight", &[classes, shape.features()])?;
