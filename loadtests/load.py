@@ -75,7 +75,8 @@ def port_in(line):
 
 
 def butterflyvit(arguments, *flags):
-    store = ["--model-store", arguments.model_store] if arguments.model_store else []
+    # Of the embedded models the one that figures of earlier versions are about.
+    store = ["--model-store", arguments.model_store] if arguments.model_store else ["--default-set", "cifar100"]
     # All clients come from one address here, and stand for many.
     command = [arguments.binary, "--listen", "127.0.0.1:0", "--client-share", "100", *store, *arguments.flag, *flags]
     return Server(command, lambda line: " ready " in line)
@@ -84,9 +85,7 @@ def butterflyvit(arguments, *flags):
 def files_and_targets(arguments):
     """What is sent, in turn: every image to every set named."""
     images = arguments.images or sorted((ROOT / "tests/images").glob("*.png"))
-    # Of the embedded sets the one that figures of earlier versions are about.
-    sets = arguments.sets or ("" if arguments.model_store else "cifar100")
-    targets = [f"/classify/{name}" for name in sets.split(",")] if sets else ["/classify"]
+    targets = [f"/classify/{name}" for name in arguments.sets.split(",")] if arguments.sets else ["/classify"]
     return [(path, target) for path in images for target in targets]
 
 
@@ -254,7 +253,7 @@ def saturate(arguments, report):
     report.table("saturate", rows)
     report.facts("process", facts)
     report.check("start to ready within 0.3 s", facts["start_seconds"] <= 0.3, facts["start_seconds"])
-    report.check("idle RSS at most 24 MB", facts["idle_mb"] <= 24, facts["idle_mb"])
+    report.check("idle RSS at most 28 MB", facts["idle_mb"] <= 28, facts["idle_mb"])
     return rows
 
 
@@ -302,12 +301,13 @@ def photos(arguments, report):
         "turned JPEG": photo(4608, 3456, quality=85, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
         "PNG": photo(4608, 3456, format="PNG", compress_level=1),
     }
+    target = "/classify" if arguments.model_store else "/classify/imagenet"
     rows = []
     for kind, body in kinds.items():
         with butterflyvit(arguments, "--max-body", "64MiB", "--body-memory", "64MiB") if len(body) > 16 * MIB \
                 else butterflyvit(arguments) as server:
             idle = server.memory()[0]
-            row = asyncio.run(closed_loop(server.port, [request("/classify", body)], 16, arguments.seconds))
+            row = asyncio.run(closed_loop(server.port, [request(target, body)], 16, arguments.seconds))
             rows.append({"photo": kind, "file_mb": mb(len(body)), "idle_mb": mb(idle), "peak_mb": mb(server.memory()[1]),
                          **row})
     report.table("photos", rows)
@@ -315,7 +315,8 @@ def photos(arguments, report):
         allowed = {"200", "429", "504"}
         report.check(f"{row['photo']}: answered", "200" in row["statuses"] and set(row["statuses"]) <= allowed,
                      row["statuses"])
-        report.check(f"{row['photo']}: peak RSS at most 96 MB", row["peak_mb"] <= 96, row["peak_mb"])
+        # Both models are in memory, and two bodies of 30 MB where PNG files come.
+        report.check(f"{row['photo']}: peak RSS at most 112 MB", row["peak_mb"] <= 112, row["peak_mb"])
 
 
 def soak(arguments, report):
