@@ -203,7 +203,8 @@ def mobilenet_features(path, files):
     model = Interpreter(path, experimental_preserve_all_tensors=True, experimental_op_resolver_type=plain)
     model.allocate_tensors()
     described = model.get_input_details()[0]
-    pooled = next(tensor for tensor in model.get_tensor_details() if "average_pool" in tensor["name"])
+    pooled = next(tensor for tensor in model.get_tensor_details()
+                  if "average_pool" in tensor["name"] and tensor["shape"][-1] == 1280)
     found = []
     for file in files:
         image = np.asarray(square(file, described["shape"][1]))[None].astype(described["dtype"])
