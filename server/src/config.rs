@@ -337,11 +337,22 @@ pub struct TeachArgs {
     /// Name of the expert set; a set that is there gets another version.
     #[arg(long, env = "BVIT_SET", value_name = "SET")]
     pub set: String,
-    /// Model store that the set goes to; made when it is not there.
-    #[arg(long, env = "BVIT_MODEL_STORE", value_name = "DIR")]
-    pub store: PathBuf,
-    /// Backbone to teach on: a file, which is copied into the store, or the name of one in the store; without it the
-    /// store's only one.
+    /// Model store that the set goes to; made when it is not there. A server on it has the set at its next start, or
+    /// when it looks again.
+    #[arg(long, value_name = "DIR", required_unless_present = "server", conflicts_with = "server")]
+    pub store: Option<PathBuf>,
+    /// Server that the set goes to, as http://127.0.0.1:8000: it answers with the set at once.
+    #[arg(long, env = "BVIT_SERVER", value_name = "URL")]
+    pub server: Option<String>,
+    /// File whose first admin key, `NAME:KEY` or `KEY`, is sent to the server; without it the key that a server on this
+    /// machine made at its start.
+    #[arg(long, env = "BVIT_ADMIN_KEY_FILE", value_name = "FILE")]
+    pub admin_key_file: Option<PathBuf>,
+    /// The certificate of the server, when it speaks TLS.
+    #[arg(long, env = "BVIT_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Backbone to teach on: a file, the name of one in the store, or of an embedded one; it is copied into the store when
+    /// it is not there. Without it the store's only one, otherwise the embedded one for photographs.
     #[arg(long, env = "BVIT_BACKBONE", value_name = "FILE|NAME")]
     pub backbone: Option<String>,
     /// The part of each picture that the set looks at, in shares of the upright picture.

@@ -58,7 +58,7 @@ fn ask(mut stream: impl Read + Write, host: SocketAddr) -> std::io::Result<Strin
 
 /// Trust in the very certificate the server was given, and in no other: this check runs beside the server, whose name
 /// on the certificate is rarely the loopback's.
-fn trusting(certificate: &Path) -> std::io::Result<Arc<ClientConfig>> {
+pub(super) fn trusting(certificate: &Path) -> std::io::Result<Arc<ClientConfig>> {
     let certificate = CertificateDer::from_pem_file(certificate).map_err(Error::other)?;
     let provider = Arc::new(ring::default_provider());
     let config = ClientConfig::builder_with_provider(Arc::clone(&provider))

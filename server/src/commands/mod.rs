@@ -5,4 +5,5 @@ pub mod bench;
 pub mod classify;
 pub mod healthcheck;
 pub mod inspect;
+mod remote;
 pub mod teach;

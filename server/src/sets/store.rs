@@ -17,7 +17,7 @@ const EMBEDDED_VERSION: u64 = 1;
 pub const EMBEDDED_DEFAULT: &str = "imagenet";
 
 /// An artifact that is part of this program, by name.
-type Embedded = (&'static str, &'static [u8]);
+pub type Embedded = (&'static str, &'static [u8]);
 
 /// The one for photographs, and that of the paper's kind.
 static BACKBONES: [Embedded; 2] = [
@@ -54,6 +54,11 @@ pub struct Contents {
     pub sets: Vec<SetDescriptor>,
     /// Files that are neither.
     pub broken: Vec<Broken>,
+}
+
+/// The embedded backbone of that name.
+pub fn embedded_backbone(name: &str) -> Option<Embedded> {
+    BACKBONES.into_iter().find(|(own, _)| *own == name)
 }
 
 /// # Errors

@@ -5,6 +5,7 @@ mod images;
 mod place;
 mod progress;
 mod report;
+mod send;
 
 use std::process::ExitCode;
 
@@ -16,6 +17,7 @@ use model_core::engine::ExpertSet;
 use model_core::image::View;
 use teaching::{Base, Examples, Options, Taught, teach};
 
+use super::remote::Remote;
 use crate::config::TeachArgs;
 use features::Extractor;
 use images::Images;
@@ -31,7 +33,14 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     if !is_valid_name(&args.set) {
         bail!("`{}` is no name of a set: {NAME_RULE}", args.set);
     }
-    let place = Place::new(&args.store);
+    // Before minutes of work: a server that is not there is said at once.
+    let remote = args.server.as_deref().map(|url| {
+        let remote = Remote::new(url, args.tls_cert.as_deref(), args.admin_key_file.as_deref())?;
+        let version = send::next_version(&remote, &args.set)?;
+        anyhow::Ok((url, remote, version))
+    });
+    let remote = remote.transpose()?;
+    let place = Place::new(args.store.as_deref());
     let source = place.backbone(args.backbone.as_deref())?;
     let images = Images::list(&args.folder)?;
     let view = View { crop: args.crop_shares()?, fit: args.fit.unwrap_or_default() };
@@ -60,9 +69,18 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
         view,
     };
     let bytes = artifact(taught, &args.set, base, &source)?;
-    let copied = place.copy_backbone(&source)?;
-    let (path, version) = place.put(&args.set, &bytes)?;
-    let outcome = Outcome { args, report: &report, found: &found, path, version, bytes: bytes.len(), copied };
+    let (place, version, copied) = match remote {
+        Some((url, remote, version)) => {
+            send::upload(&remote, &args.set, version, &bytes)?;
+            (format!("{}/classify/{}", url.trim_end_matches('/'), args.set), version, None)
+        }
+        None => {
+            let copied = place.copy_backbone(&source)?;
+            let (path, version) = place.put(&args.set, &bytes)?;
+            (path.display().to_string(), version, copied)
+        }
+    };
+    let outcome = Outcome { args, report: &report, found: &found, place, version, bytes: bytes.len(), copied };
     outcome.print().context("standard output")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,5 +1,6 @@
 //! The store that a taught set goes to, and the backbone that it is taught on.
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,9 +16,12 @@ use model_core::weights::Background;
 
 use crate::sets::{store, upload};
 
-/// The store that a set goes to, by its root folder.
+/// The embedded backbone to teach on where nothing else is named.
+const EMBEDDED_FOR_PHOTOGRAPHS: &str = "photo";
+
+/// A store, or a server's.
 pub(super) struct Place {
-    root: PathBuf,
+    root: Option<PathBuf>,
 }
 
 /// The backbone to teach on.
@@ -25,52 +29,47 @@ pub(super) struct Source {
     pub(super) backbone: Arc<Backbone>,
     pub(super) weights_background: Option<Background>,
     name: String,
-    bytes: Vec<u8>,
+    bytes: Cow<'static, [u8]>,
 }
 
 impl Place {
-    pub(super) fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+    /// The store in the folder `root`; without it, that of a server.
+    pub(super) fn new(root: Option<&Path>) -> Self {
+        Self { root: root.map(Path::to_owned) }
     }
 
-    /// The backbone that `wanted` names, by file or by name in the store; without it the store's only one.
+    /// The backbone that `wanted` names: a file, one in the store, or an embedded one. Without it, the store's only one; in a
+    /// store without any, and for a server, the embedded one for photographs.
     ///
     /// # Errors
     /// When there is none, or it needs experts.
     pub(super) fn backbone(&self, wanted: Option<&str>) -> anyhow::Result<Source> {
-        let path = match wanted {
-            Some(file) if Path::new(file).is_file() => PathBuf::from(file),
-            Some(name) if is_valid_name(name) && backbone_path(&self.root, name).is_file() => {
-                backbone_path(&self.root, name)
-            }
-            Some(wanted) => {
-                bail!(
-                    "there is no backbone `{wanted}`: neither a file of that name, nor one in {}",
-                    self.root.display()
-                )
-            }
-            None => self.only_backbone()?,
+        let (path, wanted) = match wanted {
+            Some(file) if Path::new(file).is_file() => (Some(PathBuf::from(file)), ""),
+            Some(name) => (self.path_in_store(name), name),
+            None => (self.only_backbone()?, EMBEDDED_FOR_PHOTOGRAPHS),
+        };
+        let Some(path) = path else {
+            let (name, bytes) = store::embedded_backbone(wanted).with_context(|| {
+                format!("there is no backbone `{wanted}`: neither a file of that name, nor one in the store, nor an embedded one")
+            })?;
+            return source(name, Cow::Borrowed(bytes)).with_context(|| format!("the embedded backbone {name}"));
         };
         let name = path.file_stem().and_then(|stem| stem.to_str()).filter(|name| is_valid_name(name));
         let name = name.with_context(|| format!("{}: the file name is no name of a backbone", path.display()))?;
-        let read = || -> anyhow::Result<Source> {
-            let bytes = fs::read(&path)?;
-            let BackboneArtifact { name: own, mut weights, preprocess, digest, .. } = read_backbone(&bytes)?;
-            if weights.config.has_blocks() {
-                bail!(
-                    "the backbone has blocks, so a set needs experts, and borrowing those of another set is not served yet; \
-                     teach on a backbone without blocks, such as EfficientNet-Lite0, or use `butterflyvit-trainer specialise`"
-                );
-            }
-            let backbone = Backbone::from_weights(own, &weights, preprocess, digest, Isa::from_env()?)?;
-            let weights_background = weights.background.take();
-            Ok(Source { backbone: Arc::new(backbone), weights_background, name: name.to_owned(), bytes })
-        };
+        let read = || source(name, Cow::Owned(fs::read(&path)?));
         read().with_context(|| path.display().to_string())
     }
 
-    fn only_backbone(&self) -> anyhow::Result<PathBuf> {
-        let folder = model_core::artifact::store_layout::backbones_folder(&self.root);
+    fn path_in_store(&self, name: &str) -> Option<PathBuf> {
+        let root = self.root.as_ref().filter(|_| is_valid_name(name))?;
+        Some(backbone_path(root, name)).filter(|path| path.is_file())
+    }
+
+    /// The only backbone of the store; none when it holds none.
+    fn only_backbone(&self) -> anyhow::Result<Option<PathBuf>> {
+        let Some(root) = &self.root else { return Ok(None) };
+        let folder = model_core::artifact::store_layout::backbones_folder(root);
         let mut found = Vec::new();
         for entry in fs::read_dir(&folder).into_iter().flatten() {
             let path = entry?.path();
@@ -80,8 +79,8 @@ impl Place {
         }
         found.sort();
         match &found[..] {
-            [] => bail!("{} holds no backbone; name the file of one with --backbone", self.root.display()),
-            [only] => Ok(only.clone()),
+            [] => Ok(None),
+            [only] => Ok(Some(only.clone())),
             several => {
                 let names = several.iter().filter_map(|path| path.file_stem()?.to_str());
                 bail!(
@@ -97,12 +96,13 @@ impl Place {
     /// # Errors
     /// When another backbone has its name, or it cannot be written.
     pub(super) fn copy_backbone(&self, source: &Source) -> anyhow::Result<Option<PathBuf>> {
+        let root = self.root()?;
         let mut contents = store::Contents::default();
-        store::scan_backbones(&self.root, &mut contents)?;
+        store::scan_backbones(root, &mut contents)?;
         if contents.backbones.iter().any(|backbone| backbone.digest == source.backbone.digest()) {
             return Ok(None);
         }
-        let path = backbone_path(&self.root, &source.name);
+        let path = backbone_path(root, &source.name);
         if path.exists() {
             bail!("the store has another backbone `{}`; rename the file that --backbone names", source.name);
         }
@@ -115,13 +115,31 @@ impl Place {
     /// # Errors
     /// When it cannot be written.
     pub(super) fn put(&self, name: &str, bytes: &[u8]) -> anyhow::Result<(PathBuf, u64)> {
-        let folder = set_folder(&self.root, name);
+        let root = self.root()?;
+        let folder = set_folder(root, name);
         let files = fs::read_dir(&folder).into_iter().flatten().flatten();
         let versions = files.filter_map(|file| parse_version(file.path().file_stem()?.to_str()?));
         let highest = versions.max().unwrap_or(0);
         let version = highest.checked_add(1).context("the set has the highest version there can be")?;
-        let path = set_path(&self.root, name, version);
+        let path = set_path(root, name, version);
         upload::put(&path, bytes).with_context(|| path.display().to_string())?;
         Ok((path, version))
     }
+
+    fn root(&self) -> anyhow::Result<&Path> {
+        self.root.as_deref().context("there is no store to write to")
+    }
+}
+
+fn source(name: &str, bytes: Cow<'static, [u8]>) -> anyhow::Result<Source> {
+    let BackboneArtifact { name: own, mut weights, preprocess, digest, .. } = read_backbone(&bytes)?;
+    if weights.config.has_blocks() {
+        bail!(
+            "the backbone has blocks, so a set needs experts, which `teach` does not borrow from another set yet; teach on a \
+             backbone without blocks, such as the embedded one for photographs, or use `butterflyvit-trainer specialise`"
+        );
+    }
+    let backbone = Backbone::from_weights(own, &weights, preprocess, digest, Isa::from_env()?)?;
+    let weights_background = weights.background.take();
+    Ok(Source { backbone: Arc::new(backbone), weights_background, name: name.to_owned(), bytes })
 }

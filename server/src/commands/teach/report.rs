@@ -14,7 +14,8 @@ pub(super) struct Outcome<'a> {
     pub(super) args: &'a TeachArgs,
     pub(super) report: &'a Report,
     pub(super) found: &'a Found,
-    pub(super) path: PathBuf,
+    /// The file that was written, or the address that answers.
+    pub(super) place: String,
     pub(super) version: u64,
     pub(super) bytes: usize,
     /// Where the backbone was copied to.
@@ -36,7 +37,7 @@ impl Outcome<'_> {
         let document = json!({
             "set": self.args.set,
             "version": self.version,
-            "file": self.path.display().to_string(),
+            "place": self.place,
             "bytes": self.bytes,
             "backbone_copied_to": self.copied.as_ref().map(|path| path.display().to_string()),
             "left_out": self.found.left_out,
@@ -50,7 +51,7 @@ impl Outcome<'_> {
         let Report { images, folds, accuracy, none_accuracy, classes, confusions, suspects, calibration, .. } =
             self.report;
         writeln!(out, "{} version {}: {} classes from {images} images", self.args.set, self.version, classes.len())?;
-        writeln!(out, "  {} ({} bytes)", self.path.display(), self.bytes)?;
+        writeln!(out, "  {} ({} bytes)", self.place, self.bytes)?;
         if let Some(copied) = &self.copied {
             writeln!(out, "  {} (the backbone, copied)", copied.display())?;
         }

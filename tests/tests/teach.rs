@@ -1,0 +1,121 @@
+//! `butterflyvit teach`: folders become sets that a running server answers with.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use model_core::random::SplitMix64;
+use serde_json::Value;
+use system_tests::server::{Answer, Server, binary};
+
+/// A photograph of stripes in one of two directions, noisy, unlike every other one of its seed.
+fn striped(upright: bool, seed: u64) -> Vec<u8> {
+    const SIDE: u32 = 64;
+    let mut random = SplitMix64::at(seed, u64::from(upright));
+    let period = 6 + (seed % 3) as u32;
+    let mut pixels = Vec::new();
+    for y in 0..SIDE {
+        for x in 0..SIDE {
+            let along = if upright { x } else { y };
+            let base = if along % period < period / 2 { 40.0 } else { 200.0 };
+            pixels.extend([0; 3].map(|_: u8| (base + 30.0 * random.uniform()) as u8));
+        }
+    }
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, SIDE, SIDE);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.write_header().unwrap().write_image_data(&pixels).unwrap();
+    bytes
+}
+
+fn examples(folder: &Path) {
+    for (label, upright) in [("up \u{e9}", true), ("across", false)] {
+        fs::create_dir(folder.join(label)).unwrap();
+        for seed in 0..5 {
+            fs::write(folder.join(label).join(format!("{seed}.png")), striped(upright, seed)).unwrap();
+        }
+    }
+}
+
+fn teach(folder: &Path, flags: &[&str]) -> Output {
+    Command::new(binary()).arg("teach").arg(folder).args(["--set", "stripes", "--json"]).args(flags).output().unwrap()
+}
+
+/// The one line that says why nothing was taught.
+fn refusal(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), text.lines().count()), (Some(2), 1), "{text}");
+    text
+}
+
+#[test]
+fn a_folder_becomes_a_set_that_a_running_server_answers_with() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (folder, store, keys) =
+        (scratch.path().join("images"), scratch.path().join("store"), scratch.path().join("keys"));
+    fs::create_dir(&folder).unwrap();
+    examples(&folder);
+    fs::write(folder.join("across/broken.png"), "no image").unwrap();
+    fs::write(&keys, "tests:a-long-secret\n").unwrap();
+    let output = teach(&folder, &["--store", store.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("broken.png"));
+    assert!(store.join("backbones/photo.safetensors").is_file(), "the embedded backbone is copied");
+
+    let server = Server::start([
+        "--model-store".as_ref(),
+        store.as_os_str(),
+        "--default-set".as_ref(),
+        "stripes".as_ref(),
+        "--admin-key-file".as_ref(),
+        keys.as_os_str(),
+    ]);
+    let url = server.url("/");
+    let upload = ["--server", &url, "--admin-key-file", keys.to_str().unwrap()];
+    let output = teach(&folder, &upload);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said["version"], 2, "the version after the one that is there: {said}");
+    for (label, upright) in [("up \u{e9}", true), ("across", false)] {
+        let answer = Answer::of(server.post("/classify/stripes").body(striped(upright, 77)));
+        assert_eq!((&*answer.label(), &answer.json()["version"]), (label, &Value::from(2)), "{}", answer.text);
+        assert!(answer.json()["unknown"].is_boolean(), "the set has statistics");
+    }
+
+    fs::write(&keys, "tests:another-secret\n").unwrap();
+    let refused = refusal(&teach(&folder, &upload));
+    assert!(refused.contains("does not take the set"), "{refused}");
+    assert_eq!(server.get("/sets/stripes").json().as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn what_cannot_be_taught_is_one_sentence_and_nothing_is_written() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (folder, store) = (scratch.path().join("images"), scratch.path().join("store"));
+    let store = ["--store", store.to_str().unwrap()];
+    fs::create_dir(&folder).unwrap();
+    let no_classes = refusal(&teach(&folder, &store));
+    assert!(no_classes.contains("no subfolders"), "{no_classes}");
+    examples(&folder);
+    let nobody = refusal(&teach(&folder, &["--server", "http://127.0.0.1:1"]));
+    assert!(nobody.contains("127.0.0.1:1"), "{nobody}");
+    let no_address = refusal(&teach(&folder, &["--server", "127.0.0.1"]));
+    assert!(no_address.contains("no address of a server"), "{no_address}");
+    let nowhere = refusal(&teach(&folder, &[]));
+    assert!(nowhere.contains("--store"), "{nowhere}");
+    let no_backbone = refusal(&teach(&folder, &[store[0], store[1], "--backbone", "none-such"]));
+    assert!(no_backbone.contains("none-such"), "{no_backbone}");
+
+    fs::copy(folder.join("across/0.png"), folder.join("up \u{e9}/same.png")).unwrap();
+    let twice = refusal(&teach(&folder, &store));
+    assert!(twice.contains("same.png") && twice.contains("the same image"), "{twice}");
+    fs::remove_dir_all(folder.join("up \u{e9}")).unwrap();
+    let one = refusal(&teach(&folder, &store));
+    assert!(one.contains("one class, `across`"), "{one}");
+    fs::create_dir(folder.join("lone")).unwrap();
+    fs::copy(folder.join("across/0.png"), folder.join("lone/0.png")).unwrap();
+    fs::remove_file(folder.join("across/0.png")).unwrap();
+    let few = refusal(&teach(&folder, &store));
+    assert!(few.contains("`lone` has 1 image"), "{few}");
+    assert!(!Path::new(store[1]).join("expert-sets").exists());
+}
