@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Measures what `butterflyvit teach` makes of folders of images, and prints tables.
+
+    teach.py scenes FOLDER...         each has train/, test/ and perhaps unlike/: how often the set is right, what it refuses
+    teach.py against NAME=FOLDER...   classes in folders: each set is shown photographs of the other folders
+    teach.py upload FOLDER            seconds from the command, `teach --server`, to the first answer of the server
+
+Only the standard library is needed. Build first: `cargo build --release`.
+"""
+
+import argparse
+import http.client
+import json
+import math
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+def images(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+
+
+def interval(count, of):
+    """Wilson's interval of a share, in which the true one lies in 95 of 100 cases."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.959964, count / of
+    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
+    return max(0.0, (middle - half) / (1 + z * z / of)), min(1.0, (middle + half) / (1 + z * z / of))
+
+
+def percent(count, of):
+    low, high = interval(count, of)
+    return f"{100 * count / max(of, 1):.1f}% of {of} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+class Gateway:
+    """The commands of a `butterflyvit` with a store of its own."""
+
+    def __init__(self, binary, store, flags):
+        self.binary, self.store, self.flags = binary, store, flags
+
+    def run(self, *arguments, fine=(0,)):
+        done = subprocess.run([self.binary, *map(str, arguments)], capture_output=True, text=True)
+        if done.returncode not in fine:
+            sys.exit(f"{' '.join(map(str, arguments))}: {done.stderr}")
+        return done.stdout
+
+    def teach(self, folder, name):
+        """The report, and seconds."""
+        start = time.perf_counter()
+        out = self.run("teach", folder, "--set", name, "--store", self.store, "--json", *self.flags)
+        return json.loads(out), time.perf_counter() - start
+
+    def classify(self, name, files):
+        """Answers by file."""
+        lines = []
+        for first in range(0, len(files), 500):
+            some = files[first:first + 500]
+            # Exit code 1: a file is no image. It has no line.
+            lines += self.run("classify", "--model-store", self.store, "--set", name, "--json", *some, fine=(0, 1)).splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def right(answers):
+    """Answers whose best label is the folder of the file, `unknown` or not."""
+    return sum(pathlib.Path(a["file"]).parent.name == a["predictions"][0]["label"] for a in answers)
+
+
+def unknown(answers):
+    return sum(a["unknown"] is True for a in answers)
+
+
+def scenes(gateway, folders):
+    print("| folder | seconds | file bytes | test images right | real ones refused | unlike ones called unknown | let through |")
+    print("| --- | ---: | ---: | --- | --- | --- | --- |")
+    rights, refusals, total = 0, 0, 0
+    for number, folder in enumerate(map(pathlib.Path, folders)):
+        report, seconds = gateway.teach(folder, f"scene-{number}")
+        test = gateway.classify(f"scene-{number}", images(folder / "test"))
+        unlike = gateway.classify(f"scene-{number}", images(folder / "unlike"))
+        known = [pathlib.Path(a["file"]).stem for a in unlike if a["unknown"] is not True]
+        rights, refusals, total = rights + right(test), refusals + unknown(test), total + len(test)
+        print(f"| {folder.name} | {seconds:.1f} | {report['bytes']} | {percent(right(test), len(test))} | "
+              f"{percent(unknown(test), len(test))} | {unknown(unlike)} of {len(unlike)} | {', '.join(known)} |", flush=True)
+    print(f"| all | | | {percent(rights, total)} | {percent(refusals, total)} | | |")
+
+
+def sampled(folder, target, most_classes, per_class, tests, seed):
+    """A folder of links with `train` and `test`, from a folder of classes or one that has `train` and `test` itself."""
+    pick = random.Random(seed)
+    both = folder / "train", folder / "test"
+    source = both[0] if both[0].is_dir() else folder
+    classes = [path for path in sorted(source.iterdir()) if path.is_dir()]
+    enough = [path for path in classes if len(images(path)) >= (per_class if both[1].is_dir() else per_class + 2)]
+    for path in sorted(pick.sample(enough, min(most_classes, len(enough)))):
+        files = images(path)
+        pick.shuffle(files)
+        train, test = files[:per_class], files[per_class:per_class + tests]
+        if both[1].is_dir():
+            test = images(both[1] / path.name)
+            pick.shuffle(test)
+            test = test[:tests]
+        for part, some in (("train", train), ("test", test)):
+            place = target / part / path.name
+            place.mkdir(parents=True)
+            for number, file in enumerate(some):
+                (place / f"{number:04}{file.suffix}").symlink_to(file.resolve())
+    return target
+
+
+def against(gateway, named, arguments):
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {}
+        for name, folder in (pair.split("=", 1) for pair in named):
+            target = pathlib.Path(scratch) / name
+            folders[name] = sampled(pathlib.Path(folder), target, arguments.classes, arguments.per_class, arguments.tests,
+                                    arguments.seed)
+        print("| set | classes | file bytes | right | real ones refused | of others let through | the report's interval holds it | by set |")
+        print("| --- | ---: | ---: | --- | --- | --- | --- | --- |")
+        for name, folder in folders.items():
+            report, _ = gateway.teach(folder, name)
+            test = gateway.classify(name, images(folder / "test"))
+            passed, of, apart = 0, 0, []
+            for other, elsewhere in folders.items():
+                if other == name:
+                    continue
+                answers = gateway.classify(name, images(elsewhere / "test"))
+                let = len(answers) - unknown(answers)
+                passed, of = passed + let, of + len(answers)
+                apart.append(f"{other} {100 * let / max(len(answers), 1):.1f}%")
+            said = report["report"]["unknown"]["background_passes"]
+            holds = said and said["low"] <= passed / max(of, 1) <= said["high"]
+            stated = f"{'yes' if holds else 'no'}: {100 * said['low']:.1f} to {100 * said['high']:.1f}%" if said else "none"
+            classes = len(report["report"]["classes"])
+            print(f"| {name} | {classes} | {report['bytes']} | {percent(right(test), len(test))} | "
+                  f"{percent(unknown(test), len(test))} | {percent(passed, of)} | {stated} | {', '.join(apart)} |", flush=True)
+
+
+def upload(gateway, folder):
+    """Starts a server on a store with the backbone, and times `teach --server` and the first answer."""
+    folder = pathlib.Path(folder)
+    gateway.teach(folder, "before")
+    key = pathlib.Path(gateway.store) / "admin-key"
+    command = [gateway.binary, "--listen", "127.0.0.1:0", "--model-store", gateway.store, "--default-set", "before",
+               "--admin-key-out", key]
+    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        seen = []
+        for line in server.stdout:
+            seen.append(line)
+            if "listening address=" in line:
+                port = int(line.rsplit(":", 1)[1])
+            if " ready " in line:
+                break
+        else:
+            sys.exit("the server did not start:\n" + "".join(seen))
+        threading.Thread(target=server.stdout.read, daemon=True).start()
+        train = folder / "train" if (folder / "train").is_dir() else folder
+        picture = images(train)[0].read_bytes()
+        start = time.perf_counter()
+        gateway.run("teach", folder, "--set", "door", "--server", f"http://127.0.0.1:{port}", "--admin-key-file", key,
+                    "--json", *gateway.flags)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/classify/door", picture)
+        answer = json.loads(connection.getresponse().read())
+        seconds = time.perf_counter() - start
+        print(f"{len(images(train))} images: {seconds:.1f} s from the command to the answer `{answer['predictions'][0]['label']}`")
+    finally:
+        server.kill()
+        server.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["scenes", "against", "upload"])
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/butterflyvit")
+    parser.add_argument("--classes", type=int, default=10, help="of each folder (default 10)")
+    parser.add_argument("--per-class", type=int, default=20, help="images to learn from (default 20)")
+    parser.add_argument("--tests", type=int, default=20, help="other images of each class (default 20)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--flag", action="append", default=[], help="passed on to teach, as --flag=--fit=pad")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as store:
+        gateway = Gateway(arguments.binary.resolve(), store, arguments.flag)
+        if arguments.what == "scenes":
+            scenes(gateway, arguments.folders)
+        elif arguments.what == "against":
+            against(gateway, arguments.folders, arguments)
+        else:
+            upload(gateway, arguments.folders[0])
+
+
+if __name__ == "__main__":
+    main()
