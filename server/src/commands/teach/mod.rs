@@ -47,6 +47,11 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let found = Extractor::new(&source, view, threads)?.extract(&images, &progress)?;
+    progress.done();
+    // Before anything is refused for want of images: it may be why.
+    for sentence in &found.left_out {
+        eprintln!("butterflyvit: left out: {sentence}");
+    }
 
     let config = source.backbone.config();
     let examples = Examples {

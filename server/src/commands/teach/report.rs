@@ -24,9 +24,6 @@ pub(super) struct Outcome<'a> {
 
 impl Outcome<'_> {
     pub(super) fn print(&self) -> io::Result<()> {
-        for sentence in &self.found.left_out {
-            eprintln!("butterflyvit: left out: {sentence}");
-        }
         let mut out = io::stdout().lock();
         if self.args.json { self.print_json(&mut out) } else { self.print_text(&mut out) }
     }
