@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
+use crate::cameras::{Cameras, Condition};
 use crate::classify::Classifier;
 use crate::keys::Keys;
 use crate::metrics::saturating;
@@ -36,7 +37,8 @@ pub struct App {
     pub limits: Limits,
     /// Expert set of requests that name none; known once the server is ready.
     pub default_set: OnceLock<String>,
-    pub classifier: Classifier,
+    pub classifier: Arc<Classifier>,
+    pub cameras: Cameras,
     /// The thread that decompresses bodies, reads long JSON and builds long answers.
     pub bulk: BlockingPool,
     /// Bytes that long answers may take together.
@@ -81,7 +83,7 @@ impl App {
 
     /// Reads the gauges of what *is* from their owners.
     pub fn refresh_metrics(&self) {
-        let Classifier { registry, admission, metrics, statistics, .. } = &self.classifier;
+        let Classifier { registry, admission, metrics, statistics, .. } = &*self.classifier;
         let (totals, budget, (images, bytes)) = (registry.totals(), registry.budget(), admission.images_held());
         metrics.queue_depth.set(saturating(images));
         metrics.sets_registered.set(saturating(totals.registered));
@@ -103,6 +105,23 @@ impl App {
             for status in sets.iter().filter(|status| status.resident_bytes > 0) {
                 let pinned = if status.pinned { "true" } else { "false" };
                 metrics.set_resident.with_label_values(&[status.descriptor.name.as_str(), pinned]).set(1);
+            }
+        }
+        self.refresh_cameras();
+    }
+
+    fn refresh_cameras(&self) {
+        let metrics = &self.classifier.metrics;
+        metrics.camera_state.reset();
+        metrics.camera_frame_age.reset();
+        for camera in self.cameras.all() {
+            let (name, (age, condition)) = (camera.config.name.as_str(), camera.age());
+            for each in Condition::ALL {
+                let is_so = i64::from(each == condition);
+                metrics.camera_state.with_label_values(&[name, each.as_str()]).set(is_so);
+            }
+            if let Some(age) = age {
+                metrics.camera_frame_age.with_label_values(&[name]).set(age);
             }
         }
     }

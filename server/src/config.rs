@@ -67,6 +67,8 @@ pub struct ServeArgs {
     /// How expert sets come and go.
     #[command(flatten)]
     pub registry: RegistryArgs,
+    #[command(flatten)]
+    pub cameras: CameraArgs,
     /// Who may do what.
     #[command(flatten)]
     pub auth: AuthArgs,
@@ -226,6 +228,15 @@ pub struct RegistryArgs {
     /// Refuse to start when any file of the model store is broken.
     #[arg(long, env = "BVIT_STRICT", default_value_t = false)]
     pub strict: bool,
+}
+
+/// Cameras that the server asks for pictures.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Cameras")]
+pub struct CameraArgs {
+    /// File of cameras in TOML, which the server reads again when it changes; `docs/cameras.md` says what it holds.
+    #[arg(long, env = "BVIT_CAMERAS", value_name = "FILE")]
+    pub cameras: Option<PathBuf>,
 }
 
 /// Keys and rates. The server reads keys from the environment or a file so that they do not show in a process list.

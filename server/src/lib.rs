@@ -10,6 +10,7 @@
 //! | accept | [`net`]: TLS, connection limits, slow clients, graceful shutdown |
 //! | observe, route, authorise, answer or refuse | [`http`] |
 //! | everything that a handler reaches | [`app`] |
+//! | ask cameras for pictures, and remember what they show | [`cameras`] |
 //! | the journey from images to labels | [`classify`] |
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
@@ -23,6 +24,7 @@
 pub mod admission;
 pub mod allocator;
 pub mod app;
+pub mod cameras;
 pub mod classify;
 pub mod commands;
 pub mod compute;

@@ -151,6 +151,7 @@ metrics! {
         registry: Registry,
         per_set: bool,
         labelled_sets: Mutex<HashSet<String>>,
+        labelled_cameras: Mutex<Vec<String>>,
         sets: SetMetrics
     }
 
@@ -210,6 +211,12 @@ metrics! {
     pub expert_tokens: IntCounterVec = "bvit_expert_tokens_total" ["layer"];
     /// Busiest expert's share of a block's tokens over the mean share, in the last batch; 1 is balance.
     pub expert_load_imbalance: GaugeVec = "bvit_expert_load_imbalance" ["layer"];
+    /// Seconds since a camera's last frame was answered.
+    pub camera_frame_age: GaugeVec = "bvit_camera_frame_age_seconds" ["camera"];
+    /// 1 for the condition that a camera is in, 0 for the others.
+    pub camera_state: IntGaugeVec = "bvit_camera_state" ["camera", "state"];
+    /// Attempts to get a frame and its answer, by result.
+    pub camera_frames: IntCounterVec = "bvit_camera_frames_total" ["camera", "result"];
     /// Always 1; the labels say what is running.
     build_info: GaugeVec = "bvit_build_info" ["version", "revision", "target", "isa"];
 }
@@ -224,7 +231,7 @@ impl Metrics {
         registry.register(Box::new(ProcessCollector::for_self()))?;
         registry.register(Box::new(LOG_LINES_LOST.clone()))?;
         let sets = SetMetrics::declare(&registry)?;
-        let metrics = Self::declare(&registry.clone(), registry, per_set, Mutex::default(), sets)?;
+        let metrics = Self::declare(&registry.clone(), registry, per_set, Mutex::default(), Mutex::default(), sets)?;
         metrics.start_at_zero();
         Ok(metrics)
     }
@@ -277,6 +284,20 @@ impl Metrics {
             self.expert_tokens.with_label_values(&[label.as_str()]);
             self.expert_load_imbalance.with_label_values(&[label.as_str()]);
         }
+    }
+
+    /// The series of cameras are those of these cameras, from before their first frames on.
+    pub fn declare_cameras(&self, cameras: &[String], results: &[&str]) {
+        let mut labelled = self.labelled_cameras.lock().unwrap_or_else(PoisonError::into_inner);
+        for gone in labelled.iter().filter(|name| !cameras.contains(name)) {
+            for result in results {
+                let _ = self.camera_frames.remove_label_values(&[gone.as_str(), result]);
+            }
+        }
+        for name in cameras {
+            results.iter().for_each(|result| drop(self.camera_frames.with_label_values(&[name.as_str(), result])));
+        }
+        *labelled = cameras.to_vec();
     }
 
     /// Forgets the series of sets that are not registered any more.

@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::admission::{self, Admission, Shares};
 use crate::app::{App, AppState, Limits};
+use crate::cameras::Cameras;
 use crate::classify::Classifier;
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
@@ -81,6 +82,10 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
         tokio::select! {
             ready = make_ready(&app, args) => ready?,
             stopped = &mut server => return Ok(stopped?),
+        }
+        if let Some(file) = args.cameras.cameras.clone() {
+            let (classifier, default_set) = (Arc::clone(&app.classifier), app.default_set().to_owned());
+            tokio::spawn(app.cameras.clone().run(file, classifier, default_set, shutdown.clone()));
         }
         Ok(server.await?)
     });
@@ -180,6 +185,17 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         Arc::clone(&metrics),
     );
 
+    let classifier = Classifier {
+        registry,
+        decoder: decoder.context(NO_THREADS)?,
+        pipeline,
+        admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images, shares),
+        metrics,
+        statistics: Statistics::default(),
+        load_wait: args.registry.load_wait,
+    };
+    let file = args.cameras.cameras.as_deref();
+    let cameras = file.map_or_else(|| Ok(Cameras::default()), |file| Cameras::open(file, &classifier))?;
     Ok(AppState::new(App {
         limits: Limits {
             max_body_bytes: args.limits.max_body.0,
@@ -189,15 +205,8 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
             max_upload_bytes: args.limits.max_upload.0,
         },
         default_set: OnceLock::new(),
-        classifier: Classifier {
-            registry,
-            decoder: decoder.context(NO_THREADS)?,
-            pipeline,
-            admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images, shares),
-            metrics,
-            statistics: Statistics::default(),
-            load_wait: args.registry.load_wait,
-        },
+        classifier: Arc::new(classifier),
+        cameras,
         bulk: BlockingPool::start("bulk", 1, Priority::Normal).context(NO_THREADS)?,
         answers: Arc::new(Semaphore::new(ANSWER_MEMORY)),
         user_keys: user_keys(args)?,

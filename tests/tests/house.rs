@@ -39,6 +39,7 @@ const SERVER: Rooms = &[
     &["net"],
     &["http"],
     &["app"],
+    &["cameras"],
     &["classify"],
     &["compute", "sets", "admission"],
     &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map", "verdict"],
@@ -49,7 +50,7 @@ const SERVER: Rooms = &[
 type Libraries = &'static [(&'static str, &'static [&'static str])];
 
 const MODEL_CORE_LIBRARIES: Libraries = &[];
-const SERVER_LIBRARIES: Libraries = &[("axum", &["http", "net"]), ("hyper", &["http", "net"])];
+const SERVER_LIBRARIES: Libraries = &[("axum", &["http", "net"]), ("hyper", &["http", "net", "cameras"])];
 
 /// A module's name: its parts from below the crate; none for `lib.rs`.
 type Name = Vec<String>;

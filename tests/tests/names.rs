@@ -142,7 +142,9 @@ fn every_route_takes_a_trailing_slash_and_names_its_methods() {
         if method != "DELETE" {
             assert_eq!(plain.status, slashed.status, "{method} {path}: {}", slashed.text);
         }
-        assert!(![404, 405].contains(&plain.status) || method == "DELETE", "{method} {path}: {}", plain.text);
+        // There is no camera, but the route is there to say so.
+        let is_answered = ![404, 405].contains(&plain.status) || plain.text.contains("camera_not_found");
+        assert!(is_answered || method == "DELETE", "{method} {path}: {}", plain.text);
         if method == "DELETE" {
             assert!(slashed.text.contains("expert set"), "{}", slashed.text);
             let again = std::fs::read(store.path().join("expert-sets/cifar100/1.safetensors")).unwrap();

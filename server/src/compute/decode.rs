@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use model_core::image::{
-    Crop, DecodeLimits, Fit, ImageError, Picture, Preprocess, RgbImage, Seen, Sight, decode_picture, probe,
+    Crop, DecodeLimits, Fit, ImageError, Picture, Preprocess, RgbImage, Seen, Sight, decode, decode_picture, probe,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -135,6 +135,30 @@ impl Decoder {
     /// [`DecodeError::Internal`] when the decoder panics.
     pub async fn fit(&self, image: RgbImage, input: Input) -> Result<Prepared, DecodeError> {
         Ok(self.pool.run(move || input.prepare(&Picture::from(image))).await??)
+    }
+
+    /// What `finish` makes of a whole picture, decoded with at least `detail` pixels along its shorter side where it has
+    /// them.
+    ///
+    /// # Errors
+    /// [`DecodeError::Image`] when something is wrong with the bytes.
+    pub async fn whole<T: Send + 'static>(
+        &self,
+        encoded: Bytes,
+        detail: u32,
+        finish: impl FnOnce(RgbImage) -> T + Send + 'static,
+    ) -> Result<T, DecodeError> {
+        let limits = DecodeLimits { detail, ..self.limits };
+        // Turning it takes it twice.
+        let bytes = probe(&encoded, &limits)?.decode_bytes_upper_bound.saturating_mul(2);
+        let grains = u32::try_from(bytes.div_ceil(GRAIN)).unwrap_or(self.memory_grains).min(self.memory_grains);
+        let permit = Arc::clone(&self.memory).acquire_many_owned(grains).await;
+        let permit = permit.map_err(|closed| DecodeError::Internal(closed.to_string()))?;
+        let work = move || {
+            let _permit = permit;
+            decode(&encoded, &limits).map(finish)
+        };
+        Ok(self.pool.run(work).await??)
     }
 
     async fn attempt(

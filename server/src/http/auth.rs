@@ -71,6 +71,20 @@ impl FromRequest<AppState> for User {
     }
 }
 
+/// Someone who may look at what cameras show: without user keys anyone, with them the holder of a user or admin key.
+/// Looking counts as no image.
+#[derive(Debug)]
+pub struct Viewer;
+
+impl FromRequestParts<AppState> for Viewer {
+    type Rejection = ApiError;
+
+    /// 401 without a known key.
+    async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, ApiError> {
+        User::caller(app, &parts.headers).map(|_| Self)
+    }
+}
+
 /// A caller who may manage: the holder of an admin key or, with `--trust-loopback`, a client on this machine.
 #[derive(Debug)]
 pub struct Admin(

@@ -73,6 +73,8 @@ error_codes! {
     RouteNotFound "route_not_found" NOT_FOUND;
     /// There is no such expert set or version.
     SetNotFound "set_not_found" NOT_FOUND;
+    /// There is no such camera, or nothing to show of it yet.
+    CameraNotFound "camera_not_found" NOT_FOUND;
     /// The path exists, the method does not.
     MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED;
     /// The request contradicts the present state.

@@ -155,7 +155,7 @@ fn example() -> Value {
     ),
 )]
 async fn health(State(app): State<AppState>) -> Result<Json<Health>, ApiError> {
-    let Classifier { registry, admission, .. } = &app.classifier;
+    let Classifier { registry, admission, .. } = &*app.classifier;
     admission.lifecycle.check()?;
     let (totals, budget, (images, bytes)) = (registry.totals(), registry.budget(), admission.images_held());
     Ok(Json(Health {

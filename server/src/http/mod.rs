@@ -3,6 +3,7 @@
 pub mod answer;
 pub mod auth;
 pub mod body;
+pub mod cameras;
 pub mod classify;
 pub mod console;
 pub mod docs;
@@ -46,6 +47,7 @@ fn api() -> OpenApiRouter<AppState> {
         classify::router,
         hf::router,
         sets::router,
+        cameras::router,
         oip::router,
         health::router,
         console::router,

@@ -71,9 +71,10 @@ pub fn commands(commands: &[&str]) -> Value {
 }
 
 /// The document's chapters.
-const TAGS: [(&str, &str); 5] = [
+const TAGS: [(&str, &str); 6] = [
     ("classify", "Images in, labels out."),
     ("sets", "Which expert sets there are, and what an administrator may do with them."),
+    ("cameras", "What cameras show that the server asks for pictures."),
     ("oip", "Open Inference Protocol v2, as KServe and Triton speak it; expert sets are its models."),
     ("health", "Probes and metrics. None of them loads an expert set or changes which is evicted next."),
     ("pages", "Pages for browsers, complete in themselves, and this document."),
