@@ -9,7 +9,7 @@ use model_core::weights::{Background, Linear, Matrix, Precision};
 use crate::examples::Examples;
 use crate::logistic::{Rows, log_sum_exp, logits};
 use crate::report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
-use crate::statistics::{Distances, draws, fit as fit_statistics, threshold};
+use crate::statistics::{Distances, draws, fit as fit_statistics, is_narrow, threshold};
 use crate::{Options, Taught, TeachError, folds};
 
 /// Strengths of the penalty that are tried, strongest first, on rows whose mean squared length is one.
@@ -77,14 +77,16 @@ pub fn teach(
     let count = options.folds.clamp(2, 10).min(smallest.unwrap_or(2).max(2));
     let folds = folds::stratified(examples.labels, examples.classes.len(), count);
 
-    let held = hold_out(examples, ready, options, &folds, count, progress, cancelled)?;
+    let mut statistics = fit_statistics(examples, &all, ready, (options.rank, true));
+    statistics.relative &= is_narrow(&statistics);
+    let covariance = (options.rank, statistics.relative);
+    let held = hold_out(examples, (ready, covariance), options.threads, (&folds, count), progress, cancelled)?;
     let (best, temperature) = best_strength(examples, &held);
     let strength = STRENGTHS[best];
     let (scaling, parameters) = fit_head(examples, &all, &STRENGTHS[..=best], cancelled)?;
     let parameters = parameters.last().expect("one fit a strength");
     progress(0.95);
 
-    let mut statistics = fit_statistics(examples, &all, ready, options.rank);
     let none = examples.none_class();
     let own = |image: usize| Some(examples.labels[image]) != none;
     let mut distances: Vec<f64> = held.iter().filter(|h| own(h.image)).map(|h| h.distance).collect();
@@ -116,10 +118,9 @@ pub fn teach(
 /// Each fold in turn: what the others say of its images.
 fn hold_out(
     examples: &Examples<'_>,
-    background: Option<&familiarity::Background>,
-    options: &Options,
-    folds: &[usize],
-    count: usize,
+    (background, covariance): (Option<&familiarity::Background>, (usize, bool)),
+    threads: usize,
+    (folds, count): (&[usize], usize),
     progress: &mut (dyn FnMut(f64) + Send),
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Held>, TeachError> {
@@ -131,7 +132,7 @@ fn hold_out(
         }
         let (inside, outside): (Vec<usize>, Vec<usize>) = (0..folds.len()).partition(|&image| folds[image] != fold);
         let (scaling, fits) = fit_head(examples, &inside, &STRENGTHS, cancelled)?;
-        let statistics = fit_statistics(examples, &inside, background, options.rank);
+        let statistics = fit_statistics(examples, &inside, background, covariance);
         let distances = Distances::new(&statistics, background)?;
         let held = outside.into_iter().map(|image| {
             let plain = examples.plain(image);
@@ -147,7 +148,7 @@ fn hold_out(
         done.2.extend(held);
     };
     std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..options.threads.clamp(1, count)).map(|_| scope.spawn(run)).collect();
+        let helpers: Vec<_> = (1..threads.clamp(1, count)).map(|_| scope.spawn(run)).collect();
         let own: Result<(), TeachError> = run();
         helpers.into_iter().map(|helper| helper.join().expect("fitting does not panic")).fold(own, Result::and)
     })?;

@@ -11,12 +11,22 @@ use crate::{Examples, TeachError};
 /// Draws from the background.
 pub(crate) const DRAWS: usize = 400;
 
+/// Scale of the covariance from which distances are not taken relative to the background. Far from everything a relative
+/// distance grows as `1 / scale - 1`: where the set's images spread as widely as those of the background, what is unlike
+/// both would look familiar.
+const WIDE: f32 = 0.95;
+
+/// Whether distances of a set with these statistics should be relative to the background.
+pub(crate) fn is_narrow(statistics: &Familiarity) -> bool {
+    matches!(statistics.covariance, Covariance::Background { scale, .. } if scale < WIDE)
+}
+
 /// Means and covariance of the images `chosen`, without a threshold.
 pub(crate) fn fit(
     examples: &Examples<'_>,
     chosen: &[usize],
     background: Option<&familiarity::Background>,
-    rank: usize,
+    (rank, relative): (usize, bool),
 ) -> Familiarity {
     let (d_model, views, none) = (examples.d_model, examples.views, examples.none_class());
     let mut means = Vec::new();
@@ -52,7 +62,14 @@ pub(crate) fn fit(
         Some(_) => Covariance::Background { scale: scale as f32, factor },
         None => Covariance::Diagonal { diagonal: round(vec![scale as f32; d_model]), factor },
     };
-    Familiarity { format, relative: background.is_some(), means, covariance, threshold: 0.0, pass_share: 0.0 }
+    Familiarity {
+        format,
+        relative: relative && background.is_some(),
+        means,
+        covariance,
+        threshold: 0.0,
+        pass_share: 0.0,
+    }
 }
 
 /// Distances as the server measures them.

@@ -137,3 +137,19 @@ fn images_that_are_all_the_same_are_no_panic() {
         teach(&synthetic.examples(2), Some(&background()), &Options::default(), &mut |_| (), &|| false).unwrap();
     assert!(taught.temperature.is_finite() && taught.familiarity.threshold.is_finite());
 }
+
+#[test]
+fn what_lies_far_from_everything_is_unknown_to_a_set_that_spreads_widely() {
+    // Its images spread three times as far as those of the background: relative distances would fall with the distance.
+    let synthetic = Synthetic::new(2, 60, 1, 8.0);
+    let narrow = Background {
+        covariance: Covariance::Diagonal { diagonal: vec![0.1; D_MODEL], factor: Vec::new() },
+        ..background()
+    };
+    let taught = teach(&synthetic.examples(1), Some(&narrow), &Options::default(), &mut |_| (), &|| false).unwrap();
+    assert!(!taught.report.unknown.relative);
+    let ready = model_core::familiarity::Background::new(&narrow).unwrap();
+    let statistics = model_core::familiarity::Familiarity::new(&taught.familiarity, Some(&ready)).unwrap();
+    let far = [-40.0; D_MODEL];
+    assert!(statistics.is_unknown(statistics.distance(&far, Some(&ready))));
+}
