@@ -350,7 +350,7 @@ pub struct TeachArgs {
     pub set: String,
     /// Model store that the set goes to; made when it is not there. A server on it has the set at its next start, or
     /// when it looks again.
-    #[arg(long, value_name = "DIR", required_unless_present = "server", conflicts_with = "server")]
+    #[arg(long, env = "BVIT_STORE", value_name = "DIR", required_unless_present = "server", conflicts_with = "server")]
     pub store: Option<PathBuf>,
     /// Server that the set goes to, as http://127.0.0.1:8000: it answers with the set at once.
     #[arg(long, env = "BVIT_SERVER", value_name = "URL")]

@@ -152,9 +152,9 @@ mod tests {
         let rows = SplitMix64::at(2, 0).normals(count * features, 2.0);
         let Spread { scale, factor } = Differences { rows: &rows, features, views: 1, means: 1 }.spread(None, 4);
         assert!((scale - 4.0).abs() < 1.0, "{scale}");
-        // Of the sample covariance, each direction had a variance of about 100.
+        // Of the sample covariance, each direction had a variance of about 100; at most a quarter is left beside the even one.
         for row in factor.chunks_exact(features) {
-            assert!(dot(row, row) < 20.0, "{}", dot(row, row));
+            assert!(dot(row, row) < 25.0, "{}", dot(row, row));
         }
         let zero = vec![0.0; 40];
         let flat = Differences { rows: &zero, features: 10, views: 2, means: 2 }.spread(None, 3);
