@@ -231,9 +231,10 @@ fn one_address_takes_a_quarter_of_the_requests_and_leaves_body_memory_to_others(
     for hog in &mut hogs {
         hog.send(&request_head("POST /classify", part.len() + 1)).send(&part);
     }
-    // The server reads the three at its own pace, so any of them may be the one too many.
+    // The server reads the three at its own pace, so any of them may be the one too many, and two that ask at the same
+    // moment may both be.
     let refused = "bvit_share_refusals_total{limit=\"body_bytes\"}";
-    wait_until("one of the three is refused", || metric(&server, refused) == 1);
+    wait_until("one of the three is refused", || metric(&server, refused) >= 1);
     hogs.iter().for_each(|hog| hog.0.set_nonblocking(true).unwrap());
     let answer = Cell::new(String::new());
     wait_until("the refusal is sent", || {
