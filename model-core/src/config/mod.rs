@@ -289,6 +289,19 @@ impl BackboneConfig {
 }
 
 impl ExpertConfig {
+    /// Of a set on a backbone without blocks, which has no experts and of which nobody asks for any.
+    pub const NONE: Self = Self {
+        num_experts: 1,
+        top_k: 1,
+        stages_in: 0,
+        stages_hidden: 0,
+        stages_out: 0,
+        angle_bits: 8,
+        angle_seed: None,
+        router_bits: 8,
+        router_scales: FloatFormat::F32,
+    };
+
     /// Checks every field, stages against the sizes of the backbone.
     ///
     /// # Errors

@@ -189,17 +189,7 @@ impl Import<'_> {
 
 /// A set without experts.
 fn set_of(head: Linear, labels: &[String]) -> ExpertSetWeights {
-    let config = ExpertConfig {
-        num_experts: 1,
-        top_k: 1,
-        stages_in: 0,
-        stages_hidden: 0,
-        stages_out: 0,
-        angle_bits: 8,
-        angle_seed: None,
-        router_bits: 8,
-        router_scales: Default::default(),
-    };
+    let config = ExpertConfig::NONE;
     ExpertSetWeights { config, layers: Vec::new(), head, labels: labels.to_vec(), temperature: 1.0, familiarity: None }
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use model_core::artifact::Digest;
+use model_core::config::ExpertConfig;
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::{Crop, DecodeLimits, Sight, View, decode_picture};
 use model_core::weights::{ExpertSetWeights, Linear};
@@ -55,7 +56,7 @@ impl Extractor {
         let d_model = backbone.config().d_model;
         // Features come out before the head, whatever that is.
         let weights = ExpertSetWeights {
-            config: super::NO_EXPERTS,
+            config: ExpertConfig::NONE,
             layers: Vec::new(),
             head: Linear { weight: vec![0.0; d_model].into(), bias: vec![0.0] },
             labels: vec!["none".to_owned()],

@@ -69,7 +69,7 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     let base = Base {
         backbone: config.shape(),
         backbone_digest: source.backbone.digest(),
-        experts: NO_EXPERTS,
+        experts: ExpertConfig::NONE,
         borrowed_experts: None,
         view,
     };
@@ -96,16 +96,3 @@ fn artifact(taught: Taught, name: &str, base: Base, source: &Source) -> anyhow::
     ExpertSet::from_artifact(read_expert_set(&bytes)?, &source.backbone, None)?;
     Ok(bytes)
 }
-
-/// On a backbone without blocks nobody asks for experts.
-const NO_EXPERTS: ExpertConfig = ExpertConfig {
-    num_experts: 1,
-    top_k: 1,
-    stages_in: 0,
-    stages_hidden: 0,
-    stages_out: 0,
-    angle_bits: 8,
-    angle_seed: None,
-    router_bits: 8,
-    router_scales: model_core::config::FloatFormat::F32,
-};
