@@ -76,9 +76,9 @@ impl Address {
         } else if location.starts_with('/') {
             location.to_owned()
         } else {
-            let folder =
-                self.path.split('?').next().and_then(|path| path.rsplit_once('/')).map_or("", |(folder, _)| folder);
-            format!("{folder}/{location}")
+            let path = self.path.split('?').next().unwrap_or_default();
+            let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+            if location.starts_with('?') { format!("{path}{location}") } else { format!("{folder}/{location}") }
         };
         Some(Self { path, ..self.clone() })
     }
@@ -357,6 +357,7 @@ mod tests {
         let to = |location: &str| address.redirected(location).map(|address| address.path);
         assert_eq!(to("/c.jpg").as_deref(), Some("/c.jpg"));
         assert_eq!(to("c.jpg").as_deref(), Some("/a/c.jpg"));
+        assert_eq!(to("?y=2").as_deref(), Some("/a/b.jpg?y=2"));
         assert_eq!(to("http://CAM:81/c").as_deref(), Some("/c"));
         for elsewhere in ["http://cam/c", "https://cam:81/c", "http://evil:81/c", "//evil:81/c", "file:///etc/passwd"] {
             assert_eq!(to(elsewhere), None, "{elsewhere}");
