@@ -113,21 +113,22 @@ impl Whitening {
         Some(Self::LowRank { roots, factor, inner })
     }
 
-    fn whiten(&self, x: &mut [f64]) {
+    fn whiten(&self, x: &mut [f64], taken: &mut Vec<f64>) {
         let (roots, factor, inner) = match self {
             Self::Triangle(triangle) => return triangle.whiten(x),
             Self::LowRank { roots, factor, inner } => (roots, factor, inner),
         };
         x.iter_mut().zip(roots).for_each(|(x, &root)| *x *= f64::from(root));
-        let rows = || factor.chunks_exact(x.len().max(1));
-        let mut taken: Vec<f64> = rows().map(|row| row.iter().zip(&*x).map(|(&g, x)| f64::from(g) * x).sum()).collect();
-        inner.whiten(&mut taken);
+        let rows = factor.chunks_exact(x.len().max(1));
+        taken.clear();
+        taken.extend(rows.map(|row| row.iter().zip(&*x).map(|(&g, x)| f64::from(g) * x).sum::<f64>()));
+        inner.whiten(taken);
         // Backwards through the transpose of 1 + L.
         for r in (0..taken.len()).rev() {
             let below = (r + 1..taken.len()).map(|k| f64::from(inner.lower[row_start(k) + r]) * taken[k]);
             taken[r] = (taken[r] - below.sum::<f64>()) / (1.0 + f64::from(inner.lower[row_start(r) + r]));
         }
-        for (row, taken) in factor.chunks_exact(x.len().max(1)).zip(taken) {
+        for (row, taken) in factor.chunks_exact(x.len().max(1)).zip(&*taken) {
             x.iter_mut().zip(row).for_each(|(x, &g)| *x -= f64::from(g) * taken);
         }
     }
@@ -151,6 +152,15 @@ fn inner_cholesky(factor: &[f32], d_model: usize) -> Option<Cholesky> {
     })
 }
 
+/// Buffers of a measurement; those who measure again need not allocate again.
+#[derive(Debug, Clone, Default)]
+pub struct Scratch {
+    /// What is whitened.
+    x: Vec<f64>,
+    /// What a factor of low rank takes away again.
+    taken: Vec<f64>,
+}
+
 fn squared(x: impl Iterator<Item = f64>) -> f64 {
     x.map(|x| x * x).sum()
 }
@@ -172,15 +182,20 @@ impl Background {
 
     /// Squared distance of features `[d_model]` from the mean, under the background's covariance.
     pub fn distance(&self, features: &[f32]) -> f64 {
-        let mut x: Vec<f64> = features.iter().zip(&self.mean).map(|(f, m)| f64::from(*f) - f64::from(*m)).collect();
-        self.whitening.whiten(&mut x);
-        squared(x.into_iter())
+        self.distance_in(features, &mut Scratch::default())
+    }
+
+    fn distance_in(&self, features: &[f32], Scratch { x, taken }: &mut Scratch) -> f64 {
+        x.clear();
+        x.extend(features.iter().zip(&self.mean).map(|(f, m)| f64::from(*f) - f64::from(*m)));
+        self.whitening.whiten(x, taken);
+        squared(x.iter().copied())
     }
 
     /// A difference `[d_model]` in coordinates in which the background is white.
     pub fn whitened(&self, difference: &[f32]) -> Vec<f32> {
         let mut x: Vec<f64> = difference.iter().map(|&v| v.into()).collect();
-        self.whitening.whiten(&mut x);
+        self.whitening.whiten(&mut x, &mut Vec::new());
         x.into_iter().map(|v| v as f32).collect()
     }
 
@@ -221,7 +236,8 @@ impl Familiarity {
         };
         let rows = |rows: &[f32]| -> Box<[f32]> {
             let mut rows: Vec<f64> = rows.iter().map(|&v| v.into()).collect();
-            rows.chunks_exact_mut(d_model.max(1)).for_each(|row| base.whiten(row, background));
+            let mut taken = Vec::new();
+            rows.chunks_exact_mut(d_model.max(1)).for_each(|row| base.whiten(row, background, &mut taken));
             rows.into_iter().map(|v| v as f32).collect()
         };
         let (means, factor) = (rows(means), rows(factor));
@@ -232,19 +248,28 @@ impl Familiarity {
     /// The smallest squared distance of features `[d_model]` from a mean, less their distance from the background if the
     /// set is relative to it. `background` is the one of [`Familiarity::new`].
     pub fn distance(&self, features: &[f32], background: Option<&Background>) -> f64 {
+        self.distance_in(features, background, &mut Scratch::default())
+    }
+
+    /// As [`Familiarity::distance`], with buffers of the caller's.
+    pub fn distance_in(&self, features: &[f32], background: Option<&Background>, scratch: &mut Scratch) -> f64 {
         let d_model = features.len();
-        let mut x: Vec<f64> = features.iter().map(|&v| v.into()).collect();
-        self.base.whiten(&mut x, background);
-        let distance = |mean: &[f32]| {
+        // First, since the buffers are the same.
+        let far = background.filter(|_| self.relative).map_or(0.0, |far| far.distance_in(features, scratch));
+        let Scratch { x, taken } = scratch;
+        x.clear();
+        x.extend(features.iter().map(|&v| f64::from(v)));
+        self.base.whiten(x, background, taken);
+        let mut distance = |mean: &[f32]| {
             let difference = || x.iter().zip(mean).map(|(x, &mean)| x - f64::from(mean));
             let factor = self.factor.chunks_exact(d_model);
-            let mut taken: Vec<f64> =
-                factor.map(|row| row.iter().zip(difference()).map(|(&a, b)| f64::from(a) * b).sum()).collect();
-            self.inner.whiten(&mut taken);
-            squared(difference()) - squared(taken.into_iter())
+            taken.clear();
+            taken.extend(factor.map(|row| row.iter().zip(difference()).map(|(&a, b)| f64::from(a) * b).sum::<f64>()));
+            self.inner.whiten(taken);
+            squared(difference()) - squared(taken.iter().copied())
         };
-        let nearest = self.means.chunks_exact(d_model).map(distance).fold(f64::INFINITY, f64::min);
-        nearest - background.filter(|_| self.relative).map_or(0.0, |background| background.distance(features))
+        let nearest = self.means.chunks_exact(d_model).map(&mut distance).fold(f64::INFINITY, f64::min);
+        nearest - far
     }
 
     /// Whether an image with that distance is unknown.
@@ -264,12 +289,12 @@ impl Familiarity {
 }
 
 impl Base {
-    fn whiten(&self, x: &mut [f64], background: Option<&Background>) {
+    fn whiten(&self, x: &mut [f64], background: Option<&Background>, taken: &mut Vec<f64>) {
         match self {
             Self::Own(own) => own.whiten(x),
             Self::Diagonal(roots) => x.iter_mut().zip(roots).for_each(|(x, &root)| *x *= f64::from(root)),
             Self::Background(scale) => {
-                background.iter().for_each(|background| background.whitening.whiten(x));
+                background.iter().for_each(|background| background.whitening.whiten(x, taken));
                 x.iter_mut().for_each(|x| *x /= scale);
             }
         }

@@ -14,6 +14,7 @@ use crate::sets::registry::{Lease, Loaded, Registry, Source};
 use crate::statistics::Timings;
 use crate::verdict::Verdict;
 use model_core::engine::{self, Backbone, ExpertSet, Session, SessionGroup, Welcome};
+use model_core::familiarity;
 
 /// The registry as the server uses it.
 pub type SetRegistry = Registry<ArtifactSource>;
@@ -108,37 +109,38 @@ impl LoadedBackbone {
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
         let len = self.backbone.config().d_model;
-        let mut features: Vec<Option<Vec<f32>>> =
-            rows.iter().map(|row| row.set.set.familiarity().map(|_| vec![0.0; len])).collect();
-        let buffers = std::iter::zip(std::iter::zip(&mut logits, &mut routing), &mut features);
-        let mut engine_rows: Vec<_> = std::iter::zip(rows, buffers)
-            .map(|(row, ((logits, routing), features))| engine::Row {
+        // Of the rows whose sets have statistics.
+        let measured = rows.iter().filter(|row| row.set.set.familiarity().is_some()).count();
+        let mut features = vec![0.0; measured * len];
+        let mut places = features.chunks_exact_mut(len);
+        let mut engine_rows: Vec<_> = std::iter::zip(rows, std::iter::zip(&mut logits, &mut routing))
+            .map(|(row, (logits, routing))| engine::Row {
                 set: &row.set.set,
                 pixels: row.pixels,
                 logits,
                 routing: Some(routing),
-                features: features.as_deref_mut(),
+                features: row.set.set.familiarity().and_then(|_| places.next()),
             })
             .collect();
         self.sessions.forward(thread, &mut engine_rows)?;
         if let Some(metrics) = metrics {
             count_expert_tokens(rows, &routing, metrics);
         }
-        let results = std::iter::zip(std::iter::zip(logits, routing), features);
-        let outputs = std::iter::zip(rows, results).map(|(row, ((logits, routing), features))| Answer {
+        let (mut features, mut scratch) = (features.chunks_exact(len), familiarity::Scratch::default());
+        let mut is_familiar = |set: &LoadedSet| {
+            let familiarity = set.set.familiarity()?;
+            let distance = familiarity.distance_in(features.next()?, self.backbone.background(), &mut scratch);
+            Some(!familiarity.is_unknown(distance))
+        };
+        let outputs = std::iter::zip(rows, std::iter::zip(logits, routing)).map(|(row, (logits, routing))| Answer {
             logits,
             routing: row.routing.then(|| row.set.routing_map(&routing)),
-            is_familiar: features.and_then(|features| self.is_familiar(row.set, &features)),
+            is_familiar: is_familiar(row.set),
             seen: None,
             verdict: Verdict::default(),
             timings: Timings::default(),
         });
         Ok(outputs.collect())
-    }
-
-    fn is_familiar(&self, set: &LoadedSet, features: &[f32]) -> Option<bool> {
-        let familiarity = set.set.familiarity()?;
-        Some(!familiarity.is_unknown(familiarity.distance(features, self.backbone.background())))
     }
 
     /// Bids the other compute threads welcome to help in the forward passes of `thread`.
