@@ -7,6 +7,7 @@ use tokio::sync::Semaphore;
 
 use crate::cameras::{Cameras, Condition};
 use crate::classify::Classifier;
+use crate::examples::Examples;
 use crate::keys::Keys;
 use crate::metrics::saturating;
 use crate::sets::catalog::Catalog;
@@ -52,6 +53,8 @@ pub struct App {
     /// Whether management without a key is open to this machine.
     pub trusts_loopback: bool,
     pub catalog: Catalog,
+    /// Pictures to teach sets from, where a folder is configured for them.
+    pub examples: Option<Examples>,
     /// When the server started.
     pub started: Instant,
 }

@@ -69,6 +69,9 @@ pub struct ServeArgs {
     pub registry: RegistryArgs,
     #[command(flatten)]
     pub cameras: CameraArgs,
+    /// What sets are taught from.
+    #[command(flatten)]
+    pub teaching: TeachingArgs,
     /// Who may do what.
     #[command(flatten)]
     pub auth: AuthArgs,
@@ -237,6 +240,18 @@ pub struct CameraArgs {
     /// File of cameras in TOML, which the server reads again when it changes; `docs/cameras.md` says what it holds.
     #[arg(long, env = "BVIT_CAMERAS", value_name = "FILE")]
     pub cameras: Option<PathBuf>,
+}
+
+/// What sets are taught from.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Teaching")]
+pub struct TeachingArgs {
+    /// Folder for the pictures that are sent to `/teach`, by set and label; without it none are taken.
+    #[arg(long, env = "BVIT_EXAMPLES", value_name = "DIR")]
+    pub examples: Option<PathBuf>,
+    /// Most bytes that these pictures may take on the disk.
+    #[arg(long, env = "BVIT_EXAMPLES_BUDGET", default_value = "256MiB", value_name = "SIZE")]
+    pub examples_budget: ByteSize,
 }
 
 /// Keys and rates. The server reads keys from the environment or a file so that they do not show in a process list.

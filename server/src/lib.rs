@@ -14,6 +14,7 @@
 //! | the journey from images to labels | [`classify`] |
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
+//! | keep pictures to teach from | [`examples`] |
 //! | admit requests, images and bytes | [`admission`] |
 //! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`], [`verdict`] |
 
@@ -29,6 +30,7 @@ pub mod classify;
 pub mod commands;
 pub mod compute;
 pub mod config;
+pub mod examples;
 pub mod http;
 pub mod keys;
 pub mod lifecycle;

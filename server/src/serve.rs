@@ -19,6 +19,7 @@ use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
 use crate::config::{self, LimitArgs, ServeArgs, threads_or_cores};
+use crate::examples::Examples;
 use crate::http::answer::ANSWER_MEMORY;
 use crate::http::build_router;
 use crate::keys::Keys;
@@ -164,6 +165,8 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         bail!("{}", first.reason);
     }
     check_queue(args, &registry)?;
+    let examples = args.teaching.examples.clone();
+    let examples = examples.map(|root| Examples::open(root, args.teaching.examples_budget.0 as u64)).transpose()?;
     let batching = QueueSettings {
         max_batch: args.pipeline.max_batch,
         max_wait: args.pipeline.max_wait,
@@ -174,20 +177,10 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     metrics.queue_capacity.set(saturating(images.images));
     admission::Resource::ALL.iter().for_each(|resource| metrics.declare_share(resource.as_str()));
     let shares = Shares::new(args.ceilings(), Some(metrics.share_refusals.clone()));
-    let decoder = Decoder::start(
-        threads_or_cores(args.pipeline.decode_threads),
-        args.pipeline.decode_memory.0,
-        DecodeLimits {
-            max_pixels: args.limits.max_pixels,
-            max_bytes: args.pipeline.decode_memory.0 as u64,
-            ..DecodeLimits::default()
-        },
-        Arc::clone(&metrics),
-    );
 
     let classifier = Classifier {
         registry,
-        decoder: decoder.context(NO_THREADS)?,
+        decoder: start_decoder(args, &metrics)?,
         pipeline,
         admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images, shares),
         metrics,
@@ -214,8 +207,20 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         cors_origins: args.auth.cors_origin.clone(),
         trusts_loopback: args.auth.trust_loopback,
         catalog,
+        examples,
         started: Instant::now(),
     }))
+}
+
+/// The threads that decode images.
+fn start_decoder(args: &ServeArgs, metrics: &Arc<Metrics>) -> anyhow::Result<Decoder> {
+    let limits = DecodeLimits {
+        max_pixels: args.limits.max_pixels,
+        max_bytes: args.pipeline.decode_memory.0 as u64,
+        ..DecodeLimits::default()
+    };
+    let threads = threads_or_cores(args.pipeline.decode_threads);
+    Decoder::start(threads, args.pipeline.decode_memory.0, limits, Arc::clone(metrics)).context(NO_THREADS)
 }
 
 /// Makes the application ready: the default set and the pinned ones are resident, and every compute

@@ -17,7 +17,7 @@ fn a_path_takes_exactly_the_documented_methods() {
     for (path, item) in document["paths"].as_object().unwrap() {
         // Nothing exists by these names, so no request changes anything.
         let concrete = path.replace("{set}", "nobody").replace("{name}", "nobody");
-        let concrete = concrete.replace("{version}", "7").replace("{file}", "nothing");
+        let concrete = concrete.replace("{version}", "7").replace("{file}", "nothing").replace("{id}", "0a1b");
         let mut documented: Vec<_> =
             METHODS.into_iter().filter(|method| !item[method.to_lowercase()].is_null()).collect();
         documented.sort_unstable();
@@ -43,8 +43,10 @@ fn every_documented_example_works_as_pasted() {
     let folder = tempfile::tempdir().unwrap();
     let key = folder.path().join("admin-key");
     let flags = [OsStr::new("--model-store"), store.path().as_os_str(), OsStr::new("--default-set")];
+    let pictures = folder.path().join("examples");
+    let kept = [OsStr::new("--examples"), pictures.as_os_str()];
     let more = [OsStr::new("cifar100"), OsStr::new("--admin-key-out"), key.as_os_str()];
-    let server = Server::start(flags.into_iter().chain(more));
+    let server = Server::start(flags.into_iter().chain(more).chain(kept));
     // Examples that manage sets call `butterflyvit admin-key`.
     std::os::unix::fs::symlink(binary(), folder.path().join("butterflyvit")).unwrap();
     let programs = [folder.path().display().to_string(), std::env::var("PATH").unwrap()].join(":");

@@ -19,6 +19,7 @@ use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 
 use crate::admission::{NoPlace, Refused};
 use crate::classify;
+use crate::examples::ExampleError;
 use crate::keys::OverRate;
 use crate::lifecycle::NotServing;
 use crate::sets::catalog::CatalogError;
@@ -75,6 +76,8 @@ error_codes! {
     SetNotFound "set_not_found" NOT_FOUND;
     /// There is no such camera, or nothing to show of it yet.
     CameraNotFound "camera_not_found" NOT_FOUND;
+    /// The set has no such example.
+    ExampleNotFound "example_not_found" NOT_FOUND;
     /// The path exists, the method does not.
     MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED;
     /// The request contradicts the present state.
@@ -119,7 +122,7 @@ error_codes! {
     DeadlineExceeded "deadline_exceeded" GATEWAY_TIMEOUT;
     /// The expert set can never fit the memory budget.
     SetTooLarge "set_too_large" INSUFFICIENT_STORAGE;
-    /// The disk of the model store is full.
+    /// The disk of the model store, or the room for examples, is full.
     DiskFull "disk_full" INSUFFICIENT_STORAGE;
 }
 
@@ -285,6 +288,20 @@ impl From<SetError> for ApiError {
             SetError::NoBackbone { .. } => ErrorCode::BackboneMismatch,
             SetError::NoLender { .. } | SetError::BadLender { .. } => ErrorCode::LenderMismatch,
             SetError::Conflict(_) => ErrorCode::Conflict,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<ExampleError> for ApiError {
+    fn from(error: ExampleError) -> Self {
+        let code = match error {
+            ExampleError::Off | ExampleError::OtherLabel { .. } => ErrorCode::Conflict,
+            ExampleError::Set(_) | ExampleError::Label => ErrorCode::InvalidRequest,
+            ExampleError::Unknown(_) => ErrorCode::ExampleNotFound,
+            ExampleError::Full { .. } | ExampleError::TooMany => ErrorCode::DiskFull,
+            ExampleError::Disk(ref cause) if cause.kind() == std::io::ErrorKind::StorageFull => ErrorCode::DiskFull,
+            ExampleError::Disk(_) | ExampleError::Internal(_) => return Self::internal(error),
         };
         Self::new(code, error.to_string())
     }

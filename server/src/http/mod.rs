@@ -19,6 +19,7 @@ pub mod oip;
 pub mod openapi;
 pub mod origin;
 pub mod sets;
+pub mod teach;
 
 use std::sync::Arc;
 
@@ -48,6 +49,7 @@ fn api() -> OpenApiRouter<AppState> {
         hf::router,
         sets::router,
         cameras::router,
+        teach::router,
         oip::router,
         health::router,
         console::router,

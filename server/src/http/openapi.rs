@@ -71,10 +71,11 @@ pub fn commands(commands: &[&str]) -> Value {
 }
 
 /// The document's chapters.
-const TAGS: [(&str, &str); 6] = [
+const TAGS: [(&str, &str); 7] = [
     ("classify", "Images in, labels out."),
     ("sets", "Which expert sets there are, and what an administrator may do with them."),
     ("cameras", "What cameras show that the server asks for pictures."),
+    ("teach", "Pictures with labels, to teach expert sets from."),
     ("oip", "Open Inference Protocol v2, as KServe and Triton speak it; expert sets are its models."),
     ("health", "Probes and metrics. None of them loads an expert set or changes which is evicted next."),
     ("pages", "Pages for browsers, complete in themselves, and this document."),
@@ -214,6 +215,7 @@ fn path_parameters(names: &[&str], described: &[Value]) -> Vec<Value> {
     let parameter = |name: &&str| {
         let (description, schema) = match *name {
             "version" => ("The version of the expert set.", json!(Version::schema())),
+            "id" => ("The id of an example.", json!({ "type": "string", "maxLength": 64, "pattern": "^[0-9a-f]+$" })),
             _ => ("The name of an expert set.", json!(SetName::schema())),
         };
         json!({ "name": name, "in": "path", "required": true, "description": description, "schema": schema })

@@ -89,6 +89,20 @@ pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     folder.parent().map_or(Ok(()), sync_folder)
 }
 
+/// Moves a file to a place that is not taken yet, making its folder. The old folder goes with its last file. Blocking.
+///
+/// # Errors
+/// When the folder cannot be made or the file not be moved.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let folder = to.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    fs::create_dir_all(folder)?;
+    fs::rename(from, to)?;
+    sync_folder(folder)?;
+    folder.parent().map_or(Ok(()), sync_folder)?;
+    // What is not there any more is deleted already; its folder may be empty now.
+    delete(from)
+}
+
 /// Deletes a version of a set, and its folder when it was the last. Blocking.
 ///
 /// # Errors
@@ -109,7 +123,12 @@ pub fn delete(path: &Path) -> io::Result<()> {
 /// Deletes what uploads left behind that a crash or a power cut interrupted. Blocking. Only for the one process that
 /// writes to the store, before it does.
 pub fn remove_leftovers(root: &Path) {
-    for entry in fs::read_dir(sets_folder(root)).into_iter().flatten().flatten() {
+    remove_temporary(&sets_folder(root));
+}
+
+/// Deletes the temporary files of a folder. Blocking.
+pub fn remove_temporary(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(PREFIX) {
             match fs::remove_file(entry.path()) {
                 Ok(()) => tracing::info!(file = %entry.path().display(), "removed an interrupted upload"),

@@ -1,0 +1,238 @@
+//! `/teach`: pictures with labels, to teach expert sets from.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use model_core::image::{DecodeLimits, probe};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::auth::Admin;
+use super::body::{self, Received, receive};
+use super::error::{ApiError, ErrorBody, ErrorCode};
+use super::extract::{ApiPath, ApiQuery, RequestContext};
+use super::input::{self, ImageForm};
+use super::openapi::{ADMIN, BODY, LIFECYCLE, commands, errors};
+use crate::app::AppState;
+use crate::classify::Image;
+use crate::examples::{Example, ExampleError, Examples};
+use crate::keys::Caller;
+
+/// Errors of an example's picture, and of keeping it.
+const KEEP: &[ErrorCode] = &[
+    ErrorCode::EmptyBody,
+    ErrorCode::BatchTooLarge,
+    ErrorCode::ImageTooLarge,
+    ErrorCode::UndecodableImage,
+    ErrorCode::Conflict,
+    ErrorCode::DiskFull,
+];
+/// Errors of an example that is named.
+const NAMED: &[ErrorCode] = &[ErrorCode::InvalidRequest, ErrorCode::ExampleNotFound, ErrorCode::Conflict];
+
+/// The routes of this resource.
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::default().routes(routes!(list)).routes(routes!(add)).routes(routes!(relabel, remove))
+}
+
+/// What an example shows.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct LabelQuery {
+    /// The label: 1 to 200 bytes without `/` and control characters that do not begin with a dot.
+    #[param(
+        min_length = 1,
+        max_length = 200,
+        pattern = r"^[^./\x00-\x1f\x7f-\x9f][^/\x00-\x1f\x7f-\x9f]*$",
+        example = "open"
+    )]
+    label: String,
+}
+
+/// The examples of a set.
+#[derive(Debug, Serialize, ToSchema)]
+struct ExampleListing {
+    set: String,
+    /// Number of examples by label.
+    labels: BTreeMap<String, usize>,
+    /// Every example of the set, by id.
+    examples: Vec<Example>,
+    /// Bytes that the examples of all sets take.
+    used_bytes: u64,
+    /// Bytes that they may take.
+    budget_bytes: u64,
+}
+
+/// An example that is kept.
+#[derive(Debug, Serialize, ToSchema)]
+struct Kept {
+    #[serde(flatten)]
+    example: Example,
+    /// Whether the set did not have it yet.
+    new: bool,
+}
+
+/// What became of each picture, in the request's order.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+enum Outcome {
+    Kept(Kept),
+    Refused(ErrorBody),
+}
+
+fn example() -> Value {
+    json!({ "id": "0a1b2c3d4e5f60718293a4b5", "label": "open", "bytes": 20480 })
+}
+
+fn examples(app: &AppState) -> Result<&Examples, ApiError> {
+    Ok(app.examples.as_ref().ok_or(ExampleError::Off)?)
+}
+
+/// The examples of a set.
+///
+/// A set that does not exist yet may have examples.
+#[utoipa::path(
+    get,
+    path = "/teach/{set}",
+    operation_id = "list_examples",
+    tag = "teach",
+    responses((status = 200, description = "Done.", body = ExampleListing, example = json!({
+        "set": "door", "labels": { "open": 1 }, "examples": [example()], "used_bytes": 20480, "budget_bytes": 268435456,
+    }))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::Conflict]]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" http://127.0.0.1:8000/teach/door"]))),
+    ),
+)]
+async fn list(State(app): State<AppState>, set: ApiPath<String>, _: Admin) -> Result<Json<ExampleListing>, ApiError> {
+    let store = examples(&app)?;
+    let examples = store.list(&set.0)?;
+    let mut labels = BTreeMap::new();
+    for example in &examples {
+        *labels.entry(example.label.clone()).or_default() += 1;
+    }
+    let (used_bytes, budget_bytes) = store.bytes();
+    Ok(Json(ExampleListing { set: set.0, labels, examples, used_bytes, budget_bytes }))
+}
+
+/// Keep pictures as examples of a label.
+///
+/// The body is read as `/classify` reads it: one image, or a form with several. The answer is a list in the request's
+/// order, in which a picture that is not kept is an error in its place; of a single picture the error is the answer. A
+/// picture that the set has under the same label already is kept once; under another label it is refused.
+#[utoipa::path(
+    post,
+    path = "/teach/{set}/examples",
+    operation_id = "add_examples",
+    tag = "teach",
+    params(LabelQuery),
+    request_body(content(("image/jpeg"), ("image/png"), ("application/octet-stream"), (ImageForm = "multipart/form-data"))),
+    responses((status = 201, description = "Done.", body = Vec<Outcome>, example = json!([
+        { "id": "0a1b2c3d4e5f60718293a4b5", "label": "open", "bytes": 20480, "new": true },
+    ]))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, BODY, LIFECYCLE, KEEP]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -F image=@cat.jpg 'http://127.0.0.1:8000/teach/door/examples?label=open'"]))),
+    ),
+)]
+async fn add(
+    State(app): State<AppState>,
+    context: RequestContext,
+    set: ApiPath<String>,
+    query: Result<ApiQuery<LabelQuery>, ApiError>,
+    admin: Result<Admin, ApiError>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let allowed = (|| {
+        let Admin(by) = admin?;
+        let label = query?.0.label;
+        // Refused before a body is read that nobody keeps.
+        let store = examples(&app)?;
+        store.list(&set.0)?;
+        let entry = app.classifier.admission.enter(&Caller::default(), context.client)?;
+        Ok((by, label, store.clone(), entry))
+    })();
+    let (by, label, store, _entry) = match allowed {
+        Ok(allowed) => allowed,
+        Err(error) => {
+            body::linger(body).await;
+            return Err(error);
+        }
+    };
+    let Received { bytes, permit, .. } = receive(&app, context.client, &headers, body).await?;
+    let input = input::parse(&app, &headers, bytes).await?;
+    let mut outcomes = Vec::with_capacity(input.images.len());
+    for image in input.images {
+        outcomes.push(keep(&store, &set.0, &label, image.map_err(ApiError::from)).await);
+    }
+    drop(permit);
+    if outcomes.len() == 1 && outcomes.iter().any(Result::is_err) {
+        outcomes.pop().transpose()?;
+    }
+    let kept = outcomes.iter().flatten().filter(|kept| kept.new).count();
+    tracing::info!(by = &*by, set.name = set.0, kept, "examples kept");
+    let outcomes = outcomes.into_iter().map(|outcome| match outcome {
+        Ok(kept) => Outcome::Kept(kept),
+        Err(error) => Outcome::Refused(error.body()),
+    });
+    Ok((StatusCode::CREATED, Json(outcomes.collect::<Vec<_>>())).into_response())
+}
+
+async fn keep(store: &Examples, set: &str, label: &str, image: Result<Image, ApiError>) -> Result<Kept, ApiError> {
+    let Image::Encoded(bytes) = image? else {
+        return Err(ApiError::invalid("an example is an image file"));
+    };
+    probe(&bytes, &DecodeLimits::default()).map_err(crate::classify::Error::from)?;
+    let (example, new) = store.add(set, label, bytes).await?;
+    Ok(Kept { example, new })
+}
+
+/// Give an example another label.
+#[utoipa::path(
+    patch,
+    path = "/teach/{set}/examples/{id}",
+    operation_id = "relabel_example",
+    tag = "teach",
+    params(LabelQuery),
+    responses((status = 200, description = "Done.", body = Example, example = json!(example()))),
+    extensions(("x-errors" = json!(errors(&[ADMIN, NAMED, &[ErrorCode::DiskFull]])))),
+)]
+async fn relabel(
+    State(app): State<AppState>,
+    path: ApiPath<(String, String)>,
+    query: ApiQuery<LabelQuery>,
+    Admin(by): Admin,
+) -> Result<Json<Example>, ApiError> {
+    let (set, id) = path.0;
+    let example = examples(&app)?.relabel(&set, &id, &query.0.label).await?;
+    tracing::info!(by = &*by, set.name = set, example = example.id, "example relabelled");
+    Ok(Json(example))
+}
+
+/// Delete an example and its file.
+#[utoipa::path(
+    delete,
+    path = "/teach/{set}/examples/{id}",
+    operation_id = "delete_example",
+    tag = "teach",
+    responses((status = 200, description = "It is gone.", body = Example, example = json!(example()))),
+    extensions(("x-errors" = json!(errors(&[ADMIN, NAMED])))),
+)]
+async fn remove(
+    State(app): State<AppState>,
+    path: ApiPath<(String, String)>,
+    Admin(by): Admin,
+) -> Result<Json<Example>, ApiError> {
+    let (set, id) = path.0;
+    let example = examples(&app)?.remove(&set, &id).await?;
+    tracing::info!(by = &*by, set.name = set, example = example.id, "example deleted");
+    Ok(Json(example))
+}

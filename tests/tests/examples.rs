@@ -1,0 +1,86 @@
+//! Pictures with labels over HTTP: kept once, within a budget, and through the death of the server.
+
+use std::path::Path;
+
+use reqwest::blocking::multipart::{Form, Part};
+use serde_json::{Value, json};
+use system_tests::server::{Answer, Server, image};
+
+fn serve(folder: &Path, flags: &[&str]) -> Server {
+    Server::start(["--examples", folder.to_str().unwrap()].iter().chain(flags))
+}
+
+fn add(server: &Server, label: &str, picture: Vec<u8>) -> Answer {
+    Answer::of(server.post(&format!("/teach/door/examples?label={label}")).body(picture))
+}
+
+#[test]
+fn examples_are_kept_listed_relabelled_and_deleted() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(folder.path(), &[]);
+    let picture = image("test-00.png");
+    let answer = add(&server, "open", picture.clone());
+    assert_eq!(answer.status, 201, "{}", answer.text);
+    let first = answer.json()[0].clone();
+    assert_eq!((&first["label"], &first["new"]), (&json!("open"), &json!(true)));
+    assert_eq!(add(&server, "open", picture.clone()).json()[0]["new"], false, "kept once");
+    add(&server, "closed", picture.clone()).assert_refused(409, "conflict");
+
+    let part = |name: &str, bytes: Vec<u8>| Part::bytes(bytes).file_name(name.to_owned());
+    let form = Form::new()
+        .part("a", part("a.png", image("test-01.png")))
+        .part("b", part("b.png", b"no picture".to_vec()))
+        .part("c", part("c.png", image("test-02.png")));
+    let many = Answer::of(server.post("/teach/door/examples?label=half%20open").multipart(form));
+    assert_eq!(many.status, 201, "{}", many.text);
+    let kinds: Vec<bool> = many.json().as_array().unwrap().iter().map(|item| item["new"] == true).collect();
+    assert_eq!(kinds, [true, false, true], "{}", many.text);
+    let listing = server.get("/teach/door").json();
+    assert_eq!(listing["labels"], json!({ "open": 1, "half open": 2 }));
+
+    let path = format!("/teach/door/examples/{}", first["id"].as_str().unwrap());
+    assert_eq!(Answer::of(server.request("PATCH", &format!("{path}?label=closed"))).json()["label"], "closed");
+    // The folder is what `butterflyvit teach` reads.
+    let file = folder.path().join("door/closed").join(first["id"].as_str().unwrap());
+    assert_eq!(std::fs::read(file).unwrap(), picture);
+    assert_eq!(Answer::of(server.request("DELETE", &path)).status, 200);
+    Answer::of(server.request("DELETE", &path)).assert_refused(404, "example_not_found");
+
+    for (label, body) in [("a%2Fb", picture.clone()), ("", picture.clone()), (".x", picture), ("open", Vec::new())] {
+        assert_eq!(add(&server, label, body).status, 400, "{label}");
+    }
+    add(&server, "open", b"no picture".to_vec()).assert_refused(415, "unsupported_media_type");
+}
+
+#[test]
+fn a_server_that_is_killed_has_every_example_that_it_confirmed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut confirmed: Vec<Value> = Vec::new();
+    for round in 0..3 {
+        let server = serve(folder.path(), &[]);
+        assert_eq!(server.get("/teach/door").json()["examples"].as_array().unwrap().len(), confirmed.len());
+        for i in 0..4 {
+            let name = format!("test-{:02}.png", round * 4 + i);
+            let mut example = add(&server, "open", image(&name)).json()[0].clone();
+            example.as_object_mut().unwrap().remove("new");
+            confirmed.push(example);
+        }
+        // Dropping it kills it.
+        drop(server);
+    }
+    confirmed.sort_by_key(|example| example["id"].as_str().unwrap().to_owned());
+    assert_eq!(serve(folder.path(), &[]).get("/teach/door").json()["examples"], json!(confirmed));
+}
+
+#[test]
+fn without_a_folder_or_room_nothing_is_kept() {
+    let server = Server::start([] as [&str; 0]);
+    let refused = add(&server, "open", image("test-00.png"));
+    refused.assert_refused(409, "conflict");
+    assert!(refused.json()["error"].as_str().unwrap().contains("--examples"), "{}", refused.text);
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(folder.path(), &["--examples-budget", "1KiB"]);
+    let refused = add(&server, "open", image("photo-cat.jpg"));
+    refused.assert_refused(507, "disk_full");
+    assert!(refused.json()["error"].as_str().unwrap().contains("--examples-budget"), "{}", refused.text);
+}
