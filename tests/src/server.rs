@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use model_core::image::RgbImage;
 use reqwest::blocking::{Client, RequestBuilder, Response};
 use serde_json::Value;
 
@@ -32,6 +33,17 @@ pub fn binary() -> PathBuf {
 /// The bytes of a file of `tests/images`.
 pub fn image(name: &str) -> Vec<u8> {
     std::fs::read(root().join("tests/images").join(name)).expect("a committed test image")
+}
+
+/// An image as a PNG.
+pub fn png(image: &RgbImage) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
+    encoder.set_color(png::ColorType::Rgb);
+    let mut writer = encoder.write_header().expect("a header in memory");
+    writer.write_image_data(image.as_raw()).expect("all of the image");
+    writer.finish().expect("an end in memory");
+    bytes
 }
 
 /// The names of the committed test images.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use model_core::image::RgbImage;
 use serde_json::Value;
-use system_tests::server::{PATIENCE, Server, binary, image, wait_until};
+use system_tests::server::{PATIENCE, Server, binary, image, png, wait_until};
 
 /// Snapshots by path, as cameras answer them.
 struct Snapshots {
@@ -100,14 +100,6 @@ fn is_right(header: &str) -> bool {
     };
     let (who, what) = (md5("viewer:cam:sesame".into()), md5("GET:/digest".into()));
     md5(format!("{who}:n:{count}:{cnonce}:auth:{what}")) == response
-}
-
-fn png(image: &RgbImage) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
-    encoder.set_color(png::ColorType::Rgb);
-    encoder.write_header().unwrap().write_image_data(image.as_raw()).unwrap();
-    bytes
 }
 
 struct File {

@@ -10,15 +10,7 @@ use model_core::image::{DecodeLimits, Picture, Preprocess, RgbImage, decode};
 use model_core::weights::{BackboneWeights, Background, Covariance, Familiarity};
 use serde_json::{Value, json};
 use system_tests::fixtures::{Random, backbone_weights, borrower_artifact, expert_set_artifact, write};
-use system_tests::server::{Answer, Server, binary, image};
-
-fn png(image: &RgbImage) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
-    encoder.set_color(png::ColorType::Rgb);
-    encoder.write_header().unwrap().write_image_data(image.as_raw()).unwrap();
-    bytes
-}
+use system_tests::server::{Answer, Server, binary, image, png};
 
 fn verdict(answer: &Value) -> (&Value, Option<&str>) {
     assert!(!answer["predictions"].as_array().unwrap().is_empty(), "predictions stay: {answer}");

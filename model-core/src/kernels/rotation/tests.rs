@@ -5,13 +5,7 @@ use super::*;
 use crate::kernels::Isa;
 
 fn codes(bits: u32, count: usize, seed: u64) -> Vec<u16> {
-    let mut state = seed | 1;
-    (0..count)
-        .map(|_| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 48) as u16 >> (16 - bits)
-        })
-        .collect()
+    (0..count as u64).map(|n| (splitmix64(seed, n) >> (64 - bits)) as u16).collect()
 }
 
 fn radians(codes: &[u16], bits: u32) -> Vec<f32> {

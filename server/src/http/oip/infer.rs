@@ -72,7 +72,7 @@ struct InferRequest {
     inputs: AtMost<Object<InputTensor>, MOST_TENSORS>,
     /// `scores` when left out or empty.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<OutputRequest>>)]
+    #[schema(value_type = Option<Vec<OutputRequest>>, max_items = 8)]
     outputs: Option<AtMost<Object<OutputRequest>, MOST_TENSORS>>,
     /// KServe's client repeats here what the path says; the path decides.
     #[serde(default, rename = "model_name")]
