@@ -1,4 +1,4 @@
-//! What decoding takes, for each file and the inputs of two models, as the server does it:
+//! What decoding takes, for each file and the inputs of the two shipped models, as the server does it:
 //!
 //!     cargo run --release -p model-core --example decode -- photo.jpg drawing.png
 
@@ -8,8 +8,8 @@ use model_core::image::{DecodeLimits, Preprocess, decode_picture, probe};
 
 fn main() {
     for path in std::env::args().skip(1) {
-        for side in [32, 192] {
-            match figures(&path, side) {
+        for (side, reduction) in [(32, 8.0), (192, 2.0)] {
+            match figures(&path, side, reduction) {
                 Ok(line) => println!("{path} for {side} x {side}: {line}"),
                 Err(error) => println!("{path} for {side} x {side}: {error}"),
             }
@@ -17,11 +17,11 @@ fn main() {
     }
 }
 
-fn figures(path: &str, side: usize) -> Result<String, Box<dyn std::error::Error>> {
+fn figures(path: &str, side: usize, reduction: f32) -> Result<String, Box<dyn std::error::Error>> {
     let bytes = std::fs::read(path)?;
     // The server's default.
-    let limits =
-        DecodeLimits { max_bytes: 60 << 20, ..DecodeLimits::default() }.for_input(&Preprocess::default(), side);
+    let preprocess = Preprocess { reduction, ..Preprocess::default() };
+    let limits = DecodeLimits { max_bytes: 60 << 20, ..DecodeLimits::default() }.for_input(&preprocess, side);
     let info = probe(&bytes, &limits)?;
     let mut best = Duration::MAX;
     let start = Instant::now();
