@@ -153,7 +153,7 @@ impl<'a> Bits<'a> {
         if count > 0 && value >> (count - 1) == 0 { value - (1 << count) + 1 } else { value }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn symbol(&mut self, table: &Table) -> Result<u8, ImageError> {
         if self.count < 16 {
             self.fill();
@@ -163,6 +163,12 @@ impl<'a> Bits<'a> {
             self.drop(length.into());
             return Ok(symbol);
         }
+        self.long_symbol(table)
+    }
+
+    /// A symbol whose code is longer than [`LOOK_BITS`].
+    #[cold]
+    fn long_symbol(&mut self, table: &Table) -> Result<u8, ImageError> {
         let next = (self.buffer >> 48) as u32;
         let longer = LOOK_BITS as usize + 1..17;
         let length = longer.into_iter().find(|&length| next < table.limit[length]);

@@ -2,9 +2,65 @@
 //! algorithms of libjpeg ("slow", after Loeffler, Ligtenberg and Moschytz 1989), whose smaller results are the means of
 //! squares of the larger. Arithmetic wraps: only broken files reach beyond 32 bits.
 
-use std::num::Wrapping;
+use std::ops::{Add, Mul, Shl, Sub};
 
-type W = Wrapping<i32>;
+use crate::kernels::vectorized;
+
+/// Eight numbers, one of each column or each row of a block: all of them take the same steps, so that the compiler makes
+/// vector instructions of the steps.
+#[derive(Clone, Copy)]
+struct Lanes([i32; 8]);
+
+impl Add for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        let mut sum = self.0;
+        sum.iter_mut().zip(other.0).for_each(|(value, other)| *value = value.wrapping_add(other));
+        Self(sum)
+    }
+}
+
+impl Sub for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        let mut difference = self.0;
+        difference.iter_mut().zip(other.0).for_each(|(value, other)| *value = value.wrapping_sub(other));
+        Self(difference)
+    }
+}
+
+impl Mul<i32> for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn mul(mut self, factor: i32) -> Self {
+        self.0.iter_mut().for_each(|value| *value = value.wrapping_mul(factor));
+        self
+    }
+}
+
+impl Shl<usize> for Lanes {
+    type Output = Self;
+
+    #[inline(always)]
+    fn shl(mut self, bits: usize) -> Self {
+        self.0.iter_mut().for_each(|value| *value <<= bits);
+        self
+    }
+}
+
+impl Lanes {
+    /// In units of `2^bits`, to the nearest.
+    #[inline(always)]
+    fn descale(mut self, bits: usize) -> Self {
+        self.0.iter_mut().for_each(|value| *value = value.wrapping_add(1 << (bits - 1)) >> bits);
+        self
+    }
+}
 
 /// Fractional bits of constants.
 const CONST_BITS: usize = 13;
@@ -12,21 +68,19 @@ const CONST_BITS: usize = 13;
 const PASS1_BITS: usize = 2;
 
 /// `value` in units of `2^-CONST_BITS`, to the nearest.
-const fn fix(value: f64) -> W {
-    Wrapping((value * (1 << CONST_BITS) as f64 + 0.5) as i32)
-}
-
-fn descale(value: W, bits: usize) -> W {
-    (value + Wrapping(1 << (bits - 1))) >> bits
+const fn fix(value: f64) -> i32 {
+    (value * (1 << CONST_BITS) as f64 + 0.5) as i32
 }
 
 /// Samples are stored around 128.
-fn sample(value: W) -> u8 {
-    (value.0.saturating_add(128)).clamp(0, 255) as u8
+#[inline(always)]
+fn sample(value: i32) -> u8 {
+    (value.clamp(-128, 127) + 128) as u8
 }
 
 /// Eight coefficients to eight values, with [`CONST_BITS`] more.
-fn eight(c: [W; 8]) -> [W; 8] {
+#[inline(always)]
+fn eight(c: [Lanes; 8]) -> [Lanes; 8] {
     let z1 = (c[2] + c[6]) * fix(0.541_196_100);
     let (even2, even3) = (z1 - c[6] * fix(1.847_759_065), z1 + c[2] * fix(0.765_366_865));
     let (even0, even1) = ((c[0] + c[4]) << CONST_BITS, (c[0] - c[4]) << CONST_BITS);
@@ -43,11 +97,13 @@ fn eight(c: [W; 8]) -> [W; 8] {
         c[5] * fix(2.053_119_869) + z2 + z4,
         c[7] * fix(0.298_631_336) + z1 + z3,
     ];
-    std::array::from_fn(|i| if i < 4 { even[i] + odd[i] } else { even[7 - i] - odd[7 - i] })
+    let (sum, difference) = (|i: usize| even[i] + odd[i], |i: usize| even[i] - odd[i]);
+    [sum(0), sum(1), sum(2), sum(3), difference(3), difference(2), difference(1), difference(0)]
 }
 
 /// Eight coefficients to the means of four pairs of values, with `CONST_BITS + 1` bits more.
-fn four(c: [W; 8]) -> [W; 4] {
+#[inline(always)]
+fn four(c: [Lanes; 8]) -> [Lanes; 4] {
     let even0 = c[0] << (CONST_BITS + 1);
     let even2 = c[2] * fix(1.847_759_065) - c[6] * fix(0.765_366_865);
     let odd0 =
@@ -59,49 +115,103 @@ fn four(c: [W; 8]) -> [W; 4] {
 }
 
 /// Eight coefficients to the means of both halves, with `CONST_BITS + 2` bits more.
-fn two(c: [W; 8]) -> [W; 2] {
+#[inline(always)]
+fn two(c: [Lanes; 8]) -> [Lanes; 2] {
     let even = c[0] << (CONST_BITS + 2);
     let odd =
         c[5] * fix(0.850_430_095) - c[7] * fix(0.720_959_822) - c[3] * fix(1.272_758_580) + c[1] * fix(3.624_509_785);
     [even + odd, even - odd]
 }
 
-/// Dequantised coefficients, row after row, to `N` x `N` samples that are written to rows of `out`, `stride` apart.
+/// A block of coefficients and what each is multiplied by, row after row.
+type Quantised<'a> = (&'a [i16; 64], &'a [u16; 64]);
+
+/// A block to `N` x `N` samples that are written to rows of `out`, `stride` apart: the columns first, then the rows.
 #[inline(always)]
-fn transform<const N: usize>(c: &[W; 64], one: impl Fn([W; 8]) -> [W; N], extra: usize, out: &mut [u8], stride: usize) {
-    let mut columns = [[Wrapping(0); 8]; N];
-    for x in 0..8 {
-        let column: [W; 8] = std::array::from_fn(|y| c[8 * y + x]);
-        if column[1..].iter().all(|c| c.0 == 0) {
-            columns.iter_mut().for_each(|row| row[x] = column[0] << PASS1_BITS);
-            continue;
-        }
-        for (row, value) in columns.iter_mut().zip(one(column)) {
-            row[x] = descale(value, CONST_BITS - PASS1_BITS + extra);
+fn transform<const N: usize>(
+    (coefficients, quantization): Quantised<'_>,
+    one: impl Fn([Lanes; 8]) -> [Lanes; N],
+    extra: usize,
+    (out, stride): (&mut [u8], usize),
+) {
+    let mut rows = [Lanes([0; 8]); 8];
+    for (y, row) in rows.iter_mut().enumerate() {
+        for (x, value) in row.0.iter_mut().enumerate() {
+            *value = i32::from(coefficients[8 * y + x]).wrapping_mul(i32::from(quantization[8 * y + x]));
         }
     }
-    for (y, row) in columns.into_iter().enumerate() {
-        if row[1..].iter().all(|c| c.0 == 0) {
-            out[y * stride..][..N].fill(sample(descale(row[0], PASS1_BITS + 3)));
-            continue;
+    let rows = one(rows);
+    let mut columns = [Lanes([0; 8]); 8];
+    for (y, row) in rows.into_iter().enumerate() {
+        let row = row.descale(CONST_BITS - PASS1_BITS + extra);
+        for (column, value) in columns.iter_mut().zip(row.0) {
+            column.0[y] = value;
         }
-        let samples = one(row).map(|value| sample(descale(value, CONST_BITS + PASS1_BITS + 3 + extra)));
-        out[y * stride..][..N].copy_from_slice(&samples);
+    }
+    let columns = one(columns);
+    let mut samples = [[0; N]; N];
+    for (x, column) in columns.into_iter().enumerate() {
+        let column = column.descale(CONST_BITS + PASS1_BITS + 3 + extra);
+        for (row, value) in samples.iter_mut().zip(column.0) {
+            row[x] = sample(value);
+        }
+    }
+    for (y, row) in samples.iter().enumerate() {
+        out[y * stride..][..N].copy_from_slice(row);
     }
 }
 
 /// A block of quantised coefficients, row after row, to `size` x `size` samples; `size` is 1, 2, 4 or 8.
+#[expect(
+    clippy::redundant_closure,
+    reason = "a function by its name is called, not inlined, and calls have no vectors"
+)]
 pub(super) fn block(coefficients: &[i16; 64], quantization: &[u16; 64], size: usize, out: &mut [u8], stride: usize) {
-    let dequantised = |i: usize| Wrapping(i32::from(coefficients[i])) * Wrapping(i32::from(quantization[i]));
-    if size == 1 {
-        out[0] = sample(descale(dequantised(0), 3));
+    let is_flat = coefficients[1..].iter().fold(0, |any, &c| any | c) == 0;
+    if size == 1 || is_flat {
+        let mean = i32::from(coefficients[0]).wrapping_mul(i32::from(quantization[0]));
+        let sample = sample(mean.wrapping_add(4) >> 3);
+        (0..size).for_each(|y| out[y * stride..][..size].fill(sample));
         return;
     }
-    let c: [W; 64] = std::array::from_fn(dequantised);
+    let (quantised, out) = ((coefficients, quantization), (out, stride));
     match size {
-        2 => transform(&c, two, 2, out, stride),
-        4 => transform(&c, four, 1, out, stride),
-        _ => transform(&c, eight, 0, out, stride),
+        2 => vectorized(
+            #[inline(always)]
+            || {
+                transform(
+                    quantised,
+                    #[inline(always)]
+                    |c| two(c),
+                    2,
+                    out,
+                )
+            },
+        ),
+        4 => vectorized(
+            #[inline(always)]
+            || {
+                transform(
+                    quantised,
+                    #[inline(always)]
+                    |c| four(c),
+                    1,
+                    out,
+                )
+            },
+        ),
+        _ => vectorized(
+            #[inline(always)]
+            || {
+                transform(
+                    quantised,
+                    #[inline(always)]
+                    |c| eight(c),
+                    0,
+                    out,
+                )
+            },
+        ),
     }
 }
 

@@ -5,6 +5,7 @@ use ::image::RgbImage;
 use super::super::error::ImageError;
 use super::frame::{Frame, Header};
 use super::scan::Plane;
+use crate::kernels::vectorized;
 
 /// Pixels across and down at 1/`reduction` of the scale.
 pub(super) fn size(frame: &Frame, reduction: u32) -> (u32, u32) {
@@ -34,15 +35,24 @@ pub(super) fn rgb(
             return Err(ImageError::Stopped);
         }
         for (row, plane) in rows.iter_mut().zip(planes) {
-            enlarge(plane, y, smooth, row);
+            vectorized(
+                #[inline(always)]
+                || enlarge(plane, y, smooth, row),
+            );
         }
         match rows.as_slice() {
             [grey] => out.chunks_exact_mut(3).zip(grey).for_each(|(pixel, &sample)| pixel.fill(sample)),
-            [y, cb, cr] => {
-                let samples = y.iter().zip(cb).zip(cr);
-                let convert = if header.ycc { from_ycc } else { |y, cb, cr| [y, cb, cr] };
-                for (pixel, ((&y, &cb), &cr)) in out.as_chunks_mut().0.iter_mut().zip(samples) {
-                    *pixel = convert(y, cb, cr);
+            [y, cb, cr] if header.ycc => vectorized(
+                #[inline(always)]
+                || {
+                    for (pixel, ((&y, &cb), &cr)) in out.as_chunks_mut().0.iter_mut().zip(y.iter().zip(cb).zip(cr)) {
+                        *pixel = from_ycc(y, cb, cr);
+                    }
+                },
+            ),
+            [red, green, blue] => {
+                for (pixel, ((&r, &g), &b)) in out.as_chunks_mut().0.iter_mut().zip(red.iter().zip(green).zip(blue)) {
+                    *pixel = [r, g, b];
                 }
             }
             _ => unreachable!("a frame has one or three components"),
@@ -52,6 +62,7 @@ pub(super) fn rgb(
 }
 
 /// BT.601 in 16 fractional bits.
+#[inline(always)]
 fn from_ycc(y: u8, cb: u8, cr: u8) -> [u8; 3] {
     const fn fix(value: f64) -> i32 {
         (value * 65536.0 + 0.5) as i32
@@ -65,6 +76,7 @@ fn from_ycc(y: u8, cb: u8, cr: u8) -> [u8; 3] {
 }
 
 /// Row `y` of the image, of one component.
+#[inline(always)]
 fn enlarge(plane: &Plane, y: usize, smooth: bool, out: &mut Vec<u8>) {
     let row = |y: usize| &plane.samples[y * plane.stride..][..plane.width];
     let (nearest, width) = (row(y / plane.v_expand), plane.width);
