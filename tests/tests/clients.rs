@@ -1,4 +1,4 @@
-//! Clients nobody here wrote: Triton's and Hugging Face's own.
+//! Clients nobody here wrote: Triton's and Hugging Face's own, and one that a program makes of the OpenAPI document.
 
 use std::ffi::OsStr;
 
@@ -28,4 +28,9 @@ fn triton() {
 #[test]
 fn hugging_face() {
     run("hugging_face.py");
+}
+
+#[test]
+fn generated_from_the_openapi_document() {
+    run("generated.py");
 }

@@ -177,9 +177,11 @@ fn describe_operation(path: &str, method: &str, operation: &mut Value) {
             header["required"] = json!(true);
         }
         answer["headers"]["x-request-id"] = request_id_header();
+        describe_bytes(answer);
     }
     if let Some(body) = operation.get_mut("requestBody") {
         describe_body(body);
+        describe_bytes(body);
     }
     let errors = operation.as_object_mut().and_then(|operation| operation.remove(ERRORS)).unwrap_or_default();
     let is_listed = |code: &ErrorCode| {
@@ -188,8 +190,11 @@ fn describe_operation(path: &str, method: &str, operation: &mut Value) {
             || errors.as_array().is_some_and(|errors| errors.contains(&json!(code.as_str())))
     };
     let codes: Vec<ErrorCode> = ErrorCode::ALL.into_iter().filter(is_listed).collect();
+    let keys = [json!({ "bearer": [] }), json!({ "key": [] })];
+    // Users need keys only where there are some.
+    let no_key = (!codes.contains(&ErrorCode::Forbidden)).then(|| json!({}));
     let needs_key = codes.contains(&ErrorCode::Unauthorized);
-    operation["security"] = if needs_key { json!([{ "bearer": [] }, { "key": [] }]) } else { json!([]) };
+    operation["security"] = if needs_key { no_key.into_iter().chain(keys).collect() } else { json!([]) };
     for (status, response) in error_responses(codes) {
         operation["responses"][status] = response;
     }
@@ -211,6 +216,15 @@ fn describe_body(body: &mut Value) {
 }
 
 /// The parameters of a path that are not `described`; their names mean the same everywhere.
+/// Content without a schema is bytes as they are. Generators of clients leave out content of which nothing is said.
+fn describe_bytes(body: &mut Value) {
+    for (_, form) in body["content"].as_object_mut().into_iter().flatten() {
+        if form["schema"].is_null() {
+            form["schema"] = json!({ "type": "string", "format": "binary" });
+        }
+    }
+}
+
 fn path_parameters(names: &[&str], described: &[Value]) -> Vec<Value> {
     let parameter = |name: &&str| {
         let (description, schema) = match *name {
