@@ -80,7 +80,7 @@ step_check() {
 
 # python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics;
 # chromium looks at the console; curl runs the documented examples; faketime turns the clock;
-# nginx stands in front of the server.
+# nginx stands in front of the server; mosquitto is the broker of the cameras.
 step_test() {
     need_compiler
     need_venv
@@ -91,6 +91,7 @@ step_test() {
     has djpeg && has cjpeg || missing+=(libjpeg-turbo-progs)
     [ -e "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketimeMT.so.1" ] || missing+=(faketime)
     [ -x /usr/sbin/nginx ] || missing+=(nginx-light)
+    [ -x /usr/sbin/mosquitto ] || missing+=(mosquitto)
     has curl || missing+=(curl ca-certificates)
     [ -x /usr/bin/chromedriver ] || missing+=(chromium chromium-driver fonts-dejavu-core)
     install_missing

@@ -217,6 +217,8 @@ metrics! {
     pub camera_state: IntGaugeVec = "bvit_camera_state" ["camera", "state"];
     /// Attempts to get a frame and its answer, by result.
     pub camera_frames: IntCounterVec = "bvit_camera_frames_total" ["camera", "result"];
+    /// 1 while the MQTT broker that the file of cameras names is connected.
+    pub mqtt_connected: IntGaugeVec = "bvit_mqtt_connected" ["broker"];
     /// Always 1; the labels say what is running.
     build_info: GaugeVec = "bvit_build_info" ["version", "revision", "target", "isa"];
 }

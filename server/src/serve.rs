@@ -42,6 +42,8 @@ const OTHER_FILES: u64 = 192;
 const BACKLOG: u32 = 1024;
 /// Longest wait for a set at start, while no client waits for an answer.
 const START_WAIT: Duration = Duration::from_secs(60);
+/// Longest time, once the server has drained, to tell an MQTT broker so.
+const GOODBYE: Duration = Duration::from_secs(3);
 
 /// What could not be started.
 const NO_THREADS: &str = "threads";
@@ -84,11 +86,18 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
             ready = make_ready(&app, args) => ready?,
             stopped = &mut server => return Ok(stopped?),
         }
-        if let Some(file) = args.cameras.cameras.clone() {
+        let cameras = args.cameras.cameras.clone().map(|file| {
             let (classifier, default_set) = (Arc::clone(&app.classifier), app.default_set().to_owned());
-            tokio::spawn(app.cameras.clone().run(file, classifier, default_set, shutdown.clone()));
+            let cameras = app.cameras.clone();
+            let running = cameras.run(file, classifier, default_set, app.limits.max_body_bytes, shutdown.clone());
+            tokio::spawn(running)
+        });
+        server.await?;
+        if let Some(cameras) = cameras {
+            // The broker hears that the gateway has gone; one that does not listen is not waited for.
+            let _ = tokio::time::timeout(GOODBYE, cameras).await;
         }
-        Ok(server.await?)
+        Ok(())
     });
     // Work that has not ended by now had its time.
     runtime.shutdown_background();

@@ -3,3 +3,4 @@
 pub mod fixtures;
 pub mod python;
 pub mod server;
+pub mod snapshots;

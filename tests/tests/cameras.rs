@@ -1,134 +1,14 @@
 //! Cameras that answer, hang, lie and die, and what the gateway says of them.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model_core::image::RgbImage;
 use serde_json::Value;
 use system_tests::server::{PATIENCE, Server, binary, image, png, wait_until};
-
-/// Snapshots by path, as cameras answer them.
-struct Snapshots {
-    address: SocketAddr,
-    /// What `/now` answers.
-    now: Arc<Mutex<Vec<u8>>>,
-}
-
-impl Snapshots {
-    fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let snapshots = Self { address: listener.local_addr().unwrap(), now: Arc::default() };
-        let now = Arc::clone(&snapshots.now);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let now = Arc::clone(&now);
-                std::thread::spawn(move || answer(stream, &now));
-            }
-        });
-        snapshots
-    }
-
-    fn show(&self, picture: Vec<u8>) {
-        *self.now.lock().unwrap() = picture;
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.address)
-    }
-}
-
-fn answer(mut stream: TcpStream, now: &Mutex<Vec<u8>>) {
-    let lines: Vec<String> = BufReader::new(stream.try_clone().unwrap())
-        .lines()
-        .map_while(Result::ok)
-        .take_while(|line| !line.is_empty())
-        .collect();
-    let Some(path) = lines.first().and_then(|line| line.split(' ').nth(1)) else { return };
-    let authorization = lines.iter().find_map(|line| line.strip_prefix("authorization: "));
-    let picture = || now.lock().unwrap().clone();
-    let ok = |kind: &str, body: &[u8]| {
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n", body.len());
-        [head.as_bytes(), body].concat()
-    };
-    let other =
-        |status: &str, header: &str| format!("HTTP/1.1 {status}\r\n{header}\r\nContent-Length: 0\r\n\r\n").into_bytes();
-    let bytes = match path {
-        "/now" => ok("image/png", &picture()),
-        "/page" => ok("text/html", b"<html>log in</html>"),
-        "/rubbish" => ok("image/jpeg", b"no picture at all"),
-        "/empty" => ok("image/jpeg", b""),
-        "/stream" => ok("multipart/x-mixed-replace; boundary=x", b"--x"),
-        "/half" => ok("image/png", &picture())[..200].to_vec(),
-        "/huge" => {
-            b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n".iter().copied().chain(vec![0; 9 << 20]).collect()
-        }
-        "/announced" => b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n".to_vec(),
-        "/gone" => other("404 Not Found", "X-A: b"),
-        "/moved" => other("302 Found", "Location: /now"),
-        "/elsewhere" => other("302 Found", "Location: http://127.0.0.2:1/now"),
-        "/round" => other("302 Found", "Location: /round"),
-        "/babble" => b"SSH-2.0-OpenSSH_9.2\r\n".to_vec(),
-        "/basic" if authorization == Some("Basic dmlld2VyOnNlc2FtZQ==") => ok("image/png", &picture()),
-        "/basic" => other("401 Unauthorized", "WWW-Authenticate: Basic realm=\"cam\""),
-        "/digest" if authorization.is_some_and(is_right) => ok("image/png", &picture()),
-        "/digest" => other("401 Unauthorized", "WWW-Authenticate: Digest realm=\"cam\", nonce=\"n\", qop=\"auth\""),
-        _ => {
-            // Hangs until the other side has gone.
-            drop(stream.read(&mut [0; 1]));
-            return;
-        }
-    };
-    drop(stream.write_all(&bytes));
-}
-
-/// Whether a digest is that of `viewer`, `sesame`: MD5 by coreutils.
-fn is_right(header: &str) -> bool {
-    let field = |name: &str| {
-        let (_, rest) = header.split_once(&format!("{name}="))?;
-        rest.trim_start_matches('"').split(['"', ',']).next().map(str::to_owned)
-    };
-    let md5 = |text: String| {
-        let output = Command::new("sh").args(["-c", &format!("printf %s '{text}' | md5sum")]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()[..32].to_owned()
-    };
-    let (Some(count), Some(cnonce), Some(response)) = (field("nc"), field(" cnonce"), field(" response")) else {
-        return false;
-    };
-    let (who, what) = (md5("viewer:cam:sesame".into()), md5("GET:/digest".into()));
-    md5(format!("{who}:n:{count}:{cnonce}:auth:{what}")) == response
-}
-
-struct File {
-    folder: tempfile::TempDir,
-}
-
-impl File {
-    fn of(text: &str) -> Self {
-        let file = Self { folder: tempfile::tempdir().unwrap() };
-        file.write(text);
-        file
-    }
-
-    fn write(&self, text: &str) {
-        std::fs::write(self.path(), text).unwrap();
-    }
-
-    fn path(&self) -> PathBuf {
-        self.folder.path().join("cameras.toml")
-    }
-
-    fn serve(&self) -> Server {
-        Server::start(["--cameras", self.path().to_str().unwrap()])
-    }
-}
-
-fn camera(name: &str, url: &str, more: &str) -> String {
-    format!("[[camera]]\nname = '{name}'\nurl = '{url}'\nevery = '50ms'\ntimeout = '2s'\nagree = '2 of 3'\n{more}\n")
-}
+use system_tests::snapshots::{CameraFile, Snapshots, camera};
 
 fn view(server: &Server, name: &str) -> Value {
     server.get(&format!("/cameras/{name}")).json()
@@ -138,7 +18,7 @@ fn view(server: &Server, name: &str) -> Value {
 fn a_camera_shows_what_it_sees_and_says_when_that_changes() {
     let snapshots = Snapshots::start();
     snapshots.show(image("test-00.png"));
-    let server = File::of(&camera("gate", &snapshots.url("/now"), "frozen = 20"));
+    let server = CameraFile::of(&camera("gate", &snapshots.url("/now"), "frozen = 20"));
     let server = server.serve();
     let label = server.classify(&image("test-00.png")).label();
     let events = server.request("GET", "/events").send().unwrap();
@@ -211,7 +91,7 @@ fn whatever_a_camera_does_it_is_said_and_no_other_waits() {
     text += &camera("basic", &snapshots.url("/basic"), user);
     text += &camera("digest", &snapshots.url("/digest"), user);
     text += &camera("off", &snapshots.url("/now"), "enabled = false");
-    let file = File::of(&text);
+    let file = CameraFile::of(&text);
     let server = file.serve();
     for (name, _, _, reason) in cases.iter().chain(&[("dead", "", "", "cannot connect")]) {
         wait_until(name, || view(&server, name)["condition"] == "silent");
@@ -234,7 +114,7 @@ fn a_changed_file_is_taken_and_a_broken_one_is_not() {
     let snapshots = Snapshots::start();
     snapshots.show(image("test-02.png"));
     let first = camera("first", &snapshots.url("/now"), "");
-    let file = File::of(&first);
+    let file = CameraFile::of(&first);
     let server = file.serve();
     wait_until("frames", || view(&server, "first")["frames"].as_u64() >= Some(1));
     file.write(&camera("first", &snapshots.url("/now"), "set = 'nobody'"));
@@ -255,7 +135,7 @@ fn a_changed_file_is_taken_and_a_broken_one_is_not() {
 
 #[test]
 fn a_server_with_a_wrong_file_says_why_it_does_not_start() {
-    let file = File::of("[[camera]]\nname = 'a'\nurl = 'http://a/'\nevrey = '1s'");
+    let file = CameraFile::of("[[camera]]\nname = 'a'\nurl = 'http://a/'\nevrey = '1s'");
     let output =
         Command::new(binary()).args(["--listen", "127.0.0.1:0", "--cameras"]).arg(file.path()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -266,7 +146,7 @@ fn a_server_with_a_wrong_file_says_why_it_does_not_start() {
 fn cameras_are_behind_the_user_key_and_streams_end_with_the_server() {
     let snapshots = Snapshots::start();
     snapshots.show(image("test-03.png"));
-    let file = File::of(&camera("gate", &snapshots.url("/now"), ""));
+    let file = CameraFile::of(&camera("gate", &snapshots.url("/now"), ""));
     let flags = ["--cameras", file.path().to_str().unwrap()].map(str::to_owned);
     let mut server = Server::start_with(flags, [("BVIT_USER_KEYS", "viewer:sesame-open-now")]);
     for path in ["/cameras", "/cameras/gate", "/cameras/gate/frame", "/events"] {

@@ -51,7 +51,8 @@ const SERVER: Rooms = &[
 type Libraries = &'static [(&'static str, &'static [&'static str])];
 
 const MODEL_CORE_LIBRARIES: Libraries = &[];
-const SERVER_LIBRARIES: Libraries = &[("axum", &["http", "net"]), ("hyper", &["http", "net", "cameras"])];
+const SERVER_LIBRARIES: Libraries =
+    &[("axum", &["http", "net"]), ("hyper", &["http", "net", "cameras"]), ("rumqttc", &["cameras"])];
 
 /// A module's name: its parts from below the crate; none for `lib.rs`.
 type Name = Vec<String>;

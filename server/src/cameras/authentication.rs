@@ -7,7 +7,7 @@ use md5::Md5;
 use md5::digest::Digest;
 use sha2::Sha256;
 
-use super::file::Credentials;
+use super::secrets::Credentials;
 
 /// Most characters of what a camera sends and gets back.
 const MOST_CHARACTERS: usize = 512;

@@ -1,7 +1,7 @@
 //! One camera: a task of its own that fetches, asks the classifier and remembers, so that no camera waits for another.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -26,6 +26,8 @@ const MOST_CHANGES: usize = 64;
 const LONGEST_REST: Duration = Duration::from_secs(60);
 /// Longest time from a frame to its answer.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// Labels that are remembered; those of a larger set are too many to be told beforehand.
+const MOST_LABELS: usize = 64;
 /// The label of frames that the expert set does not know.
 const UNKNOWN: &str = "unknown";
 
@@ -40,6 +42,8 @@ pub struct Camera {
 struct Known {
     progress: Progress,
     last: Option<Last>,
+    /// The labels of the set that answered last, unless they are many.
+    labels: Option<Arc<[String]>>,
     frame: Option<Bytes>,
     error: Option<String>,
     frames: u64,
@@ -140,6 +144,7 @@ impl Camera {
         let known = Known {
             progress: Progress::new(config.agree, config.frozen, config.enabled),
             last: None,
+            labels: None,
             frame: None,
             error: None,
             frames: 0,
@@ -183,6 +188,11 @@ impl Camera {
     /// The last frame as the camera sent it; none before the first one, and when it is too large to be kept.
     pub fn frame(&self) -> Option<Bytes> {
         self.known().frame.clone()
+    }
+
+    /// The labels that its state may have, once a set with few of them has answered.
+    pub fn labels(&self) -> Option<Arc<[String]>> {
+        self.known().labels.clone()
     }
 
     /// Seconds since the last frame, and the condition.
@@ -332,6 +342,13 @@ impl Camera {
         })?;
         let best = predictions(&answer.logits, answers.lease.value.labels(), 1).pop();
         let best = best.ok_or_else(|| unanswered("the expert set has no labels".into()))?;
+        let (generation, labels) = (answers.lease.descriptor.generation(), answers.lease.value.labels());
+        {
+            let mut known = self.known();
+            if known.last.as_ref().is_none_or(|last| last.generation != generation) {
+                known.labels = (labels.len() <= MOST_LABELS).then(|| labels.into());
+            }
+        }
         let is_unknown = answer.verdict.unknown == Some(true);
         let mut content = Sha256::new();
         answer.logits.iter().for_each(|logit| content.update(logit.to_le_bytes()));
@@ -340,7 +357,7 @@ impl Camera {
                 at: now(),
                 when: Instant::now(),
                 set: set.to_owned(),
-                generation: answers.lease.descriptor.generation(),
+                generation,
                 label: if is_unknown { UNKNOWN.to_owned() } else { best.label },
                 score: best.score,
                 reason: answer.verdict.reason,

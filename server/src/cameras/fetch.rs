@@ -1,7 +1,5 @@
 //! One picture from a camera: a connection of its own, at most one challenge and a few redirects on the same host.
 
-use std::sync::Arc;
-
 use anyhow::{Context, anyhow, bail, ensure};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Empty};
@@ -13,14 +11,12 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::authentication::Challenge;
-use super::file::{Address, CameraConfig, Credentials};
+use super::file::{Address, CameraConfig};
+use super::secrets::{Credentials, trust};
 use crate::admission::BodyPermit;
 
 /// Redirects and challenges that one picture may take.
@@ -42,7 +38,7 @@ impl Fetcher {
     /// # Errors
     /// When there are no certificates to trust.
     pub fn new(config: &CameraConfig) -> anyhow::Result<Self> {
-        let tls = config.address.is_tls.then(|| connector(config.ca.as_deref())).transpose()?;
+        let tls = config.address.is_tls.then(|| trust(config.ca.as_deref()).map(TlsConnector::from)).transpose()?;
         Ok(Self {
             address: config.address.clone(),
             credentials: config.credentials.clone(),
@@ -156,24 +152,4 @@ async fn send(
     let connection = AbortOnDropHandle::new(connection);
     let response = sender.send_request(request).await.context("the camera gives no answer in HTTP")?;
     Ok((response, connection))
-}
-
-fn connector(ca: Option<&[u8]>) -> anyhow::Result<TlsConnector> {
-    let mut roots = RootCertStore::empty();
-    match ca {
-        Some(pem) => {
-            for certificate in CertificateDer::pem_slice_iter(pem) {
-                roots.add(certificate.context("`ca`")?).context("`ca`")?;
-            }
-        }
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        }
-    }
-    ensure!(!roots.is_empty(), "there is no certificate to trust; name one in `ca`, or install `ca-certificates`");
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
 }

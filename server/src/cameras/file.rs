@@ -2,7 +2,6 @@
 //! the file, the camera and the reason.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -15,6 +14,8 @@ use model_core::image::{Crop, Fit};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::mqtt::config::{MqttConfig, MqttEntry};
+use super::secrets::{Credentials, Secrets, read_beside};
 use crate::classify::Look;
 use crate::units::{ByteSize, parse_duration};
 use crate::verdict::MinScore;
@@ -84,19 +85,6 @@ impl Address {
     }
 }
 
-/// Who asks a camera that wants to know.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Credentials {
-    pub user: String,
-    pub password: String,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credentials")
-    }
-}
-
 /// How many of the last answers have to agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Agree {
@@ -140,9 +128,18 @@ pub struct CameraConfig {
     pub enabled: bool,
 }
 
+/// What the file says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CameraFile {
+    pub cameras: Vec<CameraConfig>,
+    /// The broker that hears what the cameras show, if there is one.
+    pub mqtt: Option<MqttConfig>,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    mqtt: Option<toml::Table>,
     #[serde(default)]
     camera: Vec<toml::Table>,
 }
@@ -173,7 +170,7 @@ struct Entry {
 ///
 /// # Errors
 /// A sentence that names the file, the camera and the reason.
-pub fn read(path: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<Vec<CameraConfig>> {
+pub fn read(path: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<CameraFile> {
     let in_file = || path.display().to_string();
     let text = read_text(path).with_context(in_file)?;
     parse(&text, path.parent().unwrap_or(Path::new("")), is_set).with_context(in_file)
@@ -191,7 +188,7 @@ fn read_text(path: &Path) -> anyhow::Result<String> {
     Ok(text)
 }
 
-fn parse(text: &str, folder: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<Vec<CameraConfig>> {
+fn parse(text: &str, folder: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<CameraFile> {
     let file: File = toml::from_str(text).map_err(|error| anyhow!("{}", one_line(&error, text)))?;
     ensure!(file.camera.len() <= MOST_CAMERAS, "there are {} cameras; {MOST_CAMERAS} are the most", file.camera.len());
     let mut names = HashSet::new();
@@ -208,7 +205,11 @@ fn parse(text: &str, folder: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Re
         ensure!(names.insert(config.name.to_lowercase()), "two cameras are called `{}`", config.name);
         cameras.push(config);
     }
-    Ok(cameras)
+    let mqtt = file.mqtt.map(|table| {
+        let entry = MqttEntry::deserialize(table).map_err(|error| anyhow!("{}", error.message()))?;
+        entry.check(folder)
+    });
+    Ok(CameraFile { cameras, mqtt: mqtt.transpose().context("[mqtt]")? })
 }
 
 /// What TOML's parser says, with the line, without the picture of the line: it may hold a password.
@@ -235,30 +236,10 @@ impl Entry {
         let max_bytes = self.max_bytes.as_deref().unwrap_or("4MiB").parse::<ByteSize>();
         let max_bytes = max_bytes.map_err(|reason| anyhow!("`max_bytes`: {reason}"))?.0;
         ensure!((1..=16 << 20).contains(&max_bytes), "`max_bytes` is 1 byte to 16 MiB");
-        let read = |path: PathBuf| {
-            let path = folder.join(path);
-            std::fs::read(&path).with_context(|| path.display().to_string())
-        };
-        let password = match (self.password, self.password_file) {
-            (Some(_), Some(_)) => bail!("`password` and `password_file` go one without the other"),
-            (Some(password), None) => Some(password),
-            (None, Some(file)) => {
-                let text = String::from_utf8(read(file)?).map_err(|_| anyhow!("`password_file` is no text"))?;
-                Some(text.trim_end_matches(['\r', '\n']).to_owned())
-            }
-            (None, None) => None,
-        };
-        let credentials = match (self.user, password) {
-            (Some(user), Some(password)) => Some(Credentials { user, password }),
-            (None, None) => None,
-            _ => bail!("`user` goes with `password` or `password_file`"),
-        };
-        if let Some(Credentials { user, password }) = &credentials {
+        let secrets = Secrets { user: self.user, password: self.password, password_file: self.password_file };
+        let credentials = secrets.read(folder)?;
+        if let Some(Credentials { user, .. }) = &credentials {
             ensure!(!user.contains(':'), "`user` holds no colon");
-            ensure!(
-                ![user, password].iter().any(|text| text.contains(char::is_control)),
-                "`user` and `password` are one line each"
-            );
         }
         let look = Look {
             crop: self.crop.map(|text| text.parse::<Crop>()).transpose()?,
@@ -268,7 +249,7 @@ impl Entry {
             name: self.name,
             address: self.url.parse()?,
             credentials,
-            ca: self.ca.map(read).transpose()?,
+            ca: self.ca.map(|path| read_beside(folder, &path)).transpose()?,
             every,
             timeout,
             max_bytes,
@@ -288,7 +269,7 @@ mod tests {
 
     fn parsed(text: &str) -> Result<Vec<CameraConfig>, String> {
         let parsed = parse(text, Path::new("/nowhere"), |set| set == "door");
-        parsed.map_err(|error| crate::sentence::sentence(&error))
+        parsed.map(|file| file.cameras).map_err(|error| crate::sentence::sentence(&error))
     }
 
     #[test]
@@ -342,6 +323,14 @@ mod tests {
             ("[[camera]\nname = 'a'".to_owned(), "line 1: "),
             ("[camera]\nname = 'a'".to_owned(), "line 1: "),
             ("[[cameras]]".to_owned(), "unknown field `cameras`"),
+            ("[mqtt]\nurl = 'http://a'".to_owned(), "[mqtt]: `url` begins with mqtt:// or mqtts://"),
+            ("[mqtt]\nurl = 'mqtt://u:p@a'".to_owned(), "[mqtt]: `url` holds no user"),
+            ("[mqtt]\nurl = 'mqtt://a/topic'".to_owned(), "[mqtt]: `url` is a host and a port"),
+            ("[mqtt]\nurl = 'mqtt://a'\ntopics = 'b'".to_owned(), "[mqtt]: unknown field `topics`"),
+            ("[mqtt]\nurl = 'mqtt://a'\ntopic = 'a/#'".to_owned(), "[mqtt]: `topic` is one to"),
+            ("[mqtt]\nurl = 'mqtt://a'\ndiscovery = true".to_owned(), "[mqtt]: `discovery` is a topic or `false`"),
+            ("[mqtt]\nurl = 'mqtt://a'\nca = 'a.pem'".to_owned(), "[mqtt]: `ca` goes with mqtts://"),
+            ("[mqtt]\nurl = 'mqtt://a'\nuser = 'me'".to_owned(), "[mqtt]: `user` goes with `password`"),
         ];
         for (text, reason) in cases {
             let said = parsed(&text).unwrap_err();

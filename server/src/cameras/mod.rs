@@ -8,6 +8,8 @@ pub mod authentication;
 pub mod camera;
 pub mod fetch;
 pub mod file;
+pub mod mqtt;
+pub mod secrets;
 pub mod state;
 pub mod thumbnail;
 
@@ -15,14 +17,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use camera::{Camera, CameraView, Change, FrameResult};
 pub use file::CameraConfig;
+pub use mqtt::BrokerView;
 pub use state::Condition;
 pub use thumbnail::thumbnail;
 
+use self::file::CameraFile;
+use self::mqtt::Link;
+use self::mqtt::config::MqttConfig;
 use crate::classify::Classifier;
 use crate::sentence::sentence;
 
@@ -32,6 +38,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const FRAME_MEMORY: usize = 16 << 20;
 /// Changes that a slow reader of events may be behind.
 const MOST_BEHIND: usize = 256;
+/// Largest picture that is taken over MQTT.
+const MOST_MQTT_BYTES: usize = 4 << 20;
 /// Readers of events at once.
 const MOST_READERS: usize = 16;
 
@@ -42,6 +50,9 @@ pub struct Cameras(Arc<Shared>);
 struct Shared {
     list: RwLock<List>,
     changes: broadcast::Sender<CameraView>,
+    /// The table `[mqtt]`; sent again whenever the cameras change.
+    mqtt: watch::Sender<Option<MqttConfig>>,
+    broker: Arc<watch::Sender<Option<BrokerView>>>,
     readers: Arc<Semaphore>,
     /// Cancelled when no more changes will come.
     end: CancellationToken,
@@ -69,20 +80,22 @@ pub struct Reader {
 impl Default for Cameras {
     /// There are none, and no changes will come.
     fn default() -> Self {
-        let cameras = Self::new(Vec::new());
+        let cameras = Self::new(CameraFile { cameras: Vec::new(), mqtt: None });
         cameras.0.end.cancel();
         cameras
     }
 }
 
 impl Cameras {
-    fn new(configs: Vec<CameraConfig>) -> Self {
+    fn new(CameraFile { cameras: configs, mqtt }: CameraFile) -> Self {
         let keep = FRAME_MEMORY / configs.len().max(1);
         let running = |config| Running { camera: Arc::new(Camera::new(config, keep)), stop: CancellationToken::new() };
         let list = List { cameras: configs.into_iter().map(running).collect(), file_error: None };
         Self(Arc::new(Shared {
             list: RwLock::new(list),
             changes: broadcast::Sender::new(MOST_BEHIND),
+            mqtt: watch::Sender::new(mqtt),
+            broker: Arc::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
             end: CancellationToken::new(),
         }))
@@ -112,15 +125,36 @@ impl Cameras {
         self.0.list.read().unwrap_or_else(PoisonError::into_inner).file_error.clone()
     }
 
+    /// The MQTT broker, if the file names one.
+    pub fn broker(&self) -> Option<BrokerView> {
+        self.0.broker.borrow().clone()
+    }
+
     /// A reader of changes, as long as there is a place for one.
     pub fn reader(&self) -> Option<Reader> {
         let place = Arc::clone(&self.0.readers).try_acquire_owned().ok()?;
         Some(Reader { changes: self.0.changes.subscribe(), end: self.0.end.clone(), _place: place })
     }
 
-    /// Asks the cameras for pictures until `stop`, and looks whether the file has changed. A file that is wrong leaves the
-    /// cameras as they are.
-    pub async fn run(self, path: PathBuf, classifier: Arc<Classifier>, default_set: String, stop: CancellationToken) {
+    /// Asks the cameras for pictures until `stop`, tells the broker what they show, and looks whether the file has
+    /// changed. A file that is wrong leaves everything as it is. Pictures over MQTT have at most `most_bytes`.
+    pub async fn run(
+        self,
+        path: PathBuf,
+        classifier: Arc<Classifier>,
+        default_set: String,
+        most_bytes: usize,
+        stop: CancellationToken,
+    ) {
+        let link = Link {
+            cameras: self.clone(),
+            classifier: Arc::clone(&classifier),
+            most_bytes: most_bytes.min(MOST_MQTT_BYTES),
+            file: self.0.mqtt.subscribe(),
+            changes: self.0.changes.clone(),
+            view: Arc::clone(&self.0.broker),
+        };
+        let link = tokio::spawn(link.run(stop.clone()));
         self.declare(&classifier);
         let count = self.all().len();
         for index in 0..count {
@@ -141,7 +175,10 @@ impl Cameras {
             let (file, asked) = (path.clone(), Arc::clone(&classifier));
             let read = tokio::task::spawn_blocking(move || read(&file, &asked)).await.map_err(anyhow::Error::from);
             match read.flatten() {
-                Ok(configs) => self.replace(configs, &classifier, &default_set),
+                Ok(CameraFile { cameras, mqtt }) => {
+                    self.replace(cameras, &classifier, &default_set);
+                    self.0.mqtt.send_replace(mqtt);
+                }
                 Err(error) => {
                     let reason = sentence(&error);
                     tracing::warn!(reason, "the file of cameras cannot be used; the cameras stay as they are");
@@ -150,6 +187,8 @@ impl Cameras {
             }
         }
         self.0.end.cancel();
+        // It says goodbye while the server drains.
+        drop(link.await);
         let list = self.0.list.read().unwrap_or_else(PoisonError::into_inner);
         list.cameras.iter().for_each(|running| running.stop.cancel());
     }
@@ -201,7 +240,7 @@ impl Cameras {
     }
 }
 
-fn read(path: &Path, classifier: &Classifier) -> anyhow::Result<Vec<CameraConfig>> {
+fn read(path: &Path, classifier: &Classifier) -> anyhow::Result<CameraFile> {
     file::read(path, |set| classifier.registry.lookup(set, None).is_ok())
 }
 

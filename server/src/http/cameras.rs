@@ -22,7 +22,7 @@ use super::error::{ApiError, ErrorCode};
 use super::extract::ApiPath;
 use super::openapi::{SetName, commands, errors};
 use crate::app::{App, AppState};
-use crate::cameras::{CameraView, Change, Reader, thumbnail};
+use crate::cameras::{BrokerView, CameraView, Change, Reader, thumbnail};
 use crate::classify::Error;
 
 /// Errors of whoever has no key where one is needed.
@@ -42,6 +42,8 @@ struct CameraListing {
     cameras: Vec<CameraView>,
     /// Why the file as it is now is not in force; the cameras are those of the file before.
     file_error: Option<String>,
+    /// The MQTT broker that hears of them; null when the file names none.
+    mqtt: Option<BrokerView>,
 }
 
 /// A camera and its last changes.
@@ -84,7 +86,7 @@ fn example_detail() -> Value {
     path = "/cameras",
     operation_id = "list_cameras",
     tag = "cameras",
-    responses((status = 200, description = "Done.", body = CameraListing, example = json!({ "cameras": [example()], "file_error": null }))),
+    responses((status = 200, description = "Done.", body = CameraListing, example = json!({ "cameras": [example()], "file_error": null, "mqtt": { "broker": "192.168.1.2:1883", "connected": true, "error": null } }))),
     extensions(
         ("x-errors" = json!(errors(&[VIEWER]))),
         ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/cameras"]))),
@@ -92,7 +94,11 @@ fn example_detail() -> Value {
 )]
 async fn list(State(app): State<AppState>, _: Viewer) -> Json<CameraListing> {
     let file_error = app.cameras.file_error();
-    Json(CameraListing { cameras: app.cameras.all().iter().map(|camera| camera.view()).collect(), file_error })
+    Json(CameraListing {
+        cameras: app.cameras.all().iter().map(|camera| camera.view()).collect(),
+        file_error,
+        mqtt: app.cameras.broker(),
+    })
 }
 
 /// One camera and its last changes.
