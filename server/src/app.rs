@@ -8,6 +8,7 @@ use tokio::sync::Semaphore;
 use crate::cameras::{Cameras, Condition};
 use crate::classify::Classifier;
 use crate::examples::Examples;
+use crate::fitting::Fitting;
 use crate::keys::Keys;
 use crate::metrics::saturating;
 use crate::sets::catalog::Catalog;
@@ -55,6 +56,8 @@ pub struct App {
     pub catalog: Catalog,
     /// Pictures to teach sets from, where a folder is configured for them.
     pub examples: Option<Examples>,
+    /// Fits sets to them.
+    pub fitting: Option<Fitting>,
     /// When the server started.
     pub started: Instant,
 }

@@ -114,6 +114,27 @@ impl Examples {
         Ok(index.sets.get(set).map(|examples| examples.values().cloned().collect()).unwrap_or_default())
     }
 
+    /// One example of a set.
+    ///
+    /// # Errors
+    /// [`ExampleError::Unknown`], and [`ExampleError::Set`].
+    pub fn find(&self, set: &str, id: &str) -> Result<Example, ExampleError> {
+        check_set(set)?;
+        self.shared.find(set, id)
+    }
+
+    /// The picture of an example. Blocking.
+    ///
+    /// # Errors
+    /// [`ExampleError::Unknown`] when it is not there as it was listed, and those of the disk.
+    pub fn read(&self, set: &str, example: &Example) -> Result<Bytes, ExampleError> {
+        match fs::read(self.shared.path(set, example)) {
+            Ok(bytes) => Ok(bytes.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExampleError::Unknown(example.id.clone())),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Bytes that all examples take, and may take.
     pub fn bytes(&self) -> (u64, u64) {
         (self.shared.index().bytes, self.shared.budget)

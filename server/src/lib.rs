@@ -14,7 +14,7 @@
 //! | the journey from images to labels | [`classify`] |
 //! | decode, queue, batch, forward | [`compute`] |
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
-//! | keep pictures to teach from | [`examples`] |
+//! | keep pictures to teach from, and fit expert sets to them | [`examples`], [`fitting`] |
 //! | admit requests, images and bytes | [`admission`] |
 //! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`], [`verdict`] |
 
@@ -31,6 +31,7 @@ pub mod commands;
 pub mod compute;
 pub mod config;
 pub mod examples;
+pub mod fitting;
 pub mod http;
 pub mod keys;
 pub mod lifecycle;

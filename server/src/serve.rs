@@ -20,6 +20,7 @@ use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
 use crate::config::{self, LimitArgs, ServeArgs, threads_or_cores};
 use crate::examples::Examples;
+use crate::fitting::Fitting;
 use crate::http::answer::ANSWER_MEMORY;
 use crate::http::build_router;
 use crate::keys::Keys;
@@ -197,6 +198,10 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         load_wait: args.registry.load_wait,
     };
     let file = args.cameras.cameras.as_deref();
+    let fitting = examples.clone().map(|examples| {
+        let Classifier { registry, decoder, load_wait, .. } = &classifier;
+        Fitting::start(examples, registry.clone(), catalog.clone(), decoder.clone(), *load_wait)
+    });
     let cameras = file.map_or_else(|| Ok(Cameras::default()), |file| Cameras::open(file, &classifier))?;
     Ok(AppState::new(App {
         limits: Limits {
@@ -217,6 +222,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         trusts_loopback: args.auth.trust_loopback,
         catalog,
         examples,
+        fitting: fitting.transpose().context(NO_THREADS)?,
         started: Instant::now(),
     }))
 }

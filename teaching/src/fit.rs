@@ -13,7 +13,7 @@ use crate::statistics::{Distances, draws, fit as fit_statistics, is_narrow, thre
 use crate::{Options, Taught, TeachError, folds};
 
 /// Strengths of the penalty that are tried, strongest first, on rows whose mean squared length is one.
-const STRENGTHS: [f64; 6] = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4];
+pub(crate) const STRENGTHS: [f64; 6] = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4];
 /// A weaker penalty must lower the loss by this share to be preferred.
 const WORTH: f64 = 0.01;
 /// Temperatures, between which the best one is looked for.

@@ -40,6 +40,8 @@ fn a_path_takes_exactly_the_documented_methods() {
 fn every_documented_example_works_as_pasted() {
     let Some(mut python) = python::program("python") else { return };
     let store = shipped_store(&["cifar100/1", "flowers/1"]);
+    let photo = std::fs::read(root().join("models/photo-backbone.safetensors")).unwrap();
+    std::fs::write(store.path().join("backbones/photo.safetensors"), photo).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let key = folder.path().join("admin-key");
     let flags = [OsStr::new("--model-store"), store.path().as_os_str(), OsStr::new("--default-set")];

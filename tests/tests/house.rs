@@ -41,6 +41,7 @@ const SERVER: Rooms = &[
     &["app"],
     &["cameras"],
     &["classify"],
+    &["fitting"],
     &["examples"],
     &["compute", "sets", "admission"],
     &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map", "verdict"],

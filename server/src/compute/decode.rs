@@ -161,6 +161,23 @@ impl Decoder {
         Ok(self.pool.run(work).await??)
     }
 
+    /// Memory to decode a picture in on another thread than the decoder's, once there is some, and the limits under which
+    /// it suffices. `input` says what the picture is to become.
+    ///
+    /// # Errors
+    /// [`DecodeError::Image`] when the bytes are no picture, or one that is too large.
+    pub async fn lend_memory(
+        &self,
+        encoded: &[u8],
+        input: &Input,
+    ) -> Result<(DecodeLimits, OwnedSemaphorePermit), DecodeError> {
+        let limits = DecodeLimits { crop: input.view.0, ..self.limits }.for_input(&input.preprocess, input.side);
+        let bytes = probe(encoded, &limits)?.decode_bytes_upper_bound.saturating_add(input.resizing_bytes());
+        let grains = u32::try_from(bytes.div_ceil(GRAIN)).unwrap_or(self.memory_grains).min(self.memory_grains);
+        let permit = Arc::clone(&self.memory).acquire_many_owned(grains).await;
+        Ok((limits, permit.map_err(|closed| DecodeError::Internal(closed.to_string()))?))
+    }
+
     async fn attempt(
         &self,
         encoded: Bytes,

@@ -20,6 +20,7 @@ use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use crate::admission::{NoPlace, Refused};
 use crate::classify;
 use crate::examples::ExampleError;
+use crate::fitting::FitError;
 use crate::keys::OverRate;
 use crate::lifecycle::NotServing;
 use crate::sets::catalog::CatalogError;
@@ -302,6 +303,23 @@ impl From<ExampleError> for ApiError {
             ExampleError::Full { .. } | ExampleError::TooMany => ErrorCode::DiskFull,
             ExampleError::Disk(ref cause) if cause.kind() == std::io::ErrorKind::StorageFull => ErrorCode::DiskFull,
             ExampleError::Disk(_) | ExampleError::Internal(_) => return Self::internal(error),
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<FitError> for ApiError {
+    fn from(error: FitError) -> Self {
+        let code = match error {
+            FitError::Example(error) => return error.into(),
+            FitError::Catalog(error) => return error.into(),
+            FitError::Set(error) => return error.into(),
+            FitError::Internal(cause) => return Self::internal(cause),
+            FitError::Backbone(_) => ErrorCode::InvalidRequest,
+            FitError::TooLarge { .. } => ErrorCode::SetTooLarge,
+            FitError::Teach(_) | FitError::UnderWay { .. } | FitError::NotUnderWay(_) | FitError::TooLate(_) => {
+                ErrorCode::Conflict
+            }
         };
         Self::new(code, error.to_string())
     }

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use model_core::image::{DecodeLimits, probe};
+use model_core::image::{Crop, DecodeLimits, probe};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
@@ -18,11 +18,12 @@ use super::auth::Admin;
 use super::body::{self, Received, receive};
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::extract::{ApiPath, ApiQuery, RequestContext};
-use super::input::{self, ImageForm};
+use super::input::{self, FitName, ImageForm};
 use super::openapi::{ADMIN, BODY, LIFECYCLE, commands, errors};
 use crate::app::AppState;
 use crate::classify::Image;
 use crate::examples::{Example, ExampleError, Examples};
+use crate::fitting::{FitStatus, Fitting, Wish};
 use crate::keys::Caller;
 
 /// Errors of an example's picture, and of keeping it.
@@ -39,7 +40,26 @@ const NAMED: &[ErrorCode] = &[ErrorCode::InvalidRequest, ErrorCode::ExampleNotFo
 
 /// The routes of this resource.
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::default().routes(routes!(list)).routes(routes!(add)).routes(routes!(relabel, remove))
+    OpenApiRouter::default()
+        .routes(routes!(list))
+        .routes(routes!(add))
+        .routes(routes!(show, relabel, remove))
+        .routes(routes!(fit, fit_status, cancel_fit))
+}
+
+/// How a set is fitted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FitQuery {
+    /// Name of the backbone; otherwise that of the set's current version, and of a new set the one for photographs.
+    #[param(value_type = String, required = false, example = "photo")]
+    backbone: Option<String>,
+    /// The part of a picture that matters, `x,y,w,h` in shares of the upright picture; otherwise that of the current version.
+    #[param(value_type = String, required = false, example = "0.25,0,0.5,1")]
+    crop: Option<String>,
+    /// How that part becomes a square: `crop`, `pad` or `stretch`; otherwise as of the current version.
+    #[param(inline, value_type = FitName, required = false)]
+    fit: Option<String>,
 }
 
 /// What an example shows.
@@ -89,6 +109,17 @@ enum Outcome {
 
 fn example() -> Value {
     json!({ "id": "0a1b2c3d4e5f60718293a4b5", "label": "open", "bytes": 20480 })
+}
+
+fn fitting(app: &AppState) -> Result<&Fitting, ApiError> {
+    Ok(app.fitting.as_ref().ok_or(ExampleError::Off)?)
+}
+
+fn fit_example() -> Value {
+    json!({
+        "set": "door", "state": "done", "progress": 1.0, "images": 60, "backbone": "photo", "version": 1, "reason": null,
+        "left_out": [], "report": { "images": 60, "folds": 5 },
+    })
 }
 
 fn examples(app: &AppState) -> Result<&Examples, ApiError> {
@@ -195,6 +226,30 @@ async fn keep(store: &Examples, set: &str, label: &str, image: Result<Image, Api
     Ok(Kept { example, new })
 }
 
+/// The picture of an example, as it was sent.
+#[utoipa::path(
+    get,
+    path = "/teach/{set}/examples/{id}",
+    operation_id = "show_example",
+    tag = "teach",
+    responses((status = 200, description = "The picture.", content(("image/jpeg"), ("image/png"), ("application/octet-stream")))),
+    extensions(("x-errors" = json!(errors(&[ADMIN, NAMED])))),
+)]
+async fn show(State(app): State<AppState>, path: ApiPath<(String, String)>, _: Admin) -> Result<Response, ApiError> {
+    let (set, id) = path.0;
+    let store = examples(&app)?.clone();
+    let example = store.find(&set, &id)?;
+    let bytes = app.bulk.run(move || store.read(&set, &example)).await??;
+    let kind = match bytes.get(..4) {
+        Some([0xff, 0xd8, 0xff, _]) => "image/jpeg",
+        Some(b"\x89PNG") => "image/png",
+        _ => "application/octet-stream",
+    };
+    // A picture never changes: its id is the digest of its bytes.
+    let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "private, max-age=86400, immutable")];
+    Ok((headers, bytes).into_response())
+}
+
 /// Give an example another label.
 #[utoipa::path(
     patch,
@@ -235,4 +290,76 @@ async fn remove(
     let example = examples(&app)?.remove(&set, &id).await?;
     tracing::info!(by = &*by, set.name = set, example = example.id, "example deleted");
     Ok(Json(example))
+}
+
+/// Fit the set to its examples.
+///
+/// It begins, and the answer does not wait for its end: `GET` says how far it is. The new version takes its place when it is
+/// done and answers from then on; the old one stays, and is current again when the new one is deleted. One fit runs at a
+/// time, on a thread that gives way to those that answer.
+#[utoipa::path(
+    post,
+    path = "/teach/{set}/fit",
+    operation_id = "fit_set",
+    tag = "teach",
+    params(FitQuery),
+    responses((status = 202, description = "It has begun.", body = FitStatus, example = json!(fit_example()))),
+    extensions(
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::Conflict, ErrorCode::DiskFull]]))),
+        ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/teach/door/fit"]))),
+    ),
+)]
+async fn fit(
+    State(app): State<AppState>,
+    set: ApiPath<String>,
+    query: ApiQuery<FitQuery>,
+    Admin(by): Admin,
+) -> Result<Response, ApiError> {
+    let FitQuery { backbone, crop, fit } = query.0;
+    let look = input::parse_look(crop.as_deref(), fit.as_deref())?;
+    let crop = match look.crop {
+        Some(Crop::Pixels(_)) => {
+            return Err(ApiError::invalid("the crop of a set is in shares of the picture, from 0 to 1, not in pixels"));
+        }
+        Some(Crop::Shares(shares)) => Some(shares),
+        None => None,
+    };
+    let wish = Wish { backbone, crop, fit: look.fit };
+    let status = fitting(&app)?.begin(&set.0, wish).await?;
+    tracing::info!(by = &*by, set.name = set.0, images = status.images, "fit begun");
+    Ok((StatusCode::ACCEPTED, Json(status)).into_response())
+}
+
+/// How far the set's last fit is, and what came of it.
+///
+/// Fits are remembered until the server ends; what they made is in the store.
+#[utoipa::path(
+    get,
+    path = "/teach/{set}/fit",
+    operation_id = "show_fit",
+    tag = "teach",
+    responses((status = 200, description = "Done.", body = FitStatus, example = json!(fit_example()))),
+    extensions(("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::Conflict]])))),
+)]
+async fn fit_status(State(app): State<AppState>, set: ApiPath<String>, _: Admin) -> Result<Json<FitStatus>, ApiError> {
+    Ok(Json(fitting(&app)?.status(&set.0)?))
+}
+
+/// Cancel the set's fit; nothing changes then.
+#[utoipa::path(
+    delete,
+    path = "/teach/{set}/fit",
+    operation_id = "cancel_fit",
+    tag = "teach",
+    responses((status = 200, description = "It is cancelled.", body = FitStatus, example = json!(fit_example()))),
+    extensions(("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::Conflict]])))),
+)]
+async fn cancel_fit(
+    State(app): State<AppState>,
+    set: ApiPath<String>,
+    Admin(by): Admin,
+) -> Result<Json<FitStatus>, ApiError> {
+    let status = fitting(&app)?.cancel(&set.0)?;
+    tracing::info!(by = &*by, set.name = set.0, "fit cancelled by request");
+    Ok(Json(status))
 }

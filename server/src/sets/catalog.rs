@@ -130,19 +130,47 @@ impl Catalog {
     /// [`CatalogError::Invalid`] when it is not a sound expert set; [`CatalogError::Set`] when its backbone is not here,
     /// borrows the experts of a set that is not here, replaces one whose experts are borrowed,
     /// or can never fit the budget; [`CatalogError::DiskFull`]. The store is then as before.
-    pub async fn publish(&self, mut upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
+    pub async fn publish(&self, upload: Upload, name: &str, version: u64) -> Result<bool, CatalogError> {
+        self.publish_as(upload, name, move |_, _| Ok(version)).await.map(|(_, is_new)| is_new)
+    }
+
+    /// As [`Catalog::publish`], as the version after the highest one. A set that `was_known` and is no more was deleted, and
+    /// stays so. Returns the version.
+    ///
+    /// # Errors
+    /// Those of [`Catalog::publish`]; [`SetError::Conflict`] when the set was deleted.
+    pub async fn publish_next(&self, upload: Upload, name: &str, was_known: bool) -> Result<u64, CatalogError> {
+        let next = move |registry: &SetRegistry, name: &str| match registry.highest_version(name) {
+            None if was_known => Err(SetError::Conflict(format!("expert set `{name}` was deleted meanwhile"))),
+            highest => highest.unwrap_or(0).checked_add(1).ok_or_else(|| {
+                SetError::Conflict(format!("expert set `{name}` has the highest version that there can be"))
+            }),
+        };
+        self.publish_as(upload, name, next).await.map(|(version, _)| version)
+    }
+
+    /// Publishes under the version that is due when it takes its place; also returns whether that is new.
+    async fn publish_as(
+        &self,
+        mut upload: Upload,
+        name: &str,
+        version: impl Fn(&SetRegistry, &str) -> Result<u64, SetError> + Send + 'static,
+    ) -> Result<(u64, bool), CatalogError> {
         upload.sync().await?;
         let name = name.to_owned();
-        let (upload, descriptor) = self
+        let (upload, descriptor, version) = self
             .change(move |shared| {
-                let descriptor = describe_upload(&shared.registry, &upload, &name, version)?;
-                Ok((upload, descriptor))
+                let due = version(&shared.registry, &name)?;
+                let descriptor = describe_upload(&shared.registry, &upload, &name, due)?;
+                Ok((upload, descriptor, version))
             })
             .await?;
         let memory = self.shared.registry.reserve_reading(&descriptor).await?;
         self.change(move |shared| {
             let _memory = memory;
-            shared.publish(upload, descriptor)
+            let due = version(&shared.registry, &descriptor.name)?;
+            let is_new = shared.publish(upload, SetDescriptor { version: due, ..descriptor })?;
+            Ok((due, is_new))
         })
         .await
     }

@@ -121,7 +121,8 @@ impl SetDescriptor {
     }
 }
 
-fn header(location: &Location) -> anyhow::Result<Header> {
+/// The header of an artifact, and nothing behind it.
+pub fn header(location: &Location) -> anyhow::Result<Header> {
     let header = match location {
         Location::File(path) => Header::read(path),
         Location::Embedded(bytes) => Header::from_bytes(bytes),

@@ -157,6 +157,11 @@ impl LoadedBackbone {
         self.backbone.config()
     }
 
+    /// The backbone itself, for work that brings its own scratch.
+    pub fn engine(&self) -> &Arc<Backbone> {
+        &self.backbone
+    }
+
     /// How an image becomes pixels.
     pub fn preprocess(&self) -> &Preprocess {
         self.backbone.preprocess()

@@ -8,6 +8,7 @@ mod report;
 mod send;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use model_core::artifact::read_expert_set;
@@ -19,7 +20,8 @@ use teaching::{Base, Examples, Options, Taught, teach};
 
 use super::remote::Remote;
 use crate::config::TeachArgs;
-use features::Extractor;
+use crate::fitting::features::Extractor;
+use features::extract;
 use images::Images;
 use place::{Place, Source};
 use progress::Progress;
@@ -46,7 +48,8 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     let view = View { crop: args.crop_shares()?, fit: args.fit.unwrap_or_default() };
     let progress = Progress::new();
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-    let found = Extractor::new(&source, view, threads)?.extract(&images, &progress)?;
+    let extractor = Extractor::new(Arc::clone(&source.backbone), view)?;
+    let found = extract(&extractor, &images, threads, &progress)?;
     progress.done();
     // Before anything is refused for want of images: it may be why.
     for sentence in &found.left_out {

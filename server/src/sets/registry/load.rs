@@ -21,6 +21,11 @@ use crate::threads::Panicked;
 /// A load that waits for room looks again this often: protection from eviction ends with time, and that wakes no thread.
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
+/// A version that nobody has yet: what answers meanwhile is not evicted for it.
+fn next_version_of(name: &str) -> Key {
+    Key { name: name.to_owned(), version: u64::MAX }
+}
+
 /// Bytes that a load needs.
 struct Want<'a, S: Source> {
     kind: Kind,
@@ -245,6 +250,27 @@ impl<S: Source> Inner<S> {
         let (key, deadline) = (Key::of(set), Instant::now() + self.settings.room_wait);
         let (bytes, backbone) = (set.loading_bytes, &set.backbone);
         self.reserve(&Want { kind: Kind::Loading, bytes, held: 0, key: &key, backbone, lender: None, deadline }).await
+    }
+
+    /// Bytes for work beside a backbone that stays, on behalf of a set that need not be registered.
+    pub(super) async fn reserve_beside(
+        &self,
+        backbone: &Digest,
+        name: &str,
+        bytes: usize,
+    ) -> Result<Reservation, SetError> {
+        let (key, deadline) = (next_version_of(name), Instant::now() + self.settings.room_wait);
+        self.reserve(&Want { kind: Kind::Loading, bytes, held: 0, key: &key, backbone, lender: None, deadline }).await
+    }
+
+    /// A backbone in memory, on behalf of a set that need not be registered.
+    pub(super) async fn hold_backbone(
+        self: &Arc<Self>,
+        digest: &Digest,
+        name: &str,
+    ) -> Result<Arc<ResidentBackbone<S>>, SetError> {
+        let deadline = Instant::now() + self.settings.room_wait;
+        self.acquire_backbone(&next_version_of(name), digest, deadline).await
     }
 
     /// Takes bytes, evicting what may be evicted, waiting while too much is in use.

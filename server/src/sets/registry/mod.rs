@@ -545,6 +545,17 @@ impl<S: Source> Registry<S> {
         self.inner.reserve_reading(descriptor).await
     }
 
+    /// Bytes of the budget for work beside a backbone, on behalf of the set `name`, which need not be registered.
+    pub async fn reserve_beside(&self, backbone: &Digest, name: &str, bytes: usize) -> Result<Reservation, SetError> {
+        self.inner.reserve_beside(backbone, name, bytes).await
+    }
+
+    /// A backbone, loaded when it is not resident, on behalf of the set `name`, which need not be registered. It stays in
+    /// memory as long as the result.
+    pub async fn hold_backbone(&self, digest: &Digest, name: &str) -> Result<Arc<ResidentBackbone<S>>, SetError> {
+        self.inner.hold_backbone(digest, name).await
+    }
+
     /// Which set and version a request for `name` would get; touches neither memory nor order.
     ///
     /// # Errors
@@ -715,6 +726,11 @@ impl<S: Source> Registry<S> {
             pinned: state.names.values().filter(|name| name.pinned).count(),
             failed: state.slots().filter(|(_, _, slot)| slot.failure.is_some()).count(),
         }
+    }
+
+    /// The highest version of a set, if it is registered.
+    pub fn highest_version(&self, name: &str) -> Option<u64> {
+        self.inner.lock().names.get(name)?.versions.keys().next_back().copied()
     }
 
     pub fn names(&self) -> HashSet<String> {

@@ -1,0 +1,236 @@
+//! Sets that the server fits to the examples that were sent to it: served when they are done, rolled back, and never half there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use model_core::random::SplitMix64;
+use reqwest::blocking::multipart::{Form, Part};
+use serde_json::{Value, json};
+use system_tests::server::{Answer, PATIENCE, Server, image, root, wait_until};
+
+/// A photograph of stripes in one of two directions, noisy, unlike every other one of its seed.
+fn striped(upright: bool, seed: u64) -> Vec<u8> {
+    const SIDE: u32 = 64;
+    let mut random = SplitMix64::at(seed, u64::from(upright));
+    let period = 6 + (seed % 3) as u32;
+    let mut pixels = Vec::new();
+    for y in 0..SIDE {
+        for x in 0..SIDE {
+            let along = if upright { x } else { y };
+            let base = if along % period < period / 2 { 40.0 } else { 200.0 };
+            pixels.extend([0; 3].map(|_: u8| (base + 30.0 * random.uniform()) as u8));
+        }
+    }
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, SIDE, SIDE);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.write_header().unwrap().write_image_data(&pixels).unwrap();
+    bytes
+}
+
+/// A model store with the models for photographs, and a folder for examples.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        for (from, to) in [
+            ("photo-backbone", "backbones/photo"),
+            ("default-backbone", "backbones/default"),
+            ("imagenet", "expert-sets/imagenet/1"),
+        ] {
+            let to = place.store().join(format!("{to}.safetensors"));
+            fs::create_dir_all(to.parent().unwrap()).unwrap();
+            fs::copy(root().join(format!("models/{from}.safetensors")), to).unwrap();
+        }
+        place
+    }
+
+    fn store(&self) -> PathBuf {
+        self.folder.path().join("store")
+    }
+
+    fn serve(&self, flags: &[&str]) -> Server {
+        let (store, examples) = (self.store(), self.folder.path().join("examples"));
+        let own = ["--model-store", path(&store), "--examples", path(&examples), "--default-set", "imagenet"];
+        Server::start(own.iter().chain(flags))
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Sends pictures of both directions.
+fn send(server: &Server, seeds: std::ops::Range<u64>) {
+    for (label, upright) in [("up", true), ("across", false)] {
+        for some in seeds.clone().collect::<Vec<_>>().chunks(16) {
+            let part = |seed: &u64| Part::bytes(striped(upright, *seed)).file_name(format!("{seed}.png"));
+            let form = some.iter().fold(Form::new(), |form, seed| form.part(format!("image{seed}"), part(seed)));
+            let answer = Answer::of(server.post(&format!("/teach/stripes/examples?label={label}")).multipart(form));
+            assert_eq!(answer.status, 201, "{}", answer.text);
+        }
+    }
+}
+
+fn begin(server: &Server) -> Answer {
+    Answer::of(server.post("/teach/stripes/fit"))
+}
+
+fn state(server: &Server) -> Value {
+    server.get("/teach/stripes/fit").json()
+}
+
+/// What a fit comes to.
+fn end(server: &Server) -> Value {
+    let begun = Instant::now();
+    loop {
+        let now = state(server);
+        if now["state"] != "running" {
+            return now;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{now}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+fn refused(answer: &Answer, status: u16, code: &str, words: &str) {
+    answer.assert_refused(status, code);
+    assert!(answer.json()["error"].as_str().unwrap().contains(words), "{}", answer.text);
+}
+
+/// Label and version that a new picture gets.
+fn verdict(server: &Server, upright: bool) -> (String, Value) {
+    let answer = Answer::of(server.post("/classify/stripes").body(striped(upright, 77)));
+    (answer.label(), answer.json()["version"].clone())
+}
+
+#[test]
+fn examples_become_a_set_that_is_corrected_fitted_again_and_rolled_back() {
+    let place = Place::new();
+    let server = place.serve(&[]);
+    assert_eq!(state(&server)["state"], "none");
+    refused(&begin(&server), 409, "conflict", "two classes");
+    send(&server, 0..6);
+    let begun = begin(&server);
+    assert_eq!((begun.status, &begun.json()["state"], &begun.json()["images"]), (202, &json!("running"), &json!(12)));
+    let done = end(&server);
+    assert_eq!(
+        (&done["state"], &done["version"], &done["backbone"]),
+        (&json!("done"), &json!(1), &json!("photo")),
+        "{done}"
+    );
+    assert_eq!(done["report"]["accuracy"]["of"], 12, "{done}");
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(1)));
+    assert_eq!(verdict(&server, false), ("across".to_owned(), json!(1)));
+
+    // A wrong one is corrected, a broken file and a black picture are left out.
+    let wrong = Answer::of(server.post("/teach/stripes/examples?label=across").body(striped(true, 9))).json();
+    let wrong = format!("/teach/stripes/examples/{}", wrong[0]["id"].as_str().unwrap());
+    assert_eq!(server.get(&wrong).header("content-type"), Some("image/png"));
+    assert_eq!(Answer::of(server.request("PATCH", &format!("{wrong}?label=up"))).status, 200);
+    let cut = image("photo-cat.jpg")[..2000].to_vec();
+    assert_eq!(Answer::of(server.post("/teach/stripes/examples?label=up").body(cut)).status, 201);
+    assert_eq!(begin(&server).status, 202);
+    let done = end(&server);
+    assert_eq!((&done["state"], &done["version"]), (&json!("done"), &json!(2)), "{done}");
+    assert_eq!((done["report"]["images"].as_u64(), done["images"].as_u64()), (Some(13), Some(14)), "{done}");
+    assert_eq!(done["left_out"].as_array().unwrap().len(), 1, "{done}");
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(2)));
+
+    assert_eq!(Answer::of(server.request("DELETE", "/sets/stripes/2")).status, 200);
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(1)), "rolled back");
+    for (query, words) in [
+        ("backbone=default", "has blocks"),
+        ("backbone=none", "there is no such backbone"),
+        ("crop=1,2,30,40", "not in pixels"),
+        ("fit=round", "fit"),
+    ] {
+        let answer = Answer::of(server.post(&format!("/teach/stripes/fit?{query}")));
+        refused(&answer, 400, "invalid_request", words);
+    }
+}
+
+#[test]
+fn one_fit_runs_at_a_time_and_a_cancelled_one_changes_nothing() {
+    let place = Place::new();
+    let server = place.serve(&[]);
+    send(&server, 0..14);
+    refused(&Answer::of(server.request("DELETE", "/teach/stripes/fit")), 409, "conflict", "no fit");
+    assert_eq!(begin(&server).status, 202);
+    refused(&begin(&server), 409, "conflict", "`stripes` is under way");
+    let cancelled = Answer::of(server.request("DELETE", "/teach/stripes/fit"));
+    assert_eq!((cancelled.status, &cancelled.json()["state"]), (200, &json!("cancelled")), "{}", cancelled.text);
+    // The next one begins at once, and is not disturbed by what is left of the one before.
+    assert_eq!(begin(&server).status, 202);
+    assert_eq!(server.get("/sets/stripes").status, 404);
+    assert_eq!(end(&server)["state"], "done");
+    assert_eq!(server.get("/sets/stripes").json().as_array().unwrap().len(), 1);
+
+    // A set that is deleted meanwhile does not come back.
+    assert_eq!(begin(&server).status, 202);
+    assert_eq!(Answer::of(server.request("DELETE", "/sets/stripes")).status, 200);
+    let failed = end(&server);
+    assert_eq!(failed["state"], "failed");
+    assert!(failed["reason"].as_str().unwrap().contains("deleted meanwhile"), "{failed}");
+    assert_eq!(server.get("/sets/stripes").status, 404);
+}
+
+#[test]
+fn a_server_that_is_killed_in_a_fit_has_its_examples_and_the_last_good_version() {
+    let place = Place::new();
+    let server = place.serve(&[]);
+    send(&server, 0..6);
+    assert_eq!(begin(&server).status, 202);
+    assert_eq!(end(&server)["state"], "done");
+    send(&server, 6..14);
+    let examples = server.get("/teach/stripes").json()["examples"].clone();
+    drop(server);
+    // At the beginning, amid the pictures, and near the end.
+    for share in [0.0, 0.3, 0.75] {
+        let server = place.serve(&[]);
+        assert_eq!(begin(&server).status, 202);
+        wait_until("the fit is so far", || state(&server)["progress"].as_f64().unwrap() >= share);
+        drop(server);
+        let server = place.serve(&[]);
+        assert_eq!(server.get("/teach/stripes").json()["examples"], examples);
+        assert_eq!(verdict(&server, true).0, "up");
+        assert_eq!(state(&server)["state"], "none");
+        let left = fs::read_dir(place.store().join("expert-sets")).unwrap().flatten();
+        let left: Vec<_> = left.filter(|entry| entry.file_name().to_string_lossy().starts_with('.')).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_fitted_is_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(["--examples", path(folder.path())]);
+    send(&server, 0..2);
+    refused(&begin(&server), 409, "conflict", "--model-store");
+    drop(server);
+    let place = Place::new();
+    let server = place.serve(&["--memory-budget", "32MiB"]);
+    send(&server, 0..2);
+    assert_eq!(begin(&server).status, 202);
+    let failed = end(&server);
+    assert_eq!(failed["state"], "failed");
+    assert!(failed["reason"].as_str().unwrap().contains("raise --memory-budget"), "{failed}");
+    drop(server);
+    let server = place.serve(&[]);
+    assert_eq!(Answer::of(server.post("/teach/stripes/examples?label=half").body(striped(true, 50))).status, 201);
+    refused(&begin(&server), 409, "conflict", "`half` has 1 image");
+    refused(&Answer::of(server.post("/teach/a%20b/fit")), 400, "invalid_request", "no name of a set");
+    // The file of the backbone goes while the server runs.
+    fs::write(place.store().join("backbones/photo.safetensors"), "junk").unwrap();
+    assert_eq!(Answer::of(server.post("/teach/stripes/examples?label=half").body(striped(true, 51))).status, 201);
+    assert_eq!(begin(&server).status, 202);
+    let failed = end(&server);
+    assert_eq!(failed["state"], "failed");
+    assert!(failed["reason"].as_str().unwrap().contains("the backbone `photo`"), "{failed}");
+    assert!(!failed.to_string().contains(path(&place.store())), "{failed}");
+}
