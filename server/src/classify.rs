@@ -169,6 +169,7 @@ impl Classifier {
         match &answers {
             Ok(Answers { lease, images }) => {
                 self.count(&set, images);
+                self.count_answers(&set, lease, images);
                 let timings = images.iter().map(|image| image.as_ref().ok().map(|answer| answer.timings));
                 self.statistics.record(&set, lease.descriptor.version, timings, elapsed);
             }
@@ -257,6 +258,19 @@ impl Classifier {
     }
 }
 
+impl Classifier {
+    /// Counts best labels and their scores.
+    fn count_answers(&self, set: &str, lease: &SetLease, images: &[Result<Answer, Error>]) {
+        let labels = lease.value.labels();
+        self.metrics.declare_answers(set, labels);
+        for answer in images.iter().flatten() {
+            let is_unknown = answer.verdict.unknown == Some(true);
+            let label = best(&answer.logits).and_then(|best| labels.get(best)).filter(|_| !is_unknown);
+            self.metrics.count_answer(set, label.map(String::as_str), best_score(&answer.logits));
+        }
+    }
+}
+
 /// What is known of an image before the model runs.
 struct Before {
     seen: Option<Seen>,
@@ -315,6 +329,12 @@ pub fn predictions(logits: &[f32], labels: &[String], top_k: usize) -> Vec<Predi
     let prediction =
         |index: usize| Prediction { label: labels[index].clone(), score: exponentials[index] / sum, index };
     order.into_iter().map(prediction).collect()
+}
+
+/// The place of the best label; ties in label order.
+fn best(logits: &[f32]) -> Option<usize> {
+    let best = logits.iter().enumerate().max_by(|(a, left), (b, right)| left.total_cmp(right).then(b.cmp(a)));
+    best.map(|(index, _)| index)
 }
 
 /// The softmax score of the best label.
@@ -388,6 +408,7 @@ mod tests {
         assert_eq!(all.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2, 0]);
         assert!((all.iter().map(|p| p.score).sum::<f32>() - 1.0).abs() < 1e-6);
         assert_eq!(predictions(&[1.0, 3.0, 2.0], &labels, 1), all[..1]);
+        assert_eq!((best(&[1.0, 3.0, 3.0]), best(&[])), (Some(1), None));
         let scores = |function: ScoreFunction| {
             let found = function.predictions(&[1.0, 3.0, 2.0], &labels, 3);
             found.iter().map(|p| p.score).collect::<Vec<_>>()

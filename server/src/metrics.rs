@@ -3,7 +3,7 @@
 //! Metrics of what happens are counted where it happens. Metrics of what *is* (queue depth, resident bytes) are read
 //! from their owners when scraped, so they cannot drift from the truth.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use model_core::kernels::Isa;
@@ -22,6 +22,16 @@ const DURATION_BUCKETS: &[f64] =
     &[0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 /// Buckets for batch sizes and the like.
 const COUNT_BUCKETS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0];
+/// Buckets for scores from 0 to 1.
+const SCORE_BUCKETS: &[f64] = &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0];
+/// Labels of one expert set that are counted by name.
+const MOST_LABELS: usize = 32;
+/// Labels of all expert sets together that are counted by name.
+const MOST_ALL_LABELS: usize = 4096;
+/// Stands for labels beyond these bounds.
+const OTHER_LABEL: &str = "other";
+/// The answer to pictures that the set does not know.
+const UNKNOWN_LABEL: &str = "unknown";
 /// Stands for names that are not registered: labels made by clients would grow memory without end.
 const OTHER_SET: &str = "other";
 /// Stands for every set when per-set series are switched off.
@@ -151,6 +161,7 @@ metrics! {
         registry: Registry,
         per_set: bool,
         labelled_sets: Mutex<HashSet<String>>,
+        labelled_answers: Mutex<HashMap<String, HashSet<String>>>,
         labelled_cameras: Mutex<Vec<String>>,
         sets: SetMetrics
     }
@@ -169,6 +180,10 @@ metrics! {
     images: IntCounterVec = "bvit_images_total" ["set", "result"];
     /// Pictures that are unknown to the expert set asked, by reason.
     unknown: IntCounterVec = "bvit_unknown_total" ["set", "reason"];
+    /// Answers by expert set and best label, unknown for pictures that are; other for labels beyond the bound.
+    answers: IntCounterVec = "bvit_answers_total" ["set", "label"];
+    /// Softmax scores of best labels.
+    top_score: HistogramVec = "bvit_top_score" ["set"] SCORE_BUCKETS;
     /// Forward passes.
     pub batches: IntCounter = "bvit_batches_total";
     /// Images per forward pass.
@@ -233,7 +248,15 @@ impl Metrics {
         registry.register(Box::new(ProcessCollector::for_self()))?;
         registry.register(Box::new(LOG_LINES_LOST.clone()))?;
         let sets = SetMetrics::declare(&registry)?;
-        let metrics = Self::declare(&registry.clone(), registry, per_set, Mutex::default(), Mutex::default(), sets)?;
+        let metrics = Self::declare(
+            &registry.clone(),
+            registry,
+            per_set,
+            Mutex::default(),
+            Mutex::default(),
+            Mutex::default(),
+            sets,
+        )?;
         metrics.start_at_zero();
         Ok(metrics)
     }
@@ -254,6 +277,7 @@ impl Metrics {
         }
         if !self.per_set {
             self.declare_unknown(ALL_SETS);
+            self.declare_answers(ALL_SETS, &[]);
         }
         for result in ["ok", "error"] {
             self.sets.loads.with_label_values(&[result]);
@@ -302,8 +326,66 @@ impl Metrics {
         *labelled = cameras.to_vec();
     }
 
+    /// Makes the series of a set's answers exist before the first: one for each label, as long as there are few.
+    pub fn declare_answers(&self, set: &str, labels: &[String]) {
+        let set = if self.per_set { set } else { ALL_SETS };
+        if self.labelled_answers().contains_key(set) {
+            return;
+        }
+        self.labelled_answers().insert(set.to_owned(), HashSet::new());
+        self.top_score.with_label_values(&[set]);
+        for label in [UNKNOWN_LABEL, OTHER_LABEL] {
+            self.answers.with_label_values(&[set, label]);
+        }
+        if self.per_set && labels.len() <= MOST_LABELS {
+            for label in labels {
+                self.answers.with_label_values(&[set, self.answer_label(set, label)]);
+            }
+        }
+    }
+
+    /// Counts an answer of a registered set; no label stands for unknown.
+    pub fn count_answer(&self, set: &str, label: Option<&str>, score: f32) {
+        let set = if self.per_set { set } else { ALL_SETS };
+        let label = label.map_or(UNKNOWN_LABEL, |label| self.answer_label(set, label));
+        self.answers.with_label_values(&[set, label]).inc();
+        self.top_score.with_label_values(&[set]).observe(f64::from(score));
+    }
+
+    /// The label as it is counted: itself while there is room for a series.
+    fn answer_label<'a>(&self, set: &str, label: &'a str) -> &'a str {
+        if !self.per_set {
+            return OTHER_LABEL;
+        }
+        let mut labelled = self.labelled_answers();
+        if labelled.get(set).is_some_and(|labels| labels.contains(label)) {
+            return label;
+        }
+        let all: usize = labelled.values().map(HashSet::len).sum();
+        let labels = labelled.entry(set.to_owned()).or_default();
+        if labels.len() >= MOST_LABELS || all >= MOST_ALL_LABELS {
+            return OTHER_LABEL;
+        }
+        labels.insert(label.to_owned());
+        label
+    }
+
+    fn labelled_answers(&self) -> MutexGuard<'_, HashMap<String, HashSet<String>>> {
+        self.labelled_answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Forgets the series of sets that are not registered any more.
     pub fn forget_other_sets(&self, registered: &HashSet<String>) {
+        self.labelled_answers().retain(|set, labels| {
+            let stays = registered.contains(set) || set == ALL_SETS;
+            if !stays {
+                let _ = self.top_score.remove_label_values(&[set]);
+                for label in labels.iter().map(String::as_str).chain([UNKNOWN_LABEL, OTHER_LABEL]) {
+                    let _ = self.answers.remove_label_values(&[set, label]);
+                }
+            }
+            stays
+        });
         self.labelled_sets().retain(|set| {
             let stays = registered.contains(set);
             for result in ImageResult::ALL.iter().filter(|_| !stays) {
@@ -406,11 +488,47 @@ mod tests {
         metrics.count_images(Some("known"), ImageResult::Ok, 2);
         metrics.count_images(None, ImageResult::Failed, 1000);
         metrics.count_unknown("known", Reason::Flat);
+        metrics.declare_answers("known", &["open".to_owned()]);
+        metrics.count_answer("known", None, 0.5);
         let text = String::from_utf8(metrics.encode().unwrap()).unwrap();
         assert!(text.contains("bvit_images_total{result=\"ok\",set=\"known\"} 2"));
         assert!(text.contains("bvit_unknown_total{reason=\"flat\",set=\"known\"} 1"));
         assert!(text.contains("bvit_images_total{result=\"failed\",set=\"other\"} 1000"));
         metrics.forget_other_sets(&HashSet::new());
         assert!(!String::from_utf8(metrics.encode().unwrap()).unwrap().contains("set=\"known\""));
+    }
+
+    #[test]
+    fn labels_of_answers_are_bounded() {
+        let metrics = Metrics::new(true).unwrap();
+        let labels: Vec<String> = (0..MOST_LABELS).map(|label| format!("label {label}")).collect();
+        metrics.declare_answers("few", &labels);
+        let text = || String::from_utf8(metrics.encode().unwrap()).unwrap();
+        assert!(text().contains("bvit_answers_total{label=\"label 31\",set=\"few\"} 0"));
+        metrics.declare_answers("many", &vec![String::new(); MOST_LABELS + 1]);
+        for label in 0..1000 {
+            metrics.count_answer("many", Some(&format!("label {label}")), 0.99);
+        }
+        assert_eq!(text().matches("set=\"many\"} 1\n").count(), MOST_LABELS);
+        assert!(text().contains("bvit_answers_total{label=\"other\",set=\"many\"} 968"));
+        assert!(text().contains("bvit_top_score_bucket{set=\"many\",le=\"0.95\"} 0"));
+        for set in 0..1000 {
+            metrics.count_answer(&format!("set {set}"), Some("a"), 0.5);
+            metrics.count_answer(&format!("set {set}"), Some("b"), 0.5);
+            metrics.count_answer(&format!("set {set}"), Some("c"), 0.5);
+            metrics.count_answer(&format!("set {set}"), Some("d"), 0.5);
+            metrics.count_answer(&format!("set {set}"), Some("e"), 0.5);
+        }
+        let counted = metrics.labelled_answers().values().map(HashSet::len).sum::<usize>();
+        assert_eq!(counted, MOST_ALL_LABELS);
+    }
+
+    #[test]
+    fn without_series_by_set_labels_are_not_told_apart() {
+        let metrics = Metrics::new(false).unwrap();
+        metrics.count_answer("door", Some("open"), 0.5);
+        let text = String::from_utf8(metrics.encode().unwrap()).unwrap();
+        assert!(text.contains("bvit_answers_total{label=\"other\",set=\"all\"} 1") && !text.contains("open"));
+        assert!(text.contains("bvit_answers_total{label=\"unknown\",set=\"all\"} 0"));
     }
 }

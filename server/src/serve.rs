@@ -25,7 +25,7 @@ use crate::http::answer::ANSWER_MEMORY;
 use crate::http::build_router;
 use crate::keys::Keys;
 use crate::memory::ProcessMemory;
-use crate::metrics::{Metrics, saturating};
+use crate::metrics::{ImageResult, Metrics, saturating};
 use crate::net::connection::{ConnectionSettings, Stop, serve};
 use crate::net::tls::Tls;
 use crate::sets::catalog::{self, Catalog};
@@ -244,6 +244,8 @@ pub async fn make_ready(app: &AppState, args: &ServeArgs) -> anyhow::Result<()> 
     let default = default_set(args, app).await?;
     let classifier = &app.classifier;
     classifier.metrics.declare_layers(default.backbone.value.config().num_layers);
+    classifier.metrics.count_images(Some(&default.descriptor.name), ImageResult::Ok, 0);
+    classifier.metrics.declare_answers(&default.descriptor.name, default.value.labels());
     // Set nowhere else, so this cannot fail.
     let _ = app.default_set.set(default.descriptor.name.clone());
     for name in &args.registry.pin {

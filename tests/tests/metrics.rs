@@ -53,6 +53,8 @@ fn value(families: &Value, name: &str, labels: &[(&str, &str)]) -> f64 {
 fn everything_is_there_before_the_first_request_with_help_and_type() {
     let families = scrape(&Server::start([] as [&str; 0]));
     for (name, kind) in [
+        ("bvit_answers", "counter"),
+        ("bvit_top_score", "histogram"),
         ("bvit_http_requests", "counter"),
         ("bvit_request_duration_seconds", "histogram"),
         ("bvit_decode_duration_seconds", "histogram"),
@@ -113,6 +115,8 @@ fn requests_images_and_failures_are_counted_once() {
     assert_eq!(value(&after, "bvit_request_duration_seconds_count", &[classify]), 4.0);
     assert_eq!(value(&after, "bvit_images_total", &[("set", "cifar100"), ("result", "ok")]), 3.0);
     assert_eq!(value(&after, "bvit_inference_duration_seconds_count", &[]), 3.0);
+    assert_eq!(value(&after, "bvit_answers_total", &[("set", "cifar100")]), 3.0);
+    assert_eq!(value(&after, "bvit_top_score_count", &[("set", "cifar100")]), 3.0);
     assert_eq!(value(&after, "bvit_decode_duration_seconds_count", &[]), 3.0);
     assert_eq!(value(&after, "bvit_request_failures_total", &[("reason", "empty_body")]), 1.0);
     assert_eq!(value(&after, "bvit_queue_depth", &[]), 0.0);
