@@ -33,8 +33,8 @@ def map_path_parameters(context, path_parameters):
 @schemathesis.hook
 def map_body(context, body):
     """In a form any other name is a further file; garbage, and names that no header can carry, are no files."""
-    is_form = context.operation.path.startswith(("/classify", "/hf")) and isinstance(body, dict) and "inputs" not in body
-    return {name: value for name, value in body.items() if name in ("image", "top_k")} if is_form else body
+    is_form = context.operation.path.startswith(("/classify", "/hf", "/v1")) and isinstance(body, dict) and "inputs" not in body
+    return {name: value for name, value in body.items() if name in ("image", "top_k", "min_confidence")} if is_form else body
 
 
 @schemathesis.hook

@@ -6,10 +6,11 @@ const KEY: &str = "admin-key-0123456789";
 const FRIEND: &str = "https://app.example";
 
 /// Requests that do something, with and without bodies, and one that does not exist.
-const REQUESTS: [(&str, &str); 10] = [
+const REQUESTS: [(&str, &str); 11] = [
     ("POST", "/classify"),
     ("PUT", "/classify/cifar100"),
     ("POST", "/hf/cifar100"),
+    ("POST", "/v1/vision/custom/cifar100"),
     ("POST", "/v2/models/cifar100/infer"),
     ("POST", "/v2/repository/index"),
     ("POST", "/sets/cifar100/pin"),

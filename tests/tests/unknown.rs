@@ -157,3 +157,45 @@ fn an_unfamiliar_picture_is_unknown_to_a_set_with_statistics() {
     let (hot, cold) = (log_scores(&ask("above", "")), log_scores(&ask("below", "")));
     assert!((hot * 4.0 - cold).abs() < 1e-3 * cold, "{hot} {cold}");
 }
+
+#[test]
+fn deepstacks_clients_get_one_box_or_none() {
+    let server = Server::start([] as [&str; 0]);
+    let ask = |path: &str, fields: &[(&str, &str)], picture: Vec<u8>| {
+        let file = reqwest::blocking::multipart::Part::bytes(picture).file_name("frame.jpg");
+        let form = reqwest::blocking::multipart::Form::new().part("image", file);
+        let form = fields.iter().fold(form, |form, (name, value)| form.text((*name).to_owned(), (*value).to_owned()));
+        Answer::of(server.post(path).multipart(form))
+    };
+    let custom = "/v1/vision/custom/cifar100";
+    let picture = image("photo-coffee.jpg");
+    let (width, height) = model_core::image::upright_size(&picture).unwrap();
+    let expected = server.classify(&picture).json();
+    let answer = ask(custom, &[("api_key", "whatever")], picture.clone()).json();
+    let found = &answer["predictions"][0];
+    assert_eq!(answer["success"], true);
+    assert_eq!(answer["predictions"].as_array().map(Vec::len), Some(1));
+    assert_eq!(found["label"], expected["predictions"][0]["label"]);
+    assert_eq!(found["confidence"], expected["predictions"][0]["score"]);
+    let seen: Vec<f64> = expected["seen"]["crop"].as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect();
+    let pixels = |share: f64, side: u32| (share * f64::from(side)).round();
+    for (name, value) in [
+        ("x_min", pixels(seen[0], width)),
+        ("y_min", pixels(seen[1], height)),
+        ("x_max", pixels(seen[0] + seen[2], width)),
+        ("y_max", pixels(seen[1] + seen[3], height)),
+    ] {
+        assert_eq!(found[name].as_f64(), Some(value), "{name} of {answer}");
+    }
+    let none = ask(custom, &[("min_confidence", "1")], picture.clone()).json();
+    assert_eq!((&none["success"], &none["predictions"]), (&true.into(), &serde_json::json!([])));
+    let scene = ask("/v1/vision/scene", &[], picture.clone()).json();
+    assert_eq!((&scene["label"], &scene["confidence"]), (&found["label"], &found["confidence"]));
+    let scene = ask("/v1/vision/scene", &[("min_confidence", "1")], picture.clone()).json();
+    assert_eq!((&scene["label"], &scene["confidence"]), (&"unknown".into(), &0.0.into()));
+    let wrong = ask(custom, &[("min_confidence", "much")], picture.clone());
+    wrong.assert_refused(400, "invalid_request");
+    assert!(wrong.text.contains("min_confidence"), "{}", wrong.text);
+    ask("/v1/vision/custom/nobody", &[], picture).assert_refused(404, "set_not_found");
+    ask(custom, &[], b"no picture".to_vec()).assert_refused(415, "unsupported_media_type");
+}

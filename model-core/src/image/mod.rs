@@ -32,5 +32,5 @@ pub use error::ImageError;
 pub use folder::{ClassFolder, FileError, FolderError, ImageFolder, read_image};
 pub use picture::Picture;
 pub use preprocess::{Preprocess, Resize, Sight};
-pub use probe::{DecodeLimits, ImageInfo, probe};
+pub use probe::{DecodeLimits, ImageInfo, probe, upright_size};
 pub use view::{Crop, Fit, Seen, View, ViewError};

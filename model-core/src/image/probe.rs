@@ -66,6 +66,15 @@ pub fn probe(bytes: &[u8], limits: &DecodeLimits) -> Result<ImageInfo, ImageErro
     Ok(Opened::new(bytes, limits)?.info)
 }
 
+/// Pixels across and down of an image as it is to be seen, EXIF orientation included.
+///
+/// # Errors
+/// [`ImageError`] when there is no header of an image.
+pub fn upright_size(bytes: &[u8]) -> Result<(u32, u32), ImageError> {
+    let header = Header::read(bytes)?;
+    Ok(Turn::from(header.orientation()).upright(header.size()))
+}
+
 /// A header, by format.
 pub(super) enum Header<'a> {
     Jpeg(jpeg::Header),

@@ -470,6 +470,12 @@ fn parameter(input: &mut ClassifyInput, name: &str, text: &str) -> Result<(), Ap
         "crop" => input.look = parse_look(Some(text), None)?.or(input.look),
         "fit" => input.look = parse_look(None, Some(text))?.or(input.look),
         "min_score" => input.min_score = parse_min_score(Some(text))?,
+        // DeepStack's word for it, and its key, which is of no use here.
+        "min_confidence" => {
+            let wrong = |_| ApiError::invalid("min_confidence is a number from 0 to 1");
+            input.min_score = parse_min_score(Some(text)).map_err(wrong)?;
+        }
+        "api_key" => {}
         "function_to_apply" => {
             let wrong = |_: serde::de::value::Error| ApiError::invalid("function_to_apply is softmax, sigmoid or none");
             input.function = ScoreFunction::deserialize(text.into_deserializer()).map_err(wrong)?;

@@ -6,6 +6,7 @@ pub mod body;
 pub mod cameras;
 pub mod classify;
 pub mod console;
+pub mod deepstack;
 pub mod docs;
 pub mod error;
 pub mod extract;
@@ -47,6 +48,7 @@ fn api() -> OpenApiRouter<AppState> {
     let resources = [
         classify::router,
         hf::router,
+        deepstack::router,
         sets::router,
         cameras::router,
         teach::router,
