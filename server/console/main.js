@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { byId, say } from "./dom.js";
+import * as cameras from "./cameras.js";
 import * as classify from "./classify.js";
 import * as live from "./live.js";
 import * as routing from "./routing.js";
@@ -57,6 +58,7 @@ async function tick() {
   if (health.status === "fulfilled") showState("ready", health.value);
   else showState(health.reason.code in STATES ? health.reason.code : "unreachable");
   if (health.status === "fulfilled" && (wasUnreachable || turn % LISTING_TURNS === 0)) await refreshSets();
+  if (health.status === "fulfilled") await cameras.refresh(wasUnreachable || turn % LISTING_TURNS === 0);
   turn += 1;
 }
 
@@ -66,9 +68,13 @@ async function run() {
   setTimeout(run, EVERY_MS);
 }
 
-byId("key").addEventListener("input", (event) => api.useKey(event.target.value));
+byId("key").addEventListener("input", (event) => {
+  api.useKey(event.target.value);
+  cameras.keyChanged();
+});
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) tick();
+  if (document.hidden) cameras.pause();
+  else tick();
 });
 classify.start();
 routing.start();

@@ -7,6 +7,8 @@ be registered and is named in markup.
 
 import base64
 import contextlib
+import http.server
+import io
 import json
 import os
 import pathlib
@@ -15,9 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.request
 
+import PIL.Image
 import axe_core_python
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -374,6 +379,66 @@ def overloaded(page, server):
     page.wait_text("#labels", r"\d%")
 
 
+class Snapshots(http.server.ThreadingHTTPServer):
+    """A camera whose picture can be changed."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Snapshot)
+        self.picture = pathlib.Path(IMAGE).read_bytes()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def show_nothing(self):
+        file = io.BytesIO()
+        PIL.Image.new("RGB", (320, 240)).save(file, "PNG")
+        self.picture = file.getvalue()
+
+
+class Snapshot(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.picture)))
+        self.end_headers()
+        self.wfile.write(self.server.picture)
+
+    def log_message(self, *_):
+        pass
+
+
+def cameras(page, server):
+    """What cameras show, and what has changed, without a reload."""
+    snapshots = Snapshots()
+    port = snapshots.server_address[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "cameras.toml"
+        camera = '[[camera]]\nname = "{}"\nurl = "http://127.0.0.1:{}/"\nevery = "200ms"\nagree = "1 of 1"\nfrozen = 0\n'
+        longest = "n" * 64
+        file.write_text("".join(camera.format(*entry) for entry in [("gate", port), ("gone", 1), (longest, port)]))
+        server.kill()
+        server.flags = ("--cameras", str(file))
+        server.start()
+        page.open()
+        label = server.classify("")["predictions"][0]["label"]
+        card = '#camera-list li[data-key="{}"]'
+        wait_for(lambda: page.texts(card.format("gate") + " .state") == [label], f"the gate shows {label}")
+        wait_for(lambda: "silent" in "".join(page.texts(card.format("gone") + " .state")), "the dead camera is silent")
+        assert "cannot connect" in page.text(card.format("gone"))
+        drawn = "return [...arguments[0].getContext('2d').getImageData(0, 0, 300, 200).data].some((value) => value > 0 && value < 255)"
+        picture = page.find(card.format("gate") + " canvas")
+        wait_for(lambda: page.browser.execute_script(drawn, picture), "the picture is drawn")
+        snapshots.show_nothing()
+        wait_for(lambda: "dark" in page.text(card.format("gate") + " .state"), "the gate is dark")
+        wait_for(lambda: any("gate: dark" in text for text in page.texts("#camera-changes li")), "the change is listed")
+        for size, size_name in [(DESKTOP, "desktop"), (PHONE, "phone")]:
+            for scheme in ("light", "dark"):
+                page.look(size, scheme)
+                page.check_fit_and_access(f"cameras, {size_name}, {scheme}")
+                page.shoot(f"cameras-{size_name}-{scheme}")
+        page.look(DESKTOP, "light")
+        page.check_console("cameras")
+
+
 def metrics(server):
     return urllib.request.urlopen(f"{server.origin}/metrics", timeout=PATIENCE).read().decode()
 
@@ -443,6 +508,7 @@ def main():
         page.choose_image()
         page.wait_text("#labels", r"\d%")
         overloaded(page, server)
+        cameras(page, server)
         page.check_requests()
         print(f"{len(page.requests)} requests, all to {server.origin}; {len(os.listdir(SHOTS))} screenshots in {SHOTS}")
     except BaseException:

@@ -110,8 +110,9 @@ macro_rules! assets {
     };
 }
 
-static ASSETS: [Asset; 21] = assets![
+static ASSETS: [Asset; 22] = assets![
     "api.js",
+    "cameras.js",
     "classify.js",
     "console.css",
     "docs.css",
