@@ -96,11 +96,10 @@ pub struct ServeArgs {
 #[command(next_help_heading = "Models")]
 pub struct ModelArgs {
     /// Folder with `backbones/NAME.safetensors` and `expert-sets/SET/VERSION.safetensors`; without it the models
-    /// embedded in this program are used.
+    /// embedded in this program are used. They are copied into a store that is empty.
     #[arg(long, env = "BVIT_MODEL_STORE", value_name = "DIR")]
     pub model_store: Option<PathBuf>,
-    /// Expert set used when a request names none; without it `imagenet` of the embedded sets, and of a store the only one,
-    /// or the first by name.
+    /// Expert set used when a request names none; without it `imagenet`, or the first by name of a store without that.
     #[arg(long, env = "BVIT_DEFAULT_SET", value_name = "SET")]
     pub default_set: Option<String>,
 }

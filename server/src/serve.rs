@@ -331,7 +331,7 @@ fn check_queue(args: &ServeArgs, registry: &SetRegistry) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The default set, resident: the one asked for, or the first by name that loads.
+/// The default set, resident: the one asked for, or the first that loads of [`EMBEDDED_DEFAULT`] and the rest by name.
 async fn default_set(args: &ServeArgs, app: &AppState) -> anyhow::Result<SetLease> {
     let registry = &app.classifier.registry;
     if let Some(name) = &args.models.default_set {
@@ -341,7 +341,7 @@ async fn default_set(args: &ServeArgs, app: &AppState) -> anyhow::Result<SetLeas
         return registry.load(EMBEDDED_DEFAULT, None, START_WAIT).await.context("the embedded model");
     }
     let mut names: Vec<String> = registry.names().into_iter().collect();
-    names.sort_unstable();
+    names.sort_unstable_by_key(|name| (name != EMBEDDED_DEFAULT, name.clone()));
     let mut first_reason = app.catalog.broken().first().map(|broken| broken.reason.clone());
     for name in names {
         match registry.load(&name, None, START_WAIT).await {

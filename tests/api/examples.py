@@ -2,7 +2,7 @@
 of /docs, and the requests and answers shown in /openapi.json, which is itself valid OpenAPI 3.1.
 
 Arguments: the address of a server with a model store whose default set is `cifar100`; the project's folder; a folder
-with `cat.jpg`, `cam.jpg` and `flowers.safetensors` to work in. The variable `BVIT_ADMIN_KEY_OUT` names the file of the
+with `cat.jpg`, `cam.jpg`, `flowers.safetensors` and `photo.safetensors` to work in. The variable `BVIT_ADMIN_KEY_OUT` names the file of the
 server's admin key, and `butterflyvit` is on the path.
 """
 

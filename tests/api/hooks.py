@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 IMAGES = [path.read_bytes() for path in sorted(pathlib.Path(os.environ["BVIT_TEST_IMAGES"]).glob("test-0[0-3].*"))]
 ARTIFACT = pathlib.Path(os.environ["BVIT_TEST_SET"]).read_bytes()
+BACKBONE = pathlib.Path(os.environ["BVIT_TEST_SET"]).with_name("default-backbone.safetensors").read_bytes()
 # The sets there are; the first one is the default, which cannot be deleted.
 SETS = ["cifar100", "spare"]
 
@@ -43,6 +44,8 @@ def before_call(context, case, **kwargs):
         return
     if case.operation.path == "/sets/{name}/{version}":
         case.body = ARTIFACT
+    if case.operation.path == "/backbones/{name}":
+        case.body = BACKBONE
     if case.operation.path.endswith("/infer"):
         complete_inference(case)
 

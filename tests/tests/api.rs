@@ -2,6 +2,7 @@
 //! whatever schemathesis makes up.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use system_tests::fixtures::shipped_store;
 use system_tests::python;
@@ -56,7 +57,10 @@ fn every_documented_example_works_as_pasted() {
     std::fs::write(folder.path().join("cat.jpg"), image("test-00.jpg")).unwrap();
     let photograph = root().join("model-core/tests/pictures/jpeg_progressive_4000x3000_420.jpg");
     std::fs::copy(photograph, folder.path().join("cam.jpg")).unwrap();
-    std::fs::copy(root().join("models/cifar100.safetensors"), folder.path().join("flowers.safetensors")).unwrap();
+    for (model, name) in [("cifar100", "flowers"), ("photo-backbone", "photo")] {
+        let path = |folder: &Path, name: &str| folder.join(name).with_extension("safetensors");
+        std::fs::copy(path(&root().join("models"), model), path(folder.path(), name)).unwrap();
+    }
     python::succeed(python.arg("api/examples.py").arg(server.address.to_string()).arg(root()).arg(folder.path()));
 }
 

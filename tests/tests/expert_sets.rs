@@ -456,3 +456,55 @@ fn a_watched_store_notices_files_put_there_by_hand() {
     std::fs::remove_file(path).unwrap();
     wait_until("the set is forgotten", || gateway.server.get("/sets/flowers").status == 404);
 }
+
+#[test]
+fn an_empty_store_begins_with_the_embedded_models() {
+    let store = tempfile::tempdir().unwrap();
+    let server = serve(store.path(), &[]);
+    assert_eq!(Answer::of(server.post("/classify").body(image("photo-coffee.jpg"))).label(), "espresso");
+    let seeded = files(store.path(), store.path());
+    for file in ["backbones/photo", "backbones/default", "expert-sets/imagenet/1", "expert-sets/cifar100/1"] {
+        let path = PathBuf::from(format!("{file}.safetensors"));
+        assert!(seeded.contains(&path), "{file} in {seeded:?}");
+    }
+    drop(server);
+
+    // What is deleted later stays deleted.
+    std::fs::remove_dir_all(store.path().join("expert-sets/imagenet")).unwrap();
+    let server = serve(store.path(), &[]);
+    assert_eq!(server.get("/sets/imagenet").status, 404);
+    assert_eq!(server.classify(&image("test-00.png")).status, 200);
+}
+
+#[test]
+fn backbones_are_uploaded_once_and_never_replaced() {
+    let gateway = Gateway::start(&["roses"], &[]);
+    let names = || -> Vec<String> {
+        let listed = gateway.server.get("/backbones").json();
+        listed.as_array().unwrap().iter().map(|backbone| backbone["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let (bytes, digest) = backbone_artifact(&config().backbone, 7);
+    let before = gateway.files();
+    gateway.put("/backbones/main", &bytes).assert_refused(409, "conflict");
+    gateway.put("/backbones/.hidden", &bytes).assert_refused(400, "invalid_request");
+    gateway.put("/backbones/second", &[]).assert_refused(400, "empty_body");
+    gateway.put("/backbones/second", &bytes[..bytes.len() - 1]).assert_refused(422, "invalid_artifact");
+    let mut torn = bytes.clone();
+    *torn.last_mut().unwrap() ^= 1;
+    gateway.put("/backbones/second", &torn).assert_refused(422, "invalid_artifact");
+    gateway.put("/backbones/second", &gateway.artifact("lilies", 3)).assert_refused(422, "invalid_artifact");
+    assert_eq!((gateway.files(), names()), (before, vec!["main".to_owned()]));
+
+    let answer = gateway.put("/backbones/second", &bytes);
+    assert_eq!((answer.status, answer.json()["digest"].as_str()), (201, Some(&*digest.to_string())));
+    let again = gateway.put("/backbones/third", &bytes);
+    assert_eq!(
+        (again.status, again.json()["name"].as_str()),
+        (200, Some("second")),
+        "the same contents are one backbone"
+    );
+    assert_eq!(names(), ["main", "second"]);
+    let set = expert_set_artifact(&config(), digest, "lilies", 3);
+    assert_eq!(gateway.put("/sets/lilies/1", &set).status, 201);
+    assert_eq!(gateway.classify("lilies").status, 200);
+}

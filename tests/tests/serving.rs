@@ -91,6 +91,13 @@ fn the_embedded_model_knows_the_committed_images() {
 #[test]
 fn the_example_sets_serve_beside_the_default_one() {
     let store = root().join("models/store");
+    for (shipped, in_store) in [("default-backbone", "backbones/default"), ("cifar100", "expert-sets/cifar100/1")] {
+        let read = |path: std::path::PathBuf| std::fs::read(path.with_extension("safetensors")).unwrap();
+        assert!(
+            read(root().join("models").join(shipped)) == read(store.join(in_store)),
+            "{in_store} is a copy of {shipped}"
+        );
+    }
     let server = Server::start(["--model-store", store.to_str().unwrap()]);
     for (set, name, label) in [
         ("cifar100", "test-00.png", "hamster"),

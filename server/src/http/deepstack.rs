@@ -30,7 +30,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes a form that axum reads")]
 struct DeepStackForm {
-    /// One picture file.
+    /// One picture as a file of a form.
     #[schema(value_type = String, format = Binary)]
     image: Bytes,
     /// The picture is unknown when the best label's softmax score is lower.

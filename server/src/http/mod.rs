@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod auth;
+pub mod backbones;
 pub mod body;
 pub mod cameras;
 pub mod classify;
@@ -50,6 +51,7 @@ fn api() -> OpenApiRouter<AppState> {
         hf::router,
         deepstack::router,
         sets::router,
+        backbones::router,
         cameras::router,
         teach::router,
         oip::router,

@@ -27,7 +27,7 @@ use crate::sets::registry::{Kind, SetState, SetStatus};
 use crate::sets::upload::Upload;
 
 /// Errors of an upload.
-const UPLOAD: &[ErrorCode] = &[
+pub const UPLOAD: &[ErrorCode] = &[
     ErrorCode::InvalidRequest,
     ErrorCode::EmptyBody,
     ErrorCode::BodyTooLarge,
@@ -286,14 +286,14 @@ fn checked_version(name: &str, version: &str) -> Result<u64, ApiError> {
 }
 
 /// Streams a body to a temporary file of the store.
-async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result<Upload, ApiError> {
+pub async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result<Upload, ApiError> {
     if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
-        let message = "expert sets are uploaded as they are, without content encoding";
+        let message = "artifacts are uploaded as they are, without content encoding";
         return Err(ApiError::new(ErrorCode::UnsupportedMediaType, message));
     }
     let limit = app.limits.max_upload_bytes;
     let too_large = || {
-        let message = format!("the expert set is larger than the {limit} bytes that may be uploaded");
+        let message = format!("the file is larger than the {limit} bytes that may be uploaded");
         Err(ApiError::new(ErrorCode::BodyTooLarge, message))
     };
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
@@ -311,7 +311,7 @@ async fn receive(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result
         upload.write(&data).await.map_err(CatalogError::from)?;
     }
     if received == 0 {
-        return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an expert set"));
+        return Err(ApiError::new(ErrorCode::EmptyBody, "the request has no body; send an artifact"));
     }
     Ok(upload)
 }

@@ -16,7 +16,9 @@ use model_core::artifact::store_layout;
 use tokio_util::sync::CancellationToken;
 
 use crate::sentence::sentence;
-use crate::sets::descriptor::{Location, SetDescriptor, check_set, describe_set};
+use crate::sets::descriptor::{
+    BackboneDescriptor, Location, SetDescriptor, check_backbone, check_set, describe_backbone, describe_set,
+};
 use crate::sets::loaded::SetRegistry;
 use crate::sets::registry::{SetError, SetState};
 use crate::sets::store::{self, Broken, Contents};
@@ -92,7 +94,14 @@ impl Catalog {
         let contents = match &root {
             Some(root) => {
                 upload::remove_leftovers(root);
-                store::scan(root)?
+                let contents = store::scan(root)?;
+                if lock.is_some() && contents.is_empty() {
+                    store::seed(root).with_context(|| format!("{}: seeding the empty store", root.display()))?;
+                    tracing::info!(store = %root.display(), "the model store was empty, and has the embedded models now");
+                    store::scan(root)?
+                } else {
+                    contents
+                }
             }
             None => store::embedded()?,
         };
@@ -175,6 +184,36 @@ impl Catalog {
         .await
     }
 
+    /// Checks an upload from its first byte to its last, gives it its place as a backbone and registers it. One with the
+    /// same contents that is here already stays as it is, whatever its name. Returns the backbone, and whether it is new.
+    ///
+    /// # Errors
+    /// [`CatalogError::Invalid`] when it is no sound backbone; [`CatalogError::Set`] when another has its name, or when it
+    /// can never fit the budget; [`CatalogError::DiskFull`]. The store is then as before.
+    pub async fn publish_backbone(
+        &self,
+        mut upload: Upload,
+        name: &str,
+    ) -> Result<(Arc<BackboneDescriptor>, bool), CatalogError> {
+        upload.sync().await?;
+        let name = name.to_owned();
+        let described = self
+            .change(move |_| {
+                let location = Location::File(upload.path().to_owned());
+                let backbone = describe_backbone(&name, &location).map_err(|error| invalid(&upload, error))?;
+                Ok((upload, backbone))
+            })
+            .await?;
+        let (upload, backbone) = described;
+        let memory =
+            self.shared.registry.reserve_beside(&backbone.digest, &backbone.name, backbone.loading_bytes).await?;
+        self.change(move |shared| {
+            let _memory = memory;
+            shared.publish_backbone(upload, backbone)
+        })
+        .await
+    }
+
     /// Forgets a version of a set, or all of them, and deletes the files. Returns what is gone.
     ///
     /// # Errors
@@ -220,6 +259,32 @@ impl Shared {
         self.broken().retain(|broken| broken.path != path);
         self.registry.register(SetDescriptor { location: Location::File(path), ..descriptor })?;
         Ok(is_new)
+    }
+
+    fn publish_backbone(
+        &self,
+        upload: Upload,
+        backbone: BackboneDescriptor,
+    ) -> Result<(Arc<BackboneDescriptor>, bool), CatalogError> {
+        check_backbone(&backbone.location).map_err(|error| invalid(&upload, error))?;
+        if let Some(known) = self.registry.backbone(&backbone.digest) {
+            return Ok((known, false));
+        }
+        let BackboneDescriptor { name, digest, resident_bytes, .. } = &backbone;
+        if self.registry.backbones().iter().any(|known| known.name == *name) {
+            let taken = format!("another backbone is named `{name}`, and sets rest on it; choose another name");
+            return Err(SetError::Conflict(taken).into());
+        }
+        let available = self.registry.budget().limit();
+        if *resident_bytes > available {
+            return Err(SetError::TooLarge { name: name.clone(), needed: *resident_bytes, available }.into());
+        }
+        let (digest, path) = (*digest, store_layout::backbone_path(self.root()?, name));
+        upload.publish_at(&path)?;
+        self.broken().retain(|broken| broken.path != path);
+        self.registry.register_backbone(BackboneDescriptor { location: Location::File(path), ..backbone });
+        let registered = self.registry.backbone(&digest);
+        Ok((registered.ok_or_else(|| CatalogError::Internal("the backbone is not registered".into()))?, true))
     }
 
     fn delete(&self, name: &str, version: Option<u64>) -> Result<Vec<Arc<SetDescriptor>>, CatalogError> {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
-use model_core::artifact::{self, Contents, Digest, Header, Lender, read_expert_set};
+use model_core::artifact::{self, Contents, Digest, Header, Lender, read_backbone, read_expert_set};
 use model_core::config::{BackboneConfig, ExpertConfig};
 use model_core::footprint::{Footprint, loading_bytes};
 
@@ -168,6 +168,14 @@ pub fn check_set(
     };
     set.check_backbone(&own.config, backbone.digest).with_context(|| location.to_string())?;
     set.check_lender(lender.map(SetDescriptor::as_lender)).with_context(|| location.to_string())
+}
+
+/// Checks a backbone from its first byte to its last.
+///
+/// # Errors
+/// Names what is wrong with it.
+pub fn check_backbone(location: &Location) -> anyhow::Result<()> {
+    read_backbone(&location.read()?).map(drop).with_context(|| location.to_string())
 }
 
 /// Describes a backbone from its header.

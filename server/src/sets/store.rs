@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use model_core::artifact::store_layout::{
-    NAME_RULE, backbones_folder, is_artifact, is_valid_name, parse_version, set_folder, sets_folder,
+    NAME_RULE, backbone_path, backbones_folder, is_artifact, is_valid_name, parse_version, set_folder, set_path,
+    sets_folder,
 };
 
 use crate::sentence::sentence;
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, describe_backbone, describe_set};
+use crate::sets::upload;
 
 /// Version of the embedded expert sets.
 const EMBEDDED_VERSION: u64 = 1;
@@ -54,6 +56,22 @@ pub struct Contents {
     pub sets: Vec<SetDescriptor>,
     /// Files that are neither.
     pub broken: Vec<Broken>,
+}
+
+impl Contents {
+    /// Whether there is nothing at all.
+    pub fn is_empty(&self) -> bool {
+        self.backbones.is_empty() && self.sets.is_empty() && self.broken.is_empty()
+    }
+}
+
+/// Writes the embedded models into the store. Sets come last, so that one that is there has its backbone. Blocking.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn seed(root: &Path) -> std::io::Result<()> {
+    BACKBONES.iter().try_for_each(|(name, bytes)| upload::put(&backbone_path(root, name), bytes))?;
+    SETS.iter().try_for_each(|(name, bytes)| upload::put(&set_path(root, name, EMBEDDED_VERSION), bytes))
 }
 
 /// The embedded backbone of that name.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempPath;
 use tokio::io::AsyncWriteExt;
 
-use model_core::artifact::store_layout::{set_folder, set_path, sets_folder};
+use model_core::artifact::store_layout::{set_path, sets_folder};
 
 /// Begins the names of temporary files. Starts with a dot, and does not end as artifacts do: never part of a store.
 const PREFIX: &str = ".upload-";
@@ -63,13 +63,22 @@ impl Upload {
     /// # Errors
     /// When the folder cannot be made or the file not be moved.
     pub fn publish(self, root: &Path, name: &str, version: u64) -> io::Result<PathBuf> {
-        let (path, folder) = (set_path(root, name, version), set_folder(root, name));
-        fs::create_dir_all(&folder)?;
-        self.path.persist(&path).map_err(|error| error.error)?;
-        // The entries of file and folder are data of the folders they are in.
-        sync_folder(&folder)?;
-        sync_folder(&sets_folder(root))?;
+        let path = set_path(root, name, version);
+        self.publish_at(&path)?;
         Ok(path)
+    }
+
+    /// As [`Upload::publish`], at any place of the store.
+    ///
+    /// # Errors
+    /// When the folder cannot be made or the file not be moved.
+    pub fn publish_at(self, path: &Path) -> io::Result<()> {
+        let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        fs::create_dir_all(folder)?;
+        self.path.persist(path).map_err(|error| error.error)?;
+        // The entries of file and folder are data of the folders they are in.
+        sync_folder(folder)?;
+        folder.parent().map_or(Ok(()), sync_folder)
     }
 }
 
