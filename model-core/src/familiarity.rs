@@ -2,10 +2,11 @@
 //!
 //! Distances are squared lengths of whitened differences: with `C = L L^T`, `d(f; m, C) = |L^-1 (f - m)|^2`. A covariance
 //! that is a base plus `factor^T factor` is whitened by its base alone; what the factor takes away again is found in as
-//! many dimensions as it has rows (Woodbury). What is kept is kept in single precision; sums are double.
+//! many dimensions as it has rows (Woodbury). What is kept is kept in single precision, rows of an even covariance in the
+//! four bits of the file; sums are double.
 
 use crate::artifact::ArtifactError;
-use crate::weights::{self, Covariance};
+use crate::weights::{self, Covariance, Int4Rows, Rows};
 
 /// Mean and whitening of a backbone's background.
 #[derive(Debug, Clone)]
@@ -34,6 +35,21 @@ enum Whitening {
 /// Statistics of a set, ready to measure distances with.
 #[derive(Debug, Clone)]
 pub struct Familiarity {
+    measure: Measure,
+    relative: bool,
+    threshold: f32,
+}
+
+/// What distances are measured with.
+#[derive(Debug, Clone)]
+enum Measure {
+    Whitened(Whitened),
+    Even(Even),
+}
+
+/// Means and factor in the coordinates of a base.
+#[derive(Debug, Clone)]
+struct Whitened {
     base: Base,
     /// `[means, d_model]`, whitened by the base.
     means: Box<[f32]>,
@@ -41,8 +57,121 @@ pub struct Familiarity {
     factor: Box<[f32]>,
     /// Of `1 + factor factor^T`.
     inner: Cholesky,
-    relative: bool,
-    threshold: f32,
+}
+
+/// Means and factor of scaled features, of which the rest has the same variance in all directions.
+#[derive(Debug, Clone)]
+struct Even {
+    scale: f64,
+    means: Codes,
+    factor: Codes,
+    /// Squared length of each mean.
+    lengths: Box<[f32]>,
+    /// Products of means with the rows of the factor, `[means, rank]`.
+    along: Box<[f32]>,
+    /// Of `1 + factor factor^T / scale`.
+    inner: Cholesky,
+}
+
+/// Rows of four-bit codes, two to a byte.
+#[derive(Debug, Clone)]
+struct Codes {
+    /// `[rows, ceil(d_model / 2)]`, the first of two codes in the low half.
+    packed: Box<[u8]>,
+    /// What the codes of each row are multiplied by.
+    scale: Box<[f32]>,
+}
+
+impl Codes {
+    fn new(Int4Rows { codes, scale }: &Int4Rows) -> Self {
+        let cols = (codes.len() / scale.len().max(1)).max(1);
+        let byte = |pair: &[i16]| (pair[0] & 15) as u8 | (pair.get(1).map_or(0, |code| code & 15) as u8) << 4;
+        let packed = codes.chunks_exact(cols).flat_map(|row| row.chunks(2).map(byte)).collect();
+        Self { packed, scale: scale.clone().into() }
+    }
+
+    /// Products of the rows with `x`.
+    fn products<'a>(&'a self, x: &'a [f64]) -> impl Iterator<Item = f64> + 'a {
+        let rows = self.packed.chunks_exact(x.len().div_ceil(2).max(1)).zip(&self.scale);
+        rows.map(|(row, &scale)| {
+            let (mut low, mut high) = (0.0, 0.0);
+            for (&byte, pair) in row.iter().zip(x.chunks(2)) {
+                low += f64::from((byte << 4) as i8 >> 4) * pair[0];
+                high += f64::from(byte as i8 >> 4) * pair.get(1).copied().unwrap_or(0.0);
+            }
+            (low + high) * f64::from(scale)
+        })
+    }
+
+    fn heap_bytes(&self) -> usize {
+        size_of_val(&*self.packed) + size_of_val(&*self.scale)
+    }
+}
+
+/// Features scaled to a mean square of one; as they are if all are zero.
+pub fn scaled(features: &[f32]) -> impl Iterator<Item = f64> + '_ {
+    let mean = squared(features.iter().map(|&f| f64::from(f))) / features.len().max(1) as f64;
+    let scale = if mean > 0.0 { mean.sqrt().recip() } else { 1.0 };
+    features.iter().map(move |&f| f64::from(f) * scale)
+}
+
+impl Even {
+    /// `None` unless everything is finite.
+    fn new(scale: f32, means: &Int4Rows, factor: &Int4Rows) -> Option<Self> {
+        let (means_packed, factor_packed) = (Codes::new(means), Codes::new(factor));
+        let products = |rows: &Int4Rows, each: &mut dyn FnMut(&[f64], &[f64])| {
+            let cols = (rows.codes.len() / rows.scale.len().max(1)).max(1);
+            let (mut row, mut products) = (Vec::new(), Vec::new());
+            for (codes, &scale) in rows.codes.chunks_exact(cols).zip(&rows.scale) {
+                row.clear();
+                row.extend(codes.iter().map(|&code| f64::from(code) * f64::from(scale)));
+                products.clear();
+                products.extend(factor_packed.products(&row));
+                each(&row, &products);
+            }
+        };
+        let mut square: Vec<f64> = Vec::new();
+        products(factor, &mut |_, products| square.extend(products));
+        let (rank, variance) = (factor.scale.len(), f64::from(scale));
+        let one = |r, c| if r == c { 1.0 } else { 0.0 };
+        let inner = Cholesky::new(rank, |r, c| square[r * rank + c] / variance + one(r, c))?;
+        let mut lengths = Vec::with_capacity(means.scale.len());
+        let mut along = Vec::with_capacity(means.scale.len() * rank);
+        products(means, &mut |mean, products| {
+            lengths.push(squared(mean.iter().copied()) as f32);
+            along.extend(products.iter().map(|&product| product as f32));
+        });
+        let is_finite = inner.lower.iter().chain(&along).chain(&lengths).all(|value| value.is_finite());
+        let (lengths, along) = (lengths.into(), along.into());
+        is_finite.then_some(Self { scale: variance, means: means_packed, factor: factor_packed, lengths, along, inner })
+    }
+
+    /// The smallest squared distance of features from a mean.
+    fn nearest(&self, features: &[f32], Scratch { x, taken, along }: &mut Scratch) -> f64 {
+        x.clear();
+        x.extend(scaled(features));
+        along.clear();
+        along.extend(self.factor.products(x));
+        let (length, rank) = (squared(x.iter().copied()), along.len());
+        let mut nearest = f64::INFINITY;
+        for (mean, product) in self.means.products(x).enumerate() {
+            let own = &self.along[mean * rank..][..rank];
+            taken.clear();
+            taken.extend(along.iter().zip(own).map(|(a, &b)| (a - f64::from(b)) / self.scale));
+            self.inner.whiten(taken);
+            let apart = length - 2.0 * product + f64::from(self.lengths[mean]);
+            nearest = nearest.min(apart / self.scale - squared(taken.iter().copied()));
+        }
+        nearest
+    }
+
+    fn heap_bytes(&self) -> usize {
+        self.means.heap_bytes()
+            + self.factor.heap_bytes()
+            + size_of_val(&*self.along)
+            + size_of_val(&*self.inner.lower)
+            + size_of_val(&*self.lengths)
+    }
 }
 
 /// What differences are whitened by.
@@ -104,7 +233,7 @@ impl Whitening {
                 return Cholesky::new(d_model, |r, c| triangle[row_start(r) + c].into()).map(Self::Triangle);
             }
             Covariance::Diagonal { diagonal, factor } => (diagonal, factor),
-            Covariance::Background { .. } => return None,
+            Covariance::Background { .. } | Covariance::Even { .. } => return None,
         };
         let roots: Box<[f32]> = diagonal.iter().map(|v| v.sqrt().recip()).collect();
         let scaled = factor.iter().zip(roots.iter().cycle()).map(|(v, root)| v * root);
@@ -159,6 +288,8 @@ pub struct Scratch {
     x: Vec<f64>,
     /// What a factor of low rank takes away again.
     taken: Vec<f64>,
+    /// Products with the rows of a factor.
+    along: Vec<f64>,
 }
 
 fn squared(x: impl Iterator<Item = f64>) -> f64 {
@@ -185,18 +316,11 @@ impl Background {
         self.distance_in(features, &mut Scratch::default())
     }
 
-    fn distance_in(&self, features: &[f32], Scratch { x, taken }: &mut Scratch) -> f64 {
+    fn distance_in(&self, features: &[f32], Scratch { x, taken, .. }: &mut Scratch) -> f64 {
         x.clear();
         x.extend(features.iter().zip(&self.mean).map(|(f, m)| f64::from(*f) - f64::from(*m)));
         self.whitening.whiten(x, taken);
         squared(x.iter().copied())
-    }
-
-    /// A difference `[d_model]` in coordinates in which the background is white.
-    pub fn whitened(&self, difference: &[f32]) -> Vec<f32> {
-        let mut x: Vec<f64> = difference.iter().map(|&v| v.into()).collect();
-        self.whitening.whiten(&mut x, &mut Vec::new());
-        x.into_iter().map(|v| v as f32).collect()
     }
 
     /// Bytes on the heap.
@@ -218,6 +342,11 @@ impl Familiarity {
             let reason = "it needs a background, which the backbone does not have".to_owned();
             return Err(ArtifactError::Field { field: "familiarity", reason });
         }
+        if let (Covariance::Even { scale, factor }, Rows::Int4(means)) = (covariance, means) {
+            let even = Even::new(*scale, means, factor).ok_or_else(|| not_positive("familiarity.factor"))?;
+            return Ok(Self { measure: Measure::Even(even), relative: false, threshold: *threshold });
+        }
+        let means = means.to_f32();
         let (base, factor, d_model) = match covariance {
             Covariance::Packed(triangle) => {
                 // The side of a triangle of so many values.
@@ -233,6 +362,10 @@ impl Familiarity {
                 let side = background.map_or(0, |background| background.mean.len());
                 (Base::Background(f64::from(*scale).sqrt()), &factor[..], side)
             }
+            Covariance::Even { .. } => {
+                let reason = "means of an even covariance are four-bit codes".to_owned();
+                return Err(ArtifactError::Field { field: "familiarity", reason });
+            }
         };
         let rows = |rows: &[f32]| -> Box<[f32]> {
             let mut rows: Vec<f64> = rows.iter().map(|&v| v.into()).collect();
@@ -240,9 +373,10 @@ impl Familiarity {
             rows.chunks_exact_mut(d_model.max(1)).for_each(|row| base.whiten(row, background, &mut taken));
             rows.into_iter().map(|v| v as f32).collect()
         };
-        let (means, factor) = (rows(means), rows(factor));
+        let (means, factor) = (rows(&means), rows(factor));
         let inner = inner_cholesky(&factor, d_model).ok_or_else(|| not_positive("familiarity.factor"))?;
-        Ok(Self { base, means, factor, inner, relative: *relative, threshold: *threshold })
+        let measure = Measure::Whitened(Whitened { base, means, factor, inner });
+        Ok(Self { measure, relative: *relative, threshold: *threshold })
     }
 
     /// The smallest squared distance of features `[d_model]` from a mean, less their distance from the background if the
@@ -253,10 +387,34 @@ impl Familiarity {
 
     /// As [`Familiarity::distance`], with buffers of the caller's.
     pub fn distance_in(&self, features: &[f32], background: Option<&Background>, scratch: &mut Scratch) -> f64 {
-        let d_model = features.len();
         // First, since the buffers are the same.
         let far = background.filter(|_| self.relative).map_or(0.0, |far| far.distance_in(features, scratch));
-        let Scratch { x, taken } = scratch;
+        let nearest = match &self.measure {
+            Measure::Whitened(whitened) => whitened.nearest(features, background, scratch),
+            Measure::Even(even) => even.nearest(features, scratch),
+        };
+        nearest - far
+    }
+
+    /// Whether an image with that distance is unknown.
+    pub fn is_unknown(&self, distance: f64) -> bool {
+        distance > f64::from(self.threshold)
+    }
+
+    /// Bytes on the heap.
+    pub fn heap_bytes(&self) -> usize {
+        match &self.measure {
+            Measure::Whitened(whitened) => whitened.heap_bytes(),
+            Measure::Even(even) => even.heap_bytes(),
+        }
+    }
+}
+
+impl Whitened {
+    /// The smallest squared distance of features from a mean.
+    fn nearest(&self, features: &[f32], background: Option<&Background>, scratch: &mut Scratch) -> f64 {
+        let d_model = features.len();
+        let Scratch { x, taken, .. } = scratch;
         x.clear();
         x.extend(features.iter().map(|&v| f64::from(v)));
         self.base.whiten(x, background, taken);
@@ -268,17 +426,10 @@ impl Familiarity {
             self.inner.whiten(taken);
             squared(difference()) - squared(taken.iter().copied())
         };
-        let nearest = self.means.chunks_exact(d_model).map(&mut distance).fold(f64::INFINITY, f64::min);
-        nearest - far
+        self.means.chunks_exact(d_model).map(&mut distance).fold(f64::INFINITY, f64::min)
     }
 
-    /// Whether an image with that distance is unknown.
-    pub fn is_unknown(&self, distance: f64) -> bool {
-        distance > f64::from(self.threshold)
-    }
-
-    /// Bytes on the heap.
-    pub fn heap_bytes(&self) -> usize {
+    fn heap_bytes(&self) -> usize {
         let base = match &self.base {
             Base::Own(own) => size_of_val(&*own.lower),
             Base::Diagonal(roots) => size_of_val(&**roots),

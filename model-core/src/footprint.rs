@@ -9,7 +9,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::artifact::{Contents, Encoding, TensorSize};
+use crate::artifact::{Contents, CovarianceForm, Encoding, FamiliarityConfig, TensorSize};
 use crate::config::{BackboneShape, ExpertConfig, FeedForwardKind, TernaryPacking, ViTConfig};
 use crate::engine::storage;
 use crate::kernels::TernaryStorage;
@@ -107,7 +107,22 @@ pub fn components(contents: &Contents, file_bytes: u64) -> Vec<Component> {
             None => components.push(Component { name, disk_bytes, resident_bytes }),
         }
     }
+    if let Some(component) = components.iter_mut().find(|component| component.name == "statistics") {
+        component.resident_bytes += tables_bytes(contents);
+    }
     components
+}
+
+/// Of an even covariance: lengths of the means, their products with the factor, and a triangle of its rows.
+fn tables_bytes(contents: &Contents) -> u64 {
+    let Contents::ExpertSet(set) = contents else { return 0 };
+    match set.familiarity {
+        Some(FamiliarityConfig { means, covariance: CovarianceForm::Even { rank, .. }, .. }) => {
+            let (means, rank) = (means as u64, rank as u64);
+            F32_BYTES * (means * (rank + 1) + rank * (rank + 1) / 2)
+        }
+        _ => 0,
+    }
 }
 
 /// The component a tensor of `FORMAT.md` counts towards.

@@ -8,10 +8,12 @@ use std::io::Write;
 
 use common::{calibrated_files, files};
 use counting::{Counting, measure};
-use model_core::artifact::Header;
+use model_core::artifact::{Header, read_expert_set};
 use model_core::config::{AngleSeed, FloatFormat, Generator, SubstrateConfig, TernaryPacking, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet};
 use model_core::footprint::{Footprint, loading_bytes};
+use model_core::random::SplitMix64;
+use model_core::weights::{Covariance, Familiarity, Int4Rows, Rows};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -34,6 +36,22 @@ fn announced(file: &[u8]) -> (u64, u64) {
     (Footprint::of_artifact(&contents, file_bytes).totals().1, loading_bytes(&contents, file_bytes))
 }
 
+/// The set with statistics of four bits, more than there are classes.
+fn with_statistics(expert_set: &[u8]) -> Vec<u8> {
+    let mut artifact = read_expert_set(expert_set).unwrap();
+    let d_model = artifact.backbone.d_model;
+    let rows = |count: usize| Int4Rows::encode(&SplitMix64::at(3, 0).normals(count * d_model, 1.0), d_model);
+    artifact.weights.familiarity = Some(Familiarity {
+        format: FloatFormat::F32,
+        relative: false,
+        means: Rows::Int4(rows(1000)),
+        covariance: Covariance::Even { scale: 0.1, factor: rows(16) },
+        threshold: 1.0,
+        pass_share: 0.0,
+    });
+    artifact.to_bytes().unwrap()
+}
+
 #[test]
 fn a_model_holds_what_it_says_and_the_footprint_announces() {
     let mut few_experts = ViTConfig::preset("paper").unwrap();
@@ -45,12 +63,15 @@ fn a_model_holds_what_it_says_and_the_footprint_announces() {
     (packed.experts.router_bits, packed.experts.router_scales) = (4, FloatFormat::F16);
     let mut seeded = packed.clone();
     seeded.experts.angle_seed = Some(AngleSeed { generator: Generator::SplitMix64, seed: 1, spread_bits: 4 });
+    let mut statistics = files(&ViTConfig::preset("cifar").unwrap(), 5);
+    statistics.expert_set = with_statistics(&statistics.expert_set);
     for (name, files) in [
         ("cifar", files(&ViTConfig::preset("cifar").unwrap(), 5)),
         ("paper's layers", files(&few_experts, 5)),
         ("packed", files(&packed, 5)),
         ("seeded", files(&seeded, 5)),
         ("calibrated", calibrated_files(5)),
+        ("statistics", statistics),
     ] {
         let backbone = measure(|| Backbone::from_bytes(&files.backbone).unwrap());
         let set = measure(|| ExpertSet::from_bytes(&files.expert_set, &backbone.result).unwrap());

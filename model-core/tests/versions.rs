@@ -9,11 +9,11 @@ use model_core::artifact::{
 use model_core::config::{Activation, FloatFormat, TernaryPacking};
 use model_core::engine::{Backbone, ExpertSet};
 use model_core::error::ModelError;
-use model_core::familiarity::{Background, Familiarity};
+use model_core::familiarity::{self, Background, Familiarity};
 use model_core::image::Fit;
 use model_core::kernels::Isa;
 use model_core::random::SplitMix64;
-use model_core::weights::{self, Covariance, Precision};
+use model_core::weights::{self, Covariance, Int4Rows, Precision, Rows};
 use serde_json::Value;
 
 fn file(name: &str) -> Vec<u8> {
@@ -213,6 +213,82 @@ fn a_background_of_low_rank_is_its_covariance() {
         // Single precision, and condition numbers below a thousand.
         assert!((a - b).abs() < 1e-3 * a, "rank {rank}: {a} and {b}");
     }
+}
+
+/// A set of four-bit statistics on the backbone of the recipe.
+fn even_set() -> ExpertSetArtifact {
+    let mut artifact = set("v2_set");
+    let d_model = artifact.backbone.d_model;
+    let mut random = SplitMix64::at(5, 0);
+    let means = Int4Rows::encode(&random.uniforms(3 * d_model, 2.0), d_model);
+    let factor = Int4Rows::encode(&random.uniforms(2 * d_model, 1.0), d_model);
+    artifact.weights.familiarity = Some(weights::Familiarity {
+        format: FloatFormat::F32,
+        relative: false,
+        means: Rows::Int4(means),
+        covariance: Covariance::Even { scale: 0.25, factor },
+        threshold: 40.0,
+        pass_share: 0.0,
+    });
+    artifact
+}
+
+#[test]
+fn an_even_covariance_measures_the_same_as_a_diagonal_of_equal_values() {
+    let statistics = even_set().weights.familiarity.unwrap();
+    let Covariance::Even { scale, factor } = &statistics.covariance else { panic!("an even covariance") };
+    let d_model = factor.codes.len() / 2;
+    let diagonal = weights::Familiarity {
+        means: statistics.means.to_f32().into_owned().into(),
+        covariance: Covariance::Diagonal { diagonal: vec![*scale; d_model], factor: factor.to_f32() },
+        ..statistics.clone()
+    };
+    let [even, diagonal] = [&statistics, &diagonal].map(|statistics| Familiarity::new(statistics, None).unwrap());
+    let features = SplitMix64::at(6, 0).uniforms(d_model, 30.0);
+    let scaled: Vec<f32> = familiarity::scaled(&features).map(|value| value as f32).collect();
+    let square = scaled.iter().map(|value| value * value).sum::<f32>() / d_model as f32;
+    assert!((square - 1.0).abs() < 1e-5, "{square}");
+    let (got, expected) = (even.distance(&features, None), diagonal.distance(&scaled, None));
+    assert!((got - expected).abs() < 1e-4 * expected, "{got} and {expected}");
+    // The length of features says nothing.
+    let longer: Vec<f32> = features.iter().map(|value| 2.0 * value).collect();
+    assert!((even.distance(&longer, None) - got).abs() < 1e-4 * got);
+    assert!(even.distance(&vec![0.0; d_model], None).is_finite());
+    assert!(even.heap_bytes() < diagonal.heap_bytes() / 2, "{} and {}", even.heap_bytes(), diagonal.heap_bytes());
+}
+
+#[test]
+fn four_bit_statistics_are_read_as_they_were_written() {
+    let artifact = even_set();
+    let bytes = artifact.to_bytes().unwrap();
+    let got = read_expert_set(&bytes).unwrap();
+    assert_eq!(got.weights.familiarity, artifact.weights.familiarity);
+    assert_eq!(got.to_bytes().unwrap(), bytes);
+
+    let refused = |change: fn(&mut weights::Familiarity)| {
+        let mut artifact = even_set();
+        change(artifact.weights.familiarity.as_mut().unwrap());
+        artifact.to_bytes().unwrap_err().to_string()
+    };
+    let error = refused(|statistics| statistics.means = statistics.means.to_f32().into_owned().into());
+    assert!(error.contains("`int4` goes with"), "{error}");
+    assert!(refused(|statistics| statistics.relative = true).contains("familiarity.relative"));
+    let error = refused(|statistics| {
+        let Rows::Int4(means) = &mut statistics.means else { unreachable!() };
+        means.codes[3] = -8;
+    });
+    assert!(error.contains("`familiarity.means.codes`") && error.contains("out of range"), "{error}");
+    let error = refused(|statistics| {
+        let Covariance::Even { factor, .. } = &mut statistics.covariance else { unreachable!() };
+        factor.scale[1] = 0.0;
+    });
+    assert!(error.contains("`familiarity.factor.scale`") && error.contains("positive"), "{error}");
+
+    // Finite each, but not their products.
+    let mut huge = even_set().weights.familiarity.unwrap();
+    let Rows::Int4(means) = &mut huge.means else { unreachable!() };
+    means.scale[0] = f32::MAX;
+    assert!(Familiarity::new(&huge, None).unwrap_err().to_string().contains("familiarity.factor"));
 }
 
 #[test]

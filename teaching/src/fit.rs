@@ -3,13 +3,12 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use model_core::familiarity;
 use model_core::weights::{Background, Linear, Matrix, Precision};
 
 use crate::examples::Examples;
 use crate::logistic::{Rows, log_sum_exp, logits};
 use crate::report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
-use crate::statistics::{Distances, draws, fit as fit_statistics, is_narrow, threshold};
+use crate::statistics::{Distances, fit as fit_statistics, threshold, with_room};
 use crate::{Options, Taught, TeachError, folds};
 
 /// Strengths of the penalty that are tried, strongest first, on rows whose mean squared length is one.
@@ -22,6 +21,10 @@ const TEMPERATURES: (f64, f64) = (0.02, 50.0);
 const LISTED: usize = 10;
 /// Score of another label from which an image is probably mislabelled.
 const SUSPECT_SCORE: f64 = 0.8;
+/// Seed of the draws from the background that the threshold depends on.
+const NEAREST_SEED: u64 = 24;
+/// Seed of the draws of which the share that passes is reported.
+const PASS_SEED: u64 = 25;
 
 /// Rows moved and scaled to a mean of zero and a mean squared length of one, and back.
 struct Scaling {
@@ -69,18 +72,13 @@ pub fn teach(
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Taught, TeachError> {
     examples.check()?;
-    let ready = background.map(familiarity::Background::new).transpose();
-    let ready = ready.map_err(|error| TeachError::Statistics(error.to_string()))?;
-    let ready = ready.as_ref();
     let all: Vec<usize> = (0..examples.labels.len()).collect();
     let smallest = (0..examples.classes.len()).map(|c| examples.labels.iter().filter(|&&l| l == c).count()).min();
     let count = options.folds.clamp(2, 10).min(smallest.unwrap_or(2).max(2));
     let folds = folds::stratified(examples.labels, examples.classes.len(), count);
 
-    let mut statistics = fit_statistics(examples, &all, ready, (options.rank, true));
-    statistics.relative &= is_narrow(&statistics);
-    let covariance = (options.rank, statistics.relative);
-    let held = hold_out(examples, (ready, covariance), options.threads, (&folds, count), progress, cancelled)?;
+    let mut statistics = fit_statistics(examples, &all, options.rank);
+    let held = hold_out(examples, options, (&folds, count), progress, cancelled)?;
     let (best, temperature) = best_strength(examples, &held);
     let strength = STRENGTHS[best];
     let (scaling, parameters) = fit_head(examples, &all, &STRENGTHS[..=best], cancelled)?;
@@ -90,20 +88,20 @@ pub fn teach(
     let none = examples.none_class();
     let own = |image: usize| Some(examples.labels[image]) != none;
     let mut distances: Vec<f64> = held.iter().filter(|h| own(h.image)).map(|h| h.distance).collect();
-    let limit = threshold(&mut distances, options.known_share);
+    let measure = Distances::new(&statistics)?;
+    let drawn = |seed| background.map(|background| measure.of_draws(background, seed)).unwrap_or_default();
+    let limit = with_room(threshold(&mut distances, options.known_share), &drawn(NEAREST_SEED));
     statistics.threshold = limit as f32;
     let refused = Share::new(distances.iter().filter(|&&distance| distance > limit).count(), distances.len());
-    let measure = Distances::new(&statistics, ready)?;
-    let drawn = background.map(draws).unwrap_or_default();
-    let drawn: Vec<bool> = drawn.chunks_exact(examples.d_model).map(|row| measure.of(row) <= limit).collect();
-    let background_passes =
-        (!drawn.is_empty()).then(|| Share::new(drawn.iter().filter(|&&passes| passes).count(), drawn.len()));
+    // Other draws than those that the threshold depends on.
+    let drawn = drawn(PASS_SEED);
+    let passes = drawn.iter().filter(|&&distance| distance <= limit).count();
+    let background_passes = (!drawn.is_empty()).then(|| Share::new(passes, drawn.len()));
     let others: Vec<&Held> = held.iter().filter(|held| !own(held.image)).collect();
     let none_passes =
         none.map(|_| Share::new(others.iter().filter(|held| held.distance <= limit).count(), others.len()));
     statistics.pass_share = none_passes.or(background_passes).map_or(0.0, |share| share.share as f32);
-    let unknown =
-        UnknownReport { relative: statistics.relative, threshold: limit, refused, background_passes, none_passes };
+    let unknown = UnknownReport { threshold: limit, refused, background_passes, none_passes };
     let report = report(examples, (&held, best), (strength, temperature), count, unknown);
     progress(1.0);
     Ok(Taught {
@@ -118,8 +116,7 @@ pub fn teach(
 /// Each fold in turn: what the others say of its images.
 fn hold_out(
     examples: &Examples<'_>,
-    (background, covariance): (Option<&familiarity::Background>, (usize, bool)),
-    threads: usize,
+    options: &Options,
     (folds, count): (&[usize], usize),
     progress: &mut (dyn FnMut(f64) + Send),
     cancelled: &(dyn Fn() -> bool + Sync),
@@ -132,8 +129,8 @@ fn hold_out(
         }
         let (inside, outside): (Vec<usize>, Vec<usize>) = (0..folds.len()).partition(|&image| folds[image] != fold);
         let (scaling, fits) = fit_head(examples, &inside, &STRENGTHS, cancelled)?;
-        let statistics = fit_statistics(examples, &inside, background, covariance);
-        let distances = Distances::new(&statistics, background)?;
+        let statistics = fit_statistics(examples, &inside, options.rank);
+        let distances = Distances::new(&statistics)?;
         let held = outside.into_iter().map(|image| {
             let plain = examples.plain(image);
             let row: Vec<f32> = scaling.apply(plain).collect();
@@ -148,7 +145,7 @@ fn hold_out(
         done.2.extend(held);
     };
     std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads.clamp(1, count)).map(|_| scope.spawn(run)).collect();
+        let helpers: Vec<_> = (1..options.threads.clamp(1, count)).map(|_| scope.spawn(run)).collect();
         let own: Result<(), TeachError> = run();
         helpers.into_iter().map(|helper| helper.join().expect("fitting does not panic")).fold(own, Result::and)
     })?;

@@ -1,7 +1,7 @@
 //! Teaching: from features of images with labels to a classifier on a frozen backbone.
 //!
 //! [`teach`] fits a head by logistic regression, its temperature, and the statistics that tell the set's images from others
-//! (relative Mahalanobis distance, arXiv 2106.09022). Everything that it claims comes from images that were held out: of each
+//! (Mahalanobis distance of features that are scaled to the same length, arXiv 2505.18032). Everything that it claims comes from images that were held out: of each
 //! fold, head, means *and* covariance are fitted without the images that they are then tried on.
 //!
 //! Nothing here reads or writes files, and time and memory are bounded by the images that are given.
@@ -31,7 +31,7 @@ pub struct Options {
     pub folds: usize,
     /// Threads that fit folds.
     pub threads: usize,
-    /// Directions of the covariance that are kept; each costs two bytes a feature.
+    /// Directions of the covariance that are kept; each costs half a byte a feature.
     pub rank: usize,
     /// Share of the set's own images that must not be called unknown.
     pub known_share: f64,
@@ -39,7 +39,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { folds: 5, threads: 1, rank: 8, known_share: 0.95 }
+        Self { folds: 5, threads: 1, rank: 16, known_share: 0.95 }
     }
 }
 

@@ -78,8 +78,6 @@ pub struct Calibration {
 /// What `unknown` will do.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct UnknownReport {
-    /// Whether the distance to the backbone's background is taken off.
-    pub relative: bool,
     pub threshold: f64,
     /// Held-out images of the set that are called unknown.
     pub refused: Share,

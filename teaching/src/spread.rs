@@ -2,15 +2,12 @@
 //!
 //! A sample covariance S of few images is singular. Ledoit and Wolf (2004, "A well-conditioned estimator for
 //! large-dimensional covariance matrices") shrink it: `(1 - r) S + r m I`, with m the mean of its eigenvalues and r from the
-//! spread of the samples themselves. Here that is done in coordinates in which the backbone's background is white, so that
-//! what few images do not say is as the background has it, and not the same in all directions. Of S the largest directions
+//! spread of the samples themselves. Of S the largest directions
 //! are kept; the others give their mean variance to what stands for all directions.
 //!
-//! All of it follows from the products of whitened rows with each other. With unit eigenvectors `a` of those, `[rows, rows]`,
-//! a direction of S is the sum of whitened rows times `a`; the same sum of rows as they were is that direction in the
-//! original coordinates, so nothing is ever whitened back.
+//! All of it follows from the products of rows with each other. With unit eigenvectors `a` of those, `[rows, rows]`, a
+//! direction of S is the sum of rows times `a`.
 
-use model_core::familiarity::Background;
 use model_core::random::SplitMix64;
 
 use crate::logistic::dot;
@@ -20,7 +17,7 @@ const MOST_ROWS: usize = 1024;
 /// Rounds of subspace iteration.
 const ROUNDS: usize = 30;
 
-/// `scale` times the background's covariance (the identity without one), plus `factor^T factor`.
+/// `scale` times the identity, plus `factor^T factor`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Spread {
     pub(crate) scale: f64,
@@ -41,19 +38,18 @@ pub(crate) struct Differences<'a> {
 
 impl Differences<'_> {
     /// Their covariance with a factor of up to `rank` rows.
-    pub(crate) fn spread(&self, background: Option<&Background>, rank: usize) -> Spread {
+    pub(crate) fn spread(&self, rank: usize) -> Spread {
         let Self { features, views, means, .. } = *self;
         let count = self.rows.len() / features;
         let every = count.div_ceil(MOST_ROWS).max(1);
         let rows: Vec<&[f32]> = self.rows.chunks_exact(features).step_by(every).collect();
-        let white: Vec<Vec<f32>> = rows.iter().map(|row| whitened(background, row)).collect();
         let n = rows.len();
         // A mean takes a degree of freedom from each of its views; all of them, of subsampled rows, in proportion.
         let freedom = (n as f64 * (1.0 - (means * views) as f64 / count as f64)).max(1.0);
         let mut gram = vec![0.0f32; n * n];
         for r in 0..n {
             for c in 0..=r {
-                let product = dot(&white[r], &white[c]);
+                let product = dot(rows[r], rows[c]);
                 (gram[r * n + c], gram[c * n + r]) = (product, product);
             }
         }
@@ -86,10 +82,6 @@ impl Differences<'_> {
         }
         Spread { scale, factor }
     }
-}
-
-fn whitened(background: Option<&Background>, row: &[f32]) -> Vec<f32> {
-    background.map_or_else(|| row.to_vec(), |background| background.whitened(row))
 }
 
 /// The largest eigenvalues of a symmetric positive matrix `[n, n]` with their unit eigenvectors, largest first.
@@ -140,7 +132,7 @@ mod tests {
         let mut rows = SplitMix64::at(1, 0).normals(count * features, 1.0);
         rows.chunks_exact_mut(features).for_each(|row| row[0] *= 5.0);
         let differences = Differences { rows: &rows, features, views: 1, means: 1 };
-        let Spread { scale, factor } = differences.spread(None, 1);
+        let Spread { scale, factor } = differences.spread(1);
         assert!((scale - 1.0).abs() < 0.1, "{scale}");
         assert!((f64::from(factor[0]).powi(2) + scale - 25.0).abs() < 2.0, "{factor:?}");
         assert!(factor[1..].iter().all(|v| v.abs() < 0.3), "{factor:?}");
@@ -150,14 +142,14 @@ mod tests {
     fn few_samples_of_noise_shrink_to_even_variances() {
         let (count, features) = (8, 200);
         let rows = SplitMix64::at(2, 0).normals(count * features, 2.0);
-        let Spread { scale, factor } = Differences { rows: &rows, features, views: 1, means: 1 }.spread(None, 4);
+        let Spread { scale, factor } = Differences { rows: &rows, features, views: 1, means: 1 }.spread(4);
         assert!((scale - 4.0).abs() < 1.0, "{scale}");
         // Of the sample covariance, each direction had a variance of about 100; at most a quarter is left beside the even one.
         for row in factor.chunks_exact(features) {
             assert!(dot(row, row) < 25.0, "{}", dot(row, row));
         }
         let zero = vec![0.0; 40];
-        let flat = Differences { rows: &zero, features: 10, views: 2, means: 2 }.spread(None, 3);
+        let flat = Differences { rows: &zero, features: 10, views: 2, means: 2 }.spread(3);
         assert!(flat.scale == 0.0 && flat.factor.iter().all(|v| *v == 0.0), "{flat:?}");
     }
 }

@@ -3,7 +3,7 @@
 use model_core::config::FloatFormat;
 use model_core::familiarity;
 use model_core::random::SplitMix64;
-use model_core::weights::{Background, Covariance, Familiarity};
+use model_core::weights::{Background, Covariance, Familiarity, Int4Rows, Rows};
 
 use crate::spread::{Differences, Spread};
 use crate::{Examples, TeachError};
@@ -11,23 +11,8 @@ use crate::{Examples, TeachError};
 /// Draws from the background.
 pub(crate) const DRAWS: usize = 400;
 
-/// Scale of the covariance from which distances are not taken relative to the background. Far from everything a relative
-/// distance grows as `1 / scale - 1`: where the set's images spread as widely as those of the background, what is unlike
-/// both would look familiar.
-const WIDE: f32 = 0.95;
-
-/// Whether distances of a set with these statistics should be relative to the background.
-pub(crate) fn is_narrow(statistics: &Familiarity) -> bool {
-    matches!(statistics.covariance, Covariance::Background { scale, .. } if scale < WIDE)
-}
-
 /// Means and covariance of the images `chosen`, without a threshold.
-pub(crate) fn fit(
-    examples: &Examples<'_>,
-    chosen: &[usize],
-    background: Option<&familiarity::Background>,
-    (rank, relative): (usize, bool),
-) -> Familiarity {
+pub(crate) fn fit(examples: &Examples<'_>, chosen: &[usize], rank: usize) -> Familiarity {
     let (d_model, views, none) = (examples.d_model, examples.views, examples.none_class());
     let mut means = Vec::new();
     let mut differences = Vec::with_capacity(chosen.len() * views * d_model);
@@ -40,71 +25,60 @@ pub(crate) fn fit(
         let mut mean = vec![0.0f64; d_model];
         let rows = || images.iter().flat_map(|&image| examples.image(image).chunks_exact(d_model));
         for row in rows() {
-            mean.iter_mut().zip(row).for_each(|(mean, &value)| *mean += f64::from(value));
+            mean.iter_mut().zip(familiarity::scaled(row)).for_each(|(mean, value)| *mean += value);
         }
         mean.iter_mut().for_each(|mean| *mean /= (images.len() * views) as f64);
         for row in rows() {
-            differences.extend(row.iter().zip(&mean).map(|(&value, mean)| (f64::from(value) - mean) as f32));
+            differences.extend(familiarity::scaled(row).zip(&mean).map(|(value, mean)| (value - mean) as f32));
         }
         means.extend(mean.into_iter().map(|mean| mean as f32));
     }
     let count = means.len() / d_model;
     let rows = Differences { rows: &differences, features: d_model, views, means: count };
-    let Spread { scale, factor } = rows.spread(background, rank);
+    let Spread { scale, factor } = rows.spread(rank);
     // Images that are all the same have no spread at all.
-    let scale = scale.clamp(1e-4, 1e4);
-    let largest = means.iter().chain(&factor).fold(scale, |most, &value| most.max(f64::from(value.abs())));
-    // Far from where half precision ends on either side.
-    let format = if largest < 3e4 { FloatFormat::F16 } else { FloatFormat::F32 };
-    let round = |values: Vec<f32>| values.into_iter().map(|value| format.round(value)).collect::<Vec<f32>>();
-    let (means, factor) = (round(means), round(factor));
-    let covariance = match background {
-        Some(_) => Covariance::Background { scale: scale as f32, factor },
-        None => Covariance::Diagonal { diagonal: round(vec![scale as f32; d_model]), factor },
-    };
+    let scale = scale.clamp(1e-4, 1e4) as f32;
     Familiarity {
-        format,
-        relative: relative && background.is_some(),
-        means,
-        covariance,
+        format: FloatFormat::F32,
+        relative: false,
+        means: Rows::Int4(Int4Rows::encode(&means, d_model)),
+        covariance: Covariance::Even { scale, factor: Int4Rows::encode(&factor, d_model) },
         threshold: 0.0,
         pass_share: 0.0,
     }
 }
 
 /// Distances as the server measures them.
-pub(crate) struct Distances<'a> {
-    ready: familiarity::Familiarity,
-    background: Option<&'a familiarity::Background>,
-}
+pub(crate) struct Distances(familiarity::Familiarity);
 
-impl<'a> Distances<'a> {
+impl Distances {
     /// # Errors
     /// [`TeachError::Statistics`] when a server would refuse the statistics.
-    pub(crate) fn new(
-        statistics: &Familiarity,
-        background: Option<&'a familiarity::Background>,
-    ) -> Result<Self, TeachError> {
-        let ready = familiarity::Familiarity::new(statistics, background)
-            .map_err(|error| TeachError::Statistics(error.to_string()))?;
-        Ok(Self { ready, background })
+    pub(crate) fn new(statistics: &Familiarity) -> Result<Self, TeachError> {
+        let ready = familiarity::Familiarity::new(statistics, None);
+        ready.map(Self).map_err(|error| TeachError::Statistics(error.to_string()))
     }
 
     pub(crate) fn of(&self, features: &[f32]) -> f64 {
-        self.ready.distance(features, self.background)
+        self.0.distance(features, None)
+    }
+
+    /// Of draws from a background, by a generator with that seed.
+    pub(crate) fn of_draws(&self, background: &Background, seed: u64) -> Vec<f64> {
+        draws(background, seed).chunks_exact(background.mean.len().max(1)).map(|row| self.of(row)).collect()
     }
 }
 
-/// Features of pictures of everything, drawn from the background's mean and covariance, `[DRAWS, d_model]`. Features that the
-/// last activation keeps at zero or above are not drawn below.
-pub(crate) fn draws(background: &Background) -> Vec<f32> {
+/// Features of pictures of everything, drawn from the background's mean and covariance, `[DRAWS, d_model]`. They may be below
+/// zero, where features of pictures never are. Cut off at zero they would lie nearer to all means than pictures do.
+fn draws(background: &Background, seed: u64) -> Vec<f32> {
     let d_model = background.mean.len();
-    let mut random = SplitMix64::at(24, 0);
+    let mut random = SplitMix64::at(seed, 0);
     let mut rows = Vec::with_capacity(DRAWS * d_model);
     let (diagonal, factor) = match &background.covariance {
         Covariance::Diagonal { diagonal, factor } => (diagonal, factor),
         // Drawing from a triangle takes its square root, which is a cube of the features in time.
-        Covariance::Packed(_) | Covariance::Background { .. } => return rows,
+        Covariance::Packed(_) | Covariance::Background { .. } | Covariance::Even { .. } => return rows,
     };
     for _ in 0..DRAWS {
         let mut row = random.normals(d_model, 1.0);
@@ -116,6 +90,14 @@ pub(crate) fn draws(background: &Background) -> Vec<f32> {
         rows.extend(row.iter().zip(&background.mean).map(|(value, mean)| value + mean));
     }
     rows
+}
+
+/// Where images end to be known: halfway, as a ratio, between the distance that most of the set's own images stay below and
+/// the one of the nearest of `others`, if that lies further away. Pictures of another day lie further from the means than
+/// those that a set was taught with, and where nothing else is near, there is room for them.
+pub(crate) fn with_room(limit: f64, others: &[f64]) -> f64 {
+    let nearest = others.iter().copied().fold(f64::INFINITY, f64::min);
+    if limit > 0.0 && nearest > limit && nearest.is_finite() { (limit * nearest).sqrt() } else { limit }
 }
 
 /// The distance that a share of `distances` does not exceed: of n the `ceil((n + 1) share)`-th smallest, so that the next image
@@ -136,5 +118,11 @@ mod tests {
         assert_eq!(threshold(&mut distances, 0.95), 58.0);
         assert_eq!(threshold(&mut distances[..4], 0.95), 4.0);
         assert_eq!(threshold(&mut [], 0.95), 0.0);
+    }
+
+    #[test]
+    fn there_is_room_where_nothing_else_is_near() {
+        assert_eq!(with_room(4.0, &[11.0, 9.0]), 6.0);
+        assert_eq!((with_room(4.0, &[3.0, 9.0]), with_room(4.0, &[]), with_room(-1.0, &[9.0])), (4.0, 4.0, -1.0));
     }
 }

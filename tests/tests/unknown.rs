@@ -129,7 +129,7 @@ fn an_unfamiliar_picture_is_unknown_to_a_set_with_statistics() {
             set.weights.familiarity = Some(Familiarity {
                 format: FloatFormat::F32,
                 relative: true,
-                means: means.clone(),
+                means: means.clone().into(),
                 covariance: Covariance::Diagonal { diagonal: diagonal.clone(), factor: Vec::new() },
                 threshold: threshold as f32,
                 pass_share: 0.0,

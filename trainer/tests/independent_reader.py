@@ -225,6 +225,12 @@ class Model:
             assert codes.min() >= -7
         return codes * self.lent[f"blocks.{block}.moe.router_scale"].astype(np.float64)[:, None]
 
+    def int4(self, name, d_model):
+        codes = unpack(self.own[f"familiarity.{name}.codes"], d_model, 4)
+        codes = np.where(codes >= 8, codes - 16, codes)
+        assert codes.min() >= -7
+        return codes * self.own[f"familiarity.{name}.scale"].astype(np.float64)[:, None]
+
     def stem(self, x):
         inputs = []
         for i, layer in enumerate(self.config["stem"]):
@@ -292,6 +298,12 @@ class Model:
         background = None
         if "background.covariance" in self.shared:
             background = symmetric(self.shared["background.covariance"].astype(np.float64))
+        if form["form"] == "even":
+            length = features @ features
+            scaled = features * np.sqrt(len(features) / length) if length else features
+            factor = self.int4("factor", len(features)) if form["rank"] else np.zeros((1, len(features)))
+            covariance = form["scale"] * np.eye(len(features)) + factor.T @ factor
+            return min(distance(scaled, mean, covariance) for mean in self.int4("means", len(features)))
         if form["form"] == "packed":
             covariance = symmetric(tensor("covariance"))
         else:

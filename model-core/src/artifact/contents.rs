@@ -142,6 +142,42 @@ pub enum CovarianceForm {
         /// Rows of the factor.
         rank: usize,
     },
+    /// The same in all directions, and a factor, of features that are scaled.
+    Even {
+        /// Variance in all directions.
+        scale: f32,
+        /// Rows of the factor.
+        rank: usize,
+    },
+}
+
+/// Formats of a set's statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StatisticsFormat {
+    F32,
+    F16,
+    /// Signed codes of four bits with a scale a row.
+    Int4,
+}
+
+impl From<FloatFormat> for StatisticsFormat {
+    fn from(format: FloatFormat) -> Self {
+        match format {
+            FloatFormat::F32 => Self::F32,
+            FloatFormat::F16 => Self::F16,
+        }
+    }
+}
+
+impl StatisticsFormat {
+    /// That of the values that are no codes.
+    pub const fn float(self) -> FloatFormat {
+        match self {
+            Self::F16 => FloatFormat::F16,
+            Self::F32 | Self::Int4 => FloatFormat::F32,
+        }
+    }
 }
 
 /// What the document says of a set's statistics; their tensors say the rest.
@@ -149,7 +185,7 @@ pub enum CovarianceForm {
 #[serde(deny_unknown_fields)]
 pub struct FamiliarityConfig {
     /// Of all statistics.
-    pub format: FloatFormat,
+    pub format: StatisticsFormat,
     pub means: usize,
     /// Shape of the covariance.
     pub covariance: CovarianceForm,

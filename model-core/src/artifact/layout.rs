@@ -5,13 +5,15 @@ use std::sync::Arc;
 use half::f16;
 use safetensors::Dtype;
 
-use super::contents::{BackboneHeader, BackgroundSource, CovarianceForm, ExpertSetHeader, FamiliarityConfig};
+use super::contents::{
+    BackboneHeader, BackgroundSource, CovarianceForm, ExpertSetHeader, FamiliarityConfig, StatisticsFormat,
+};
 use super::error::ArtifactError;
 use super::pack::{BadByte, code_row_bytes, pack_codes, pack_ternary, ternary_row_bytes, unpack_codes, unpack_ternary};
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig, TernaryPacking};
 use crate::weights::{
     AngleCodes, BackboneWeights, Background, BlockWeights, Covariance, ExpertLayerWeights, ExpertSetWeights,
-    Familiarity, Linear, Matrix, Norm, Precision, StemWeights,
+    Familiarity, Int4Rows, Linear, Matrix, Norm, Precision, Rows, StemWeights,
 };
 
 /// Where one tensor's values live in memory, and with that how they are encoded.
@@ -365,9 +367,14 @@ impl<F: FnMut(Slot<'_>) -> Result<(), ArtifactError>> Walk<'_, F> {
         d_model: usize,
         statistics: &mut Familiarity,
     ) -> Result<(), ArtifactError> {
-        let format = config.format;
-        let means = Values::Float(&mut statistics.means, format);
-        self.slot("familiarity.means".to_owned(), &[config.means, d_model], means)?;
+        let format = config.format.float();
+        match &mut statistics.means {
+            Rows::Float(means) => {
+                let means = Values::Float(means, format);
+                self.slot("familiarity.means".to_owned(), &[config.means, d_model], means)?;
+            }
+            Rows::Int4(means) => self.int4("familiarity.means", [config.means, d_model], means)?,
+        }
         let factor = match &mut statistics.covariance {
             Covariance::Packed(values) => {
                 let values = Values::Float(values, format);
@@ -379,14 +386,28 @@ impl<F: FnMut(Slot<'_>) -> Result<(), ArtifactError>> Walk<'_, F> {
                 factor
             }
             Covariance::Background { factor, .. } => factor,
+            Covariance::Even { factor, .. } => {
+                return match config.covariance {
+                    CovarianceForm::Even { rank, .. } if rank > 0 => {
+                        self.int4("familiarity.factor", [rank, d_model], factor)
+                    }
+                    _ => Ok(()),
+                };
+            }
         };
         match config.covariance {
             CovarianceForm::Diagonal { rank: 0 } | CovarianceForm::Background { rank: 0, .. } => Ok(()),
             CovarianceForm::Diagonal { rank } | CovarianceForm::Background { rank, .. } => {
                 self.slot("familiarity.factor".to_owned(), &[rank, d_model], Values::Float(factor, format))
             }
-            CovarianceForm::Packed => Ok(()),
+            CovarianceForm::Packed | CovarianceForm::Even { .. } => Ok(()),
         }
+    }
+
+    fn int4(&mut self, name: &str, shape: [usize; 2], rows: &mut Int4Rows) -> Result<(), ArtifactError> {
+        self.slot(format!("{name}.codes"), &shape, Values::Signed(&mut rows.codes, 4))?;
+        let scale = Values::PositiveFloat(&mut rows.scale, FloatFormat::F32);
+        self.slot(format!("{name}.scale"), &shape[..1], scale)
     }
 }
 
@@ -432,8 +453,8 @@ pub(super) fn visit_backbone(
                 rank => walk.float("background.factor".to_owned(), &[rank, d_model], factor),
             }
         }
-        Covariance::Background { .. } => {
-            let reason = "a background cannot rest on a background".to_owned();
+        Covariance::Background { .. } | Covariance::Even { .. } => {
+            let reason = "a background's covariance is a triangle, or a diagonal and a factor".to_owned();
             Err(ArtifactError::Field { field: "background", reason })
         }
     }
@@ -519,6 +540,7 @@ pub(super) fn empty_expert_set(header: &ExpertSetHeader) -> ExpertSetWeights {
         CovarianceForm::Packed => Covariance::Packed(Vec::new()),
         CovarianceForm::Diagonal { .. } => Covariance::Diagonal { diagonal: Vec::new(), factor: Vec::new() },
         CovarianceForm::Background { scale, .. } => Covariance::Background { scale, factor: Vec::new() },
+        CovarianceForm::Even { scale, .. } => Covariance::Even { scale, factor: Int4Rows::default() },
     };
     ExpertSetWeights {
         config: config.clone(),
@@ -527,9 +549,12 @@ pub(super) fn empty_expert_set(header: &ExpertSetHeader) -> ExpertSetWeights {
         labels: labels.clone(),
         temperature: *temperature,
         familiarity: familiarity.as_ref().map(|config| Familiarity {
-            format: config.format,
+            format: config.format.float(),
             relative: config.relative,
-            means: Vec::new(),
+            means: match config.format {
+                StatisticsFormat::Int4 => Rows::Int4(Int4Rows::default()),
+                StatisticsFormat::F32 | StatisticsFormat::F16 => Rows::Float(Vec::new()),
+            },
             covariance: covariance(config.covariance),
             threshold: config.threshold,
             pass_share: config.pass_share,

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 pub use contents::{
     BackboneEncoding, BackboneHeader, BackgroundSource, Card, Contents, CovarianceForm, ExpertSetEncoding,
-    ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES, StemEncoding,
+    ExpertSetHeader, FamiliarityConfig, MAX_TEXT_BYTES, StatisticsFormat, StemEncoding,
 };
 pub use digest::{Digest, ParseDigestError};
 use document::Document;
@@ -32,7 +32,7 @@ use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, 
 
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig};
 use crate::image::{Preprocess, View};
-use crate::weights::{BackboneWeights, Covariance, ExpertSetWeights, Familiarity};
+use crate::weights::{BackboneWeights, Covariance, ExpertSetWeights, Familiarity, Rows};
 
 /// A backbone as read from a file.
 #[derive(Debug, Clone, PartialEq)]
@@ -332,13 +332,19 @@ fn familiarity_config(statistics: &Familiarity, d_model: usize) -> FamiliarityCo
     let Familiarity { format, relative, means, covariance, threshold, pass_share } = statistics;
     let rows = |values: &[f32]| values.len() / d_model.max(1);
     FamiliarityConfig {
-        format: *format,
-        means: rows(means),
+        format: match means {
+            Rows::Float(_) => (*format).into(),
+            Rows::Int4(_) => StatisticsFormat::Int4,
+        },
+        means: means.len() / d_model.max(1),
         covariance: match covariance {
             Covariance::Packed(_) => CovarianceForm::Packed,
             Covariance::Diagonal { factor, .. } => CovarianceForm::Diagonal { rank: rows(factor) },
             Covariance::Background { scale, factor } => {
                 CovarianceForm::Background { scale: *scale, rank: rows(factor) }
+            }
+            Covariance::Even { scale, factor } => {
+                CovarianceForm::Even { scale: *scale, rank: factor.codes.len() / d_model.max(1) }
             }
         },
         relative: *relative,

@@ -4,11 +4,13 @@
 //! Nothing here computes. Sizes follow from the configuration; the artifact reader checks them before building one.
 
 mod encode;
+mod int4;
 mod matrix;
 
 use std::sync::Arc;
 
 pub use encode::{Encodings, router_row};
+pub use int4::{Int4Rows, Rows};
 pub use matrix::{Matrix, Precision};
 
 use crate::config::{BackboneConfig, ExpertConfig, FloatFormat, ViTConfig};
@@ -168,17 +170,24 @@ pub enum Covariance {
         /// The low-rank part, row-major `[rank, d_model]`.
         factor: Vec<f32>,
     },
+    /// `scale * 1 + factor^T factor`, of features that are scaled to a mean square of one.
+    Even {
+        /// Variance in all directions; positive.
+        scale: f32,
+        /// The low-rank part, `[rank, d_model]`.
+        factor: Int4Rows,
+    },
 }
 
 /// Statistics of a set's own images: an image is unknown when its distance exceeds `threshold`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Familiarity {
-    /// Format of all of the statistics, which must be values of that format.
+    /// Format of those statistics that are stored as floats, which must be values of that format.
     pub format: FloatFormat,
     /// Whether the distance to the backbone's background is subtracted.
     pub relative: bool,
-    /// One row a mean, `[means, d_model]`.
-    pub means: Vec<f32>,
+    /// One row a mean, `[means, d_model]`; four-bit codes with the even covariance, floats with the others.
+    pub means: Rows,
     /// Of the features about the mean of their class.
     pub covariance: Covariance,
     /// Largest distance of what is known.

@@ -610,6 +610,8 @@ fn bytes_of(background: &Background) -> usize {
         Covariance::Packed(values) => values.len(),
         Covariance::Diagonal { diagonal, factor } => diagonal.len() + factor.len(),
         Covariance::Background { factor, .. } => factor.len(),
+        // No background has it.
+        Covariance::Even { .. } => 0,
     };
     (background.mean.len() + covariance) * size_of::<f32>()
 }

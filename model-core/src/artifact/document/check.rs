@@ -3,7 +3,7 @@
 use super::Parts;
 use crate::artifact::contents::{
     BackboneHeader, BackgroundSource, Card, Contents, CovarianceForm, ExpertSetHeader, FamiliarityConfig,
-    MAX_TEXT_BYTES,
+    MAX_TEXT_BYTES, StatisticsFormat,
 };
 use crate::artifact::error::ArtifactError;
 use crate::config::{ConfigError, MAX_SIZE};
@@ -14,6 +14,8 @@ const MAX_CARD_BYTES: usize = 4096;
 
 /// Most rows of a background's factor: reading takes time that grows with their cube.
 const MAX_BACKGROUND_RANK: usize = 256;
+/// Most rows of the factor of an even covariance, for the same reason.
+const MAX_EVEN_RANK: usize = 256;
 
 pub(super) fn parts((name, contents, _): &Parts) -> Result<(), ArtifactError> {
     text("name", name)?;
@@ -115,7 +117,7 @@ fn labels(labels: &[String]) -> Result<(), ArtifactError> {
 }
 
 fn known(statistics: &FamiliarityConfig, d_model: usize) -> Result<(), ArtifactError> {
-    let FamiliarityConfig { means, covariance, threshold, pass_share, .. } = *statistics;
+    let FamiliarityConfig { format, means, covariance, relative, threshold, pass_share } = *statistics;
     let count = |field, value: usize, most: usize, least: usize| {
         let reason = || format!("{value} is not in {least}..={most}");
         if (least..=most).contains(&value) { Ok(()) } else { Err(ArtifactError::Field { field, reason: reason() }) }
@@ -128,6 +130,19 @@ fn known(statistics: &FamiliarityConfig, d_model: usize) -> Result<(), ArtifactE
             count("familiarity.covariance.rank", rank, d_model, 0)?;
             number("familiarity.covariance.scale", scale, 1e-6..=1e6)?;
         }
+        CovarianceForm::Even { scale, rank } => {
+            count("familiarity.covariance.rank", rank, d_model.min(MAX_EVEN_RANK), 0)?;
+            number("familiarity.covariance.scale", scale, 1e-6..=1e6)?;
+        }
+    }
+    let is_even = matches!(covariance, CovarianceForm::Even { .. });
+    if is_even != (format == StatisticsFormat::Int4) {
+        let reason = "`int4` goes with the covariance `even`, and with no other".to_owned();
+        return Err(ArtifactError::Field { field: "familiarity.format", reason });
+    }
+    if is_even && relative {
+        let reason = "the covariance `even` is of scaled features, and those of the background are not".to_owned();
+        return Err(ArtifactError::Field { field: "familiarity.relative", reason });
     }
     number("familiarity.threshold", threshold, f32::MIN..=f32::MAX)?;
     number("familiarity.pass_share", pass_share, 0.0..=1.0)
