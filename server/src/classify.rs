@@ -15,12 +15,13 @@ use utoipa::ToSchema;
 use crate::admission::{Admission, Entry, Refused};
 use crate::compute::decode::{DecodeError, Decoder, Input, Prepared};
 use crate::compute::{Closed, ForwardFailed, Job, Pipeline};
+use crate::examples::Examples;
 use crate::metrics::{ImageResult, Metrics};
 use crate::repeats::REPEATS;
 use crate::sets::loaded::{Answer, SetLease, SetRegistry};
 use crate::sets::registry::SetError;
 use crate::statistics::{Statistics, milliseconds};
-use crate::verdict::{Evidence, MinScore};
+use crate::verdict::{Evidence, MinScore, Reason};
 
 /// What classifies: expert sets, and what images pass through on their way to one.
 pub struct Classifier {
@@ -34,6 +35,8 @@ pub struct Classifier {
     pub statistics: Statistics,
     /// Longest wait for an expert set to be loaded.
     pub load_wait: Duration,
+    /// Where frames go that are not named, if they are kept.
+    pub examples: Option<Examples>,
 }
 
 /// Images to classify with one expert set.
@@ -194,6 +197,8 @@ impl Classifier {
         let places =
             entry.images(&set, images.len(), lease.backbone.value.input_bytes(), || self.pipeline.drop_dead())?;
 
+        let keeper = self.examples.as_ref().filter(|examples| examples.keeps_unsure());
+        let pictures: Vec<Option<Bytes>> = images.iter().map(|image| keeper.and(encoded(image))).collect();
         let prepared = join_all(images.into_iter().map(|image| self.prepare(&lease, image, look))).await;
 
         let mut jobs = Vec::new();
@@ -215,6 +220,15 @@ impl Classifier {
                 },
                 Err(error) => Err(error),
             });
+        }
+        if let Some(keeper) = keeper {
+            for (answer, picture) in answers.iter().zip(pictures) {
+                let reason = answer.as_ref().ok().and_then(|answer| answer.verdict.reason);
+                // A frame that shows nothing teaches nothing.
+                if let (Some(reason @ (Reason::Unfamiliar | Reason::Unsure)), Some(picture)) = (reason, picture) {
+                    keeper.keep_unsure(&set, reason, &picture);
+                }
+            }
         }
         Ok(Answers { lease, images: answers })
     }
@@ -268,6 +282,14 @@ impl Classifier {
             let label = best(&answer.logits).and_then(|best| labels.get(best)).filter(|_| !is_unknown);
             self.metrics.count_answer(set, label.map(String::as_str), best_score(&answer.logits));
         }
+    }
+}
+
+/// The file of an image, if it came as one.
+fn encoded(image: &Result<Image, Error>) -> Option<Bytes> {
+    match image {
+        Ok(Image::Encoded(bytes)) => Some(bytes.clone()),
+        _ => None,
     }
 }
 

@@ -251,6 +251,9 @@ pub struct TeachingArgs {
     /// Most bytes that these pictures may take on the disk.
     #[arg(long, env = "BVIT_EXAMPLES_BUDGET", default_value = "256MiB", value_name = "SIZE")]
     pub examples_budget: ByteSize,
+    /// Keep the last N frames of each set there that were unknown or unsure, to be labelled.
+    #[arg(long, env = "BVIT_KEEP_UNSURE", default_value_t = 0, value_name = "N", requires = "examples", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=1000))]
+    pub keep_unsure: usize,
 }
 
 /// Keys and rates. The server reads keys from the environment or a file so that they do not show in a process list.

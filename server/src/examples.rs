@@ -3,11 +3,16 @@
 //!
 //! A file is written whole and flushed before it has its name, so that neither a crash nor a power cut loses an example
 //! whose receipt was given, or leaves half of one. Its id is the digest of its bytes: within a set a picture is there once.
+//! Beside them lie frames that the server could not name, `ROOT/SET/.unsure/ID.REASON`, the last few of each set, to be
+//! labelled. They make way for examples when bytes are short.
+//!
 //! Every change is a closure on a pool of one thread, also when the client that asked for it has gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{fs, io};
 
 use anyhow::Context;
@@ -19,6 +24,7 @@ use utoipa::ToSchema;
 
 use crate::sets::upload;
 use crate::threads::{BlockingPool, Panicked, Priority};
+use crate::verdict::Reason;
 
 /// Most examples of one set.
 pub const MOST_EXAMPLES: usize = 10_000;
@@ -26,6 +32,11 @@ pub const MOST_EXAMPLES: usize = 10_000;
 const MOST_LABEL: usize = 200;
 /// Digits of an id.
 const ID_DIGITS: usize = 24;
+
+/// The folder of frames without a label. It is hidden, so a folder of examples by class is one without it.
+const UNSURE: &str = ".unsure";
+/// Between two frames of a set that are kept: a camera that shows something new for hours does not wear out a disk.
+const UNSURE_EVERY: Duration = Duration::from_secs(1);
 
 /// Why an example is not there, or was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +83,19 @@ pub struct Example {
     pub bytes: u64,
 }
 
+/// A frame that nobody has said of what it shows.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct Unsure {
+    /// The beginning of its digest; with a label it is an example of the same id.
+    pub id: String,
+    /// Why the server did not name it.
+    pub reason: Reason,
+    /// Bytes of its file.
+    pub bytes: u64,
+    /// Seconds since 1970 when it came.
+    pub at: f64,
+}
+
 /// The examples of all sets; clones share them.
 #[derive(Clone)]
 pub struct Examples {
@@ -82,6 +106,10 @@ pub struct Examples {
 struct Shared {
     root: PathBuf,
     budget: u64,
+    /// Frames without a label that are kept of each set.
+    most_unsure: usize,
+    /// Whether one of them is being written; others that come meanwhile are not kept.
+    is_writing: AtomicBool,
     index: Mutex<Index>,
 }
 
@@ -89,19 +117,73 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Index {
     sets: BTreeMap<String, BTreeMap<String, Example>>,
+    /// Frames without a label by set, the oldest first.
+    unsure: BTreeMap<String, VecDeque<Unsure>>,
+    /// Of all of these.
     bytes: u64,
 }
 
 impl Examples {
-    /// What lies in `root`, which is made if it is not there. Blocking.
+    /// What lies in `root`, which is made if it is not there. Of each set the last `most_unsure` frames that were not named
+    /// are kept. Blocking.
     ///
     /// # Errors
     /// When the folder can be neither made nor read.
-    pub fn open(root: PathBuf, budget: u64) -> anyhow::Result<Self> {
+    pub fn open(root: PathBuf, budget: u64, most_unsure: usize) -> anyhow::Result<Self> {
         let index = fs::create_dir_all(&root).and_then(|()| scan(&root));
         let index = Mutex::new(index.with_context(|| root.display().to_string())?);
         let files = BlockingPool::start("examples", 1, Priority::Background).context("threads")?;
-        Ok(Self { shared: Arc::new(Shared { root, budget, index }), files })
+        let shared = Shared { root, budget, most_unsure, is_writing: AtomicBool::new(false), index };
+        Ok(Self { shared: Arc::new(shared), files })
+    }
+
+    /// Whether frames that are not named are kept.
+    pub fn keeps_unsure(&self) -> bool {
+        self.shared.most_unsure > 0
+    }
+
+    /// Keeps a frame of a set that was not named, unless that is too much work right now. The oldest ones make way for it.
+    /// Nobody waits for it; must run inside a tokio runtime.
+    pub fn keep_unsure(&self, set: &str, reason: Reason, picture: &[u8]) {
+        let now = seconds(SystemTime::now());
+        let is_soon = |last: &Unsure| (0.0..UNSURE_EVERY.as_secs_f64()).contains(&(now - last.at));
+        let last = self.shared.index().unsure.get(set).and_then(|frames| frames.back().cloned());
+        if !self.keeps_unsure() || last.is_some_and(|last| is_soon(&last)) || check_set(set).is_err() {
+            return;
+        }
+        if self.shared.is_writing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // A picture may be part of a large body.
+        let (set, picture, examples) = (set.to_owned(), picture.to_vec(), self.clone());
+        tokio::spawn(async move {
+            let kept = examples.change(move |shared| shared.keep_unsure(&set, reason, now, &picture)).await;
+            examples.shared.is_writing.store(false, Ordering::Release);
+            if let Err(error) = kept {
+                tracing::debug!(%error, "a frame is not kept");
+            }
+        });
+    }
+
+    /// The frames of a set without a label, the oldest first.
+    ///
+    /// # Errors
+    /// [`ExampleError::Set`] when that is no name.
+    pub fn unsure(&self, set: &str) -> Result<Vec<Unsure>, ExampleError> {
+        check_set(set)?;
+        Ok(self.shared.index().unsure.get(set).into_iter().flatten().cloned().collect())
+    }
+
+    /// The picture of an example, or of a frame without a label. Blocking.
+    ///
+    /// # Errors
+    /// [`ExampleError::Unknown`], and those of the disk.
+    pub fn picture(&self, set: &str, id: &str) -> Result<Bytes, ExampleError> {
+        check_set(set)?;
+        match self.shared.find_unsure(set, id) {
+            Some(frame) => read(&self.shared.unsure_path(set, &frame), id),
+            None => self.read(set, &self.shared.find(set, id)?),
+        }
     }
 
     /// Every example of a set, by id; none of a set that has none.
@@ -114,25 +196,12 @@ impl Examples {
         Ok(index.sets.get(set).map(|examples| examples.values().cloned().collect()).unwrap_or_default())
     }
 
-    /// One example of a set.
-    ///
-    /// # Errors
-    /// [`ExampleError::Unknown`], and [`ExampleError::Set`].
-    pub fn find(&self, set: &str, id: &str) -> Result<Example, ExampleError> {
-        check_set(set)?;
-        self.shared.find(set, id)
-    }
-
     /// The picture of an example. Blocking.
     ///
     /// # Errors
     /// [`ExampleError::Unknown`] when it is not there as it was listed, and those of the disk.
     pub fn read(&self, set: &str, example: &Example) -> Result<Bytes, ExampleError> {
-        match fs::read(self.shared.path(set, example)) {
-            Ok(bytes) => Ok(bytes.into()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExampleError::Unknown(example.id.clone())),
-            Err(error) => Err(error.into()),
-        }
+        read(&self.shared.path(set, example), &example.id)
     }
 
     /// Bytes that all examples take, and may take.
@@ -151,7 +220,7 @@ impl Examples {
         self.change(move |shared| shared.add(&set, label, &picture)).await
     }
 
-    /// Gives an example another label.
+    /// Gives an example another label, or a frame its first one.
     ///
     /// # Errors
     /// [`ExampleError::Unknown`], and those of names and disk.
@@ -162,11 +231,11 @@ impl Examples {
         self.change(move |shared| shared.relabel(&set, &id, label)).await
     }
 
-    /// Deletes an example and its file.
+    /// Deletes an example or a frame without a label, and its file.
     ///
     /// # Errors
     /// [`ExampleError::Unknown`], and those of names and disk.
-    pub async fn remove(&self, set: &str, id: &str) -> Result<Example, ExampleError> {
+    pub async fn remove(&self, set: &str, id: &str) -> Result<(), ExampleError> {
         check_set(set)?;
         let (set, id) = (set.to_owned(), id.to_owned());
         self.change(move |shared| shared.remove(&set, &id)).await
@@ -196,8 +265,76 @@ impl Shared {
         found.ok_or_else(|| ExampleError::Unknown(id.chars().take(ID_DIGITS).collect()))
     }
 
+    fn find_unsure(&self, set: &str, id: &str) -> Option<Unsure> {
+        self.index().unsure.get(set)?.iter().find(|frame| frame.id == id).cloned()
+    }
+
+    fn unsure_path(&self, set: &str, frame: &Unsure) -> PathBuf {
+        self.root.join(set).join(UNSURE).join(format!("{}.{}", frame.id, frame.reason.as_str()))
+    }
+
+    fn keep_unsure(&self, set: &str, reason: Reason, at: f64, picture: &[u8]) -> Result<(), ExampleError> {
+        let id = id_of(picture);
+        if self.find(set, &id).is_ok() || self.find_unsure(set, &id).is_some() {
+            return Ok(());
+        }
+        let frame = Unsure { id, reason, bytes: picture.len() as u64, at };
+        // Making room for one that can never have it would delete all for nothing.
+        let examples: u64 = self.index().sets.values().flat_map(BTreeMap::values).map(|example| example.bytes).sum();
+        if examples.saturating_add(frame.bytes) > self.budget {
+            return self.check_room(frame.bytes);
+        }
+        self.make_room(frame.bytes)?;
+        upload::put(&self.unsure_path(set, &frame), picture)?;
+        // In one step, so that nobody sees one too few or too many.
+        let gone: Vec<Unsure> = {
+            let mut index = self.index();
+            index.bytes += frame.bytes;
+            let frames = index.unsure.entry(set.to_owned()).or_default();
+            frames.push_back(frame);
+            let excess = frames.len().saturating_sub(self.most_unsure);
+            let gone: Vec<Unsure> = frames.drain(..excess).collect();
+            index.bytes = index.bytes.saturating_sub(gone.iter().map(|frame| frame.bytes).sum());
+            gone
+        };
+        gone.iter().try_for_each(|frame| Ok(upload::delete(&self.unsure_path(set, frame))?))
+    }
+
+    /// Deletes frames without a label, the oldest first, until so many bytes fit.
+    fn make_room(&self, bytes: u64) -> Result<(), ExampleError> {
+        while self.check_room(bytes).is_err() {
+            let oldest = {
+                let index = self.index();
+                let firsts = index.unsure.iter().filter_map(|(set, frames)| Some((set, frames.front()?)));
+                let oldest = firsts.min_by(|(_, a), (_, b)| a.at.total_cmp(&b.at));
+                oldest.map(|(set, frame)| (set.clone(), frame.clone()))
+            };
+            match oldest {
+                Some((set, frame)) => self.forget_unsure(&set, &frame)?,
+                None => return self.check_room(bytes),
+            }
+        }
+        Ok(())
+    }
+
+    fn check_room(&self, bytes: u64) -> Result<(), ExampleError> {
+        let used = self.index().bytes;
+        let fits = used.saturating_add(bytes) <= self.budget;
+        if fits { Ok(()) } else { Err(ExampleError::Full { used, budget: self.budget, bytes }) }
+    }
+
+    /// Deletes the file of a frame and forgets it.
+    fn forget_unsure(&self, set: &str, frame: &Unsure) -> Result<(), ExampleError> {
+        upload::delete(&self.unsure_path(set, frame))?;
+        self.index().drop_unsure(set, frame);
+        Ok(())
+    }
+
     fn add(&self, set: &str, label: String, picture: &[u8]) -> Result<(Example, bool), ExampleError> {
-        let id = Digest::of("", picture).to_string()[..ID_DIGITS].to_owned();
+        let id = id_of(picture);
+        if self.find_unsure(set, &id).is_some() {
+            return self.relabel(set, &id, label).map(|example| (example, true));
+        }
         let example = Example { id, label, bytes: picture.len() as u64 };
         {
             let index = self.index();
@@ -213,10 +350,8 @@ impl Shared {
             if known.is_some_and(|examples| examples.len() >= MOST_EXAMPLES) {
                 return Err(ExampleError::TooMany);
             }
-            if index.bytes.saturating_add(example.bytes) > self.budget {
-                return Err(ExampleError::Full { used: index.bytes, budget: self.budget, bytes: example.bytes });
-            }
         }
+        self.make_room(example.bytes)?;
         upload::put(&self.path(set, &example), picture)?;
         let mut index = self.index();
         index.bytes += example.bytes;
@@ -225,6 +360,18 @@ impl Shared {
     }
 
     fn relabel(&self, set: &str, id: &str, label: String) -> Result<Example, ExampleError> {
+        if let Some(frame) = self.find_unsure(set, id) {
+            let example = Example { id: frame.id.clone(), label, bytes: frame.bytes };
+            if self.index().sets.get(set).is_some_and(|examples| examples.len() >= MOST_EXAMPLES) {
+                return Err(ExampleError::TooMany);
+            }
+            upload::rename(&self.unsure_path(set, &frame), &self.path(set, &example))?;
+            let mut index = self.index();
+            index.drop_unsure(set, &frame);
+            index.bytes += example.bytes;
+            index.sets.entry(set.to_owned()).or_default().insert(example.id.clone(), example.clone());
+            return Ok(example);
+        }
         let old = self.find(set, id)?;
         let new = Example { label, ..old.clone() };
         if new.label != old.label {
@@ -234,7 +381,10 @@ impl Shared {
         Ok(new)
     }
 
-    fn remove(&self, set: &str, id: &str) -> Result<Example, ExampleError> {
+    fn remove(&self, set: &str, id: &str) -> Result<(), ExampleError> {
+        if let Some(frame) = self.find_unsure(set, id) {
+            return self.forget_unsure(set, &frame);
+        }
         let example = self.find(set, id)?;
         upload::delete(&self.path(set, &example))?;
         let mut index = self.index();
@@ -245,7 +395,41 @@ impl Shared {
                 index.sets.remove(set);
             }
         }
-        Ok(example)
+        Ok(())
+    }
+}
+
+impl Index {
+    fn drop_unsure(&mut self, set: &str, frame: &Unsure) {
+        let Some(frames) = self.unsure.get_mut(set) else { return };
+        let before = frames.len();
+        frames.retain(|other| other.id != frame.id);
+        if frames.len() < before {
+            self.bytes = self.bytes.saturating_sub(frame.bytes);
+        }
+        if frames.is_empty() {
+            self.unsure.remove(set);
+        }
+    }
+}
+
+fn id_of(picture: &[u8]) -> String {
+    Digest::of("", picture).to_string()[..ID_DIGITS].to_owned()
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() == ID_DIGITS && text.bytes().all(|digit| b"0123456789abcdef".contains(&digit))
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+fn read(path: &Path, id: &str) -> Result<Bytes, ExampleError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(bytes.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExampleError::Unknown(id.to_owned())),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -264,10 +448,15 @@ fn check_label(label: &str) -> Result<(), ExampleError> {
 fn scan(root: &Path) -> io::Result<Index> {
     let mut index = Index::default();
     for (set, folder) in named(root)?.into_iter().filter(|(set, _)| is_valid_name(set)) {
+        let frames = scan_unsure(&folder.join(UNSURE))?;
+        index.bytes += frames.iter().map(|frame| frame.bytes).sum::<u64>();
+        if !frames.is_empty() {
+            index.unsure.insert(set.clone(), frames);
+        }
         for (label, folder) in named(&folder)?.into_iter().filter(|(label, _)| check_label(label).is_ok()) {
             upload::remove_temporary(&folder);
             for (id, path) in named(&folder)? {
-                if id.len() != ID_DIGITS || !id.bytes().all(|digit| b"0123456789abcdef".contains(&digit)) {
+                if !is_id(&id) {
                     continue;
                 }
                 let bytes = fs::metadata(path)?.len();
@@ -278,6 +467,21 @@ fn scan(root: &Path) -> io::Result<Index> {
         }
     }
     Ok(index)
+}
+
+/// The frames without a label in a folder, the oldest first.
+fn scan_unsure(folder: &Path) -> io::Result<VecDeque<Unsure>> {
+    upload::remove_temporary(folder);
+    let mut frames = Vec::new();
+    for (name, path) in named(folder)? {
+        let Some((id, reason)) = name.split_once('.').filter(|(id, _)| is_id(id)) else { continue };
+        let Some(reason) = Reason::ALL.into_iter().find(|known| known.as_str() == reason) else { continue };
+        let metadata = fs::metadata(path)?;
+        let at = seconds(metadata.modified()?);
+        frames.push(Unsure { id: id.to_owned(), reason, bytes: metadata.len(), at });
+    }
+    frames.sort_by(|a, b| a.at.total_cmp(&b.at));
+    Ok(frames.into())
 }
 
 /// What a folder holds, by name; nothing in what is no folder.
@@ -296,7 +500,7 @@ mod tests {
     #[tokio::test]
     async fn examples_are_kept_once_within_the_budget_and_found_again() {
         let root = tempfile::tempdir().unwrap();
-        let open = || Examples::open(root.path().to_owned(), 25).unwrap();
+        let open = || Examples::open(root.path().to_owned(), 25, 0).unwrap();
         let examples = open();
         let bytes = |text: &'static str| Bytes::from_static(text.as_bytes());
         let (first, is_new) = examples.add("door", "open", bytes("0123456789")).await.unwrap();
@@ -331,5 +535,42 @@ mod tests {
         assert!(matches!(reopened.remove("door", &first.id).await, Err(ExampleError::Unknown(_))));
         assert!(matches!(reopened.relabel("door", "../../x", "open").await, Err(ExampleError::Unknown(_))));
         assert_eq!((reopened.bytes().0, open().list("door").unwrap()), (10, vec![moved]));
+    }
+
+    #[tokio::test]
+    async fn the_last_unsure_frames_are_kept_and_make_way_for_examples() {
+        let root = tempfile::tempdir().unwrap();
+        let open = || Examples::open(root.path().to_owned(), 25, 2).unwrap();
+        let examples = open();
+        let frames = ["first", "second", "third"];
+        for (at, frame) in (1u32..).zip(frames) {
+            examples.shared.keep_unsure("door", Reason::Unsure, at.into(), frame.as_bytes()).unwrap();
+            examples.shared.keep_unsure("door", Reason::Unsure, at.into(), frame.as_bytes()).unwrap();
+        }
+        let kept = examples.unsure("door").unwrap();
+        assert_eq!(kept.iter().map(|frame| &frame.id).collect::<Vec<_>>(), [&id_of(b"second"), &id_of(b"third")]);
+        assert_eq!(examples.bytes().0, 11);
+        assert!(examples.list("door").unwrap().is_empty(), "they are no examples yet");
+        let ids = |examples: &Examples| examples.unsure("door").unwrap().into_iter().map(|f| f.id).collect::<Vec<_>>();
+        let (mut then, mut now) = (ids(&open()), ids(&examples));
+        then.sort();
+        now.sort();
+        assert_eq!(then, now, "they are found again");
+
+        // A label makes an example of one, sending it with a label as well.
+        let labelled = examples.relabel("door", &id_of(b"third"), "cat").await.unwrap();
+        assert_eq!((&*labelled.label, examples.unsure("door").unwrap().len(), examples.bytes().0), ("cat", 1, 11));
+        assert_eq!(examples.picture("door", &labelled.id).unwrap(), "third");
+        examples.add("door", "dog", Bytes::from_static(b"second")).await.unwrap();
+        assert_eq!((examples.unsure("door").unwrap().len(), examples.bytes().0), (0, 11));
+        assert!(!root.path().join("door").join(UNSURE).exists());
+
+        // Examples drive frames out, and not the other way round.
+        examples.shared.keep_unsure("gate", Reason::Unfamiliar, 9.0, b"a frame").unwrap();
+        examples.add("door", "dog", Bytes::from_static(b"fourteen bytes")).await.unwrap();
+        assert_eq!((examples.unsure("gate").unwrap().len(), examples.bytes().0), (0, 25));
+        let full = examples.shared.keep_unsure("gate", Reason::Unfamiliar, 10.0, b"a frame");
+        assert!(matches!(full, Err(ExampleError::Full { .. })));
+        assert_eq!(examples.list("door").unwrap().len(), 3);
     }
 }

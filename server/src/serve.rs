@@ -18,7 +18,7 @@ use crate::classify::Classifier;
 use crate::compute::Pipeline;
 use crate::compute::decode::Decoder;
 use crate::compute::queue::QueueSettings;
-use crate::config::{self, LimitArgs, ServeArgs, threads_or_cores};
+use crate::config::{self, LimitArgs, ServeArgs, TeachingArgs, threads_or_cores};
 use crate::examples::Examples;
 use crate::fitting::Fitting;
 use crate::http::answer::ANSWER_MEMORY;
@@ -175,8 +175,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         bail!("{}", first.reason);
     }
     check_queue(args, &registry)?;
-    let examples = args.teaching.examples.clone();
-    let examples = examples.map(|root| Examples::open(root, args.teaching.examples_budget.0 as u64)).transpose()?;
+    let examples = open_examples(args)?;
     let batching = QueueSettings {
         max_batch: args.pipeline.max_batch,
         max_wait: args.pipeline.max_wait,
@@ -196,6 +195,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         metrics,
         statistics: Statistics::default(),
         load_wait: args.registry.load_wait,
+        examples: examples.clone(),
     };
     let file = args.cameras.cameras.as_deref();
     let fitting = examples.clone().map(|examples| {
@@ -225,6 +225,11 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         fitting: fitting.transpose().context(NO_THREADS)?,
         started: Instant::now(),
     }))
+}
+
+fn open_examples(args: &ServeArgs) -> anyhow::Result<Option<Examples>> {
+    let TeachingArgs { examples, examples_budget, keep_unsure } = &args.teaching;
+    examples.clone().map(|root| Examples::open(root, examples_budget.0 as u64, *keep_unsure)).transpose()
 }
 
 /// The threads that decode images.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use reqwest::blocking::multipart::{Form, Part};
 use serde_json::{Value, json};
-use system_tests::server::{Answer, Server, image};
+use system_tests::server::{Answer, Server, image, wait_until};
 
 fn serve(folder: &Path, flags: &[&str]) -> Server {
     Server::start(["--examples", folder.to_str().unwrap()].iter().chain(flags))
@@ -83,4 +83,32 @@ fn without_a_folder_or_room_nothing_is_kept() {
     let refused = add(&server, "open", image("photo-cat.jpg"));
     refused.assert_refused(507, "disk_full");
     assert!(refused.json()["error"].as_str().unwrap().contains("--examples-budget"), "{}", refused.text);
+}
+
+#[test]
+fn the_last_frames_that_were_not_named_wait_for_a_label() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(folder.path(), &["--keep-unsure", "2"]);
+    let unsure = || server.get("/teach/cifar100").json()["unsure"].as_array().unwrap().clone();
+    let ids = || unsure().iter().map(|frame| frame["id"].clone()).collect::<Vec<_>>();
+    // Pictures that are named are not kept, nor are those that show nothing.
+    assert_eq!(server.classify(&image("test-00.png")).status, 200);
+    let mut before = ids();
+    for name in ["test-01.png", "test-02.png", "test-03.png"] {
+        wait_until("the frame is kept", || {
+            // Not more often than once a second, and not while another one is written.
+            assert_eq!(Answer::of(server.post("/classify?min_score=1").body(image(name))).status, 200);
+            ids() != before
+        });
+        before = ids();
+    }
+    assert_eq!(before.len(), 2, "the last two are kept");
+    assert!(unsure().iter().all(|frame| frame["reason"] == "unsure"), "{:?}", unsure());
+    let path = |id: &Value| format!("/teach/cifar100/examples/{}", id.as_str().unwrap());
+    assert_eq!(server.get(&path(&before[1])).header("content-type"), Some("image/png"));
+    let labelled = Answer::of(server.request("PATCH", &format!("{}?label=cat", path(&before[1]))));
+    assert_eq!(labelled.json()["label"], "cat", "{}", labelled.text);
+    assert_eq!(Answer::of(server.request("DELETE", &path(&before[0]))).json()["deleted"], before[0]);
+    let listing = server.get("/teach/cifar100").json();
+    assert_eq!((&listing["labels"], &listing["unsure"]), (&json!({ "cat": 1 }), &json!([])));
 }

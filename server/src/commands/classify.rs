@@ -108,6 +108,7 @@ fn classifier(
         metrics,
         statistics: Statistics::default(),
         load_wait: DAY,
+        examples: None,
     })
 }
 

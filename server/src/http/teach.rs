@@ -22,7 +22,7 @@ use super::input::{self, FitName, ImageForm};
 use super::openapi::{ADMIN, BODY, LIFECYCLE, commands, errors};
 use crate::app::AppState;
 use crate::classify::Image;
-use crate::examples::{Example, ExampleError, Examples};
+use crate::examples::{Example, ExampleError, Examples, Unsure};
 use crate::fitting::{FitStatus, Fitting, Wish};
 use crate::keys::Caller;
 
@@ -84,6 +84,8 @@ struct ExampleListing {
     labels: BTreeMap<String, usize>,
     /// Every example of the set, by id.
     examples: Vec<Example>,
+    /// The last frames that the set could not name, the oldest first, which `PATCH` gives a label.
+    unsure: Vec<Unsure>,
     /// Bytes that the examples of all sets take.
     used_bytes: u64,
     /// Bytes that they may take.
@@ -99,6 +101,13 @@ struct Kept {
     new: bool,
 }
 
+/// An example or a frame that was deleted.
+#[derive(Debug, Serialize, ToSchema)]
+struct Gone {
+    /// Its id.
+    deleted: String,
+}
+
 /// What became of each picture, in the request's order.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
@@ -109,6 +118,10 @@ enum Outcome {
 
 fn example() -> Value {
     json!({ "id": "0a1b2c3d4e5f60718293a4b5", "label": "open", "bytes": 20480 })
+}
+
+fn unsure_example() -> Value {
+    json!({ "id": "5f60718293a4b50a1b2c3d4e", "reason": "unsure", "bytes": 18211, "at": 1770000000.25 })
 }
 
 fn fitting(app: &AppState) -> Result<&Fitting, ApiError> {
@@ -135,7 +148,7 @@ fn examples(app: &AppState) -> Result<&Examples, ApiError> {
     operation_id = "list_examples",
     tag = "teach",
     responses((status = 200, description = "Done.", body = ExampleListing, example = json!({
-        "set": "door", "labels": { "open": 1 }, "examples": [example()], "used_bytes": 20480, "budget_bytes": 268435456,
+        "set": "door", "labels": { "open": 1 }, "examples": [example()], "unsure": [unsure_example()], "used_bytes": 20480, "budget_bytes": 268435456,
     }))),
     extensions(
         ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::Conflict]]))),
@@ -144,13 +157,13 @@ fn examples(app: &AppState) -> Result<&Examples, ApiError> {
 )]
 async fn list(State(app): State<AppState>, set: ApiPath<String>, _: Admin) -> Result<Json<ExampleListing>, ApiError> {
     let store = examples(&app)?;
-    let examples = store.list(&set.0)?;
+    let (examples, unsure) = (store.list(&set.0)?, store.unsure(&set.0)?);
     let mut labels = BTreeMap::new();
     for example in &examples {
         *labels.entry(example.label.clone()).or_default() += 1;
     }
     let (used_bytes, budget_bytes) = store.bytes();
-    Ok(Json(ExampleListing { set: set.0, labels, examples, used_bytes, budget_bytes }))
+    Ok(Json(ExampleListing { set: set.0, labels, examples, unsure, used_bytes, budget_bytes }))
 }
 
 /// Keep pictures as examples of a label.
@@ -226,7 +239,7 @@ async fn keep(store: &Examples, set: &str, label: &str, image: Result<Image, Api
     Ok(Kept { example, new })
 }
 
-/// The picture of an example, as it was sent.
+/// The picture of an example or of an unsure frame, as it was sent.
 #[utoipa::path(
     get,
     path = "/teach/{set}/examples/{id}",
@@ -238,8 +251,7 @@ async fn keep(store: &Examples, set: &str, label: &str, image: Result<Image, Api
 async fn show(State(app): State<AppState>, path: ApiPath<(String, String)>, _: Admin) -> Result<Response, ApiError> {
     let (set, id) = path.0;
     let store = examples(&app)?.clone();
-    let example = store.find(&set, &id)?;
-    let bytes = app.bulk.run(move || store.read(&set, &example)).await??;
+    let bytes = app.bulk.run(move || store.picture(&set, &id)).await??;
     let kind = match bytes.get(..4) {
         Some([0xff, 0xd8, 0xff, _]) => "image/jpeg",
         Some(b"\x89PNG") => "image/png",
@@ -250,7 +262,7 @@ async fn show(State(app): State<AppState>, path: ApiPath<(String, String)>, _: A
     Ok((headers, bytes).into_response())
 }
 
-/// Give an example another label.
+/// Give an example another label, or an unsure frame its first one.
 #[utoipa::path(
     patch,
     path = "/teach/{set}/examples/{id}",
@@ -272,24 +284,24 @@ async fn relabel(
     Ok(Json(example))
 }
 
-/// Delete an example and its file.
+/// Delete an example or an unsure frame, and its file.
 #[utoipa::path(
     delete,
     path = "/teach/{set}/examples/{id}",
     operation_id = "delete_example",
     tag = "teach",
-    responses((status = 200, description = "It is gone.", body = Example, example = json!(example()))),
+    responses((status = 200, description = "It is gone.", body = Gone, example = json!({ "deleted": "0a1b2c3d4e5f60718293a4b5" }))),
     extensions(("x-errors" = json!(errors(&[ADMIN, NAMED])))),
 )]
 async fn remove(
     State(app): State<AppState>,
     path: ApiPath<(String, String)>,
     Admin(by): Admin,
-) -> Result<Json<Example>, ApiError> {
+) -> Result<Json<Gone>, ApiError> {
     let (set, id) = path.0;
-    let example = examples(&app)?.remove(&set, &id).await?;
-    tracing::info!(by = &*by, set.name = set, example = example.id, "example deleted");
-    Ok(Json(example))
+    examples(&app)?.remove(&set, &id).await?;
+    tracing::info!(by = &*by, set.name = set, example = id, "example deleted");
+    Ok(Json(Gone { deleted: id }))
 }
 
 /// Fit the set to its examples.
