@@ -128,6 +128,21 @@ fn examples_become_a_set_that_is_corrected_fitted_again_and_rolled_back() {
     assert_eq!(verdict(&server, true), ("up".to_owned(), json!(1)));
     assert_eq!(verdict(&server, false), ("across".to_owned(), json!(1)));
 
+    // The set is a thing that one can hold.
+    let listed = server.get("/sets/stripes").json();
+    let details = &listed[0]["details"];
+    assert_eq!((&details["labels"], &details["knows_unknown"]), (&json!(["across", "up"]), &json!(true)), "{listed}");
+    assert_eq!(details["accuracy"], done["report"]["accuracy"]);
+    assert_eq!(&server.get("/sets/stripes/1").json(), details);
+    let file = fs::read(place.store().join("expert-sets/stripes/1.safetensors")).unwrap();
+    for path in ["/sets/stripes/file", "/sets/stripes/1/file", "/sets/stripes/current/file"] {
+        let answer = reqwest::blocking::get(server.url(path)).unwrap();
+        assert_eq!(answer.headers()["content-length"], file.len().to_string(), "{path}");
+        assert_eq!(answer.bytes().unwrap(), file, "{path}");
+    }
+    server.get("/sets/stripes/7/file").assert_refused(404, "set_not_found");
+    server.get("/sets/stripes/07/file").assert_refused(400, "invalid_request");
+
     // A wrong one is corrected, a broken file and a black picture are left out.
     let wrong = Answer::of(server.post("/teach/stripes/examples?label=across").body(striped(true, 9))).json();
     let wrong = format!("/teach/stripes/examples/{}", wrong[0]["id"].as_str().unwrap());
@@ -153,6 +168,19 @@ fn examples_become_a_set_that_is_corrected_fitted_again_and_rolled_back() {
         let answer = Answer::of(server.post(&format!("/teach/stripes/fit?{query}")));
         refused(&answer, 400, "invalid_request", words);
     }
+}
+
+#[test]
+fn an_embedded_set_is_described_to_all_and_given_to_those_who_may_classify() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    fs::write(&keys, "reader:a-long-secret\n").unwrap();
+    let server = Server::start(["--user-key-file", path(&keys)]);
+    let details = server.get("/sets/cifar100/current").json();
+    assert_eq!((details["labels"].as_array().unwrap().len(), &details["accuracy"]), (100, &Value::Null));
+    server.get("/sets/cifar100/file").assert_refused(401, "unauthorized");
+    let answer = server.request("GET", "/sets/cifar100/file").header("x-api-key", "a-long-secret").send().unwrap();
+    assert_eq!(answer.bytes().unwrap(), fs::read(root().join("models/cifar100.safetensors")).unwrap());
 }
 
 #[test]

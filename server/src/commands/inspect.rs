@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use model_core::artifact::{Contents, Header};
 use model_core::footprint::Footprint;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::config::InspectArgs;
 use crate::sets::store;
@@ -31,6 +31,24 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
         printed.context("standard output")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Labels that are printed as text.
+const SHOWN_LABELS: usize = 10;
+
+/// What `teach` measured on images that it held out.
+fn print_report(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
+    let number = |pointer: &str| report.pointer(pointer).and_then(Value::as_f64);
+    let percent = |pointer: &str| number(pointer).map(|share| 100.0 * share);
+    if let (Some(share), Some(low), Some(high), Some(of)) =
+        (percent("/accuracy/share"), percent("/accuracy/low"), percent("/accuracy/high"), number("/accuracy/of"))
+    {
+        writeln!(out, "  right {share:.1}% of {of} held-out images (95% interval {low:.1} to {high:.1}%)")?;
+    }
+    if let (Some(threshold), Some(refused)) = (number("/unknown/threshold"), percent("/unknown/refused/share")) {
+        writeln!(out, "  unknown from a distance of {threshold:.1}, which {refused:.1}% of its own images have")?;
+    }
+    Ok(())
 }
 
 struct Inspected {
@@ -68,6 +86,7 @@ fn print_json(out: &mut impl Write, file: &str, artifact: &Inspected) -> std::io
                 "borrowed_experts": set.borrowed_experts,
                 "encoding": set.encoding,
                 "num_classes": set.labels.len(),
+                "labels": set.labels,
                 "temperature": set.temperature,
                 "familiarity": set.familiarity,
                 "view": set.view,
@@ -104,7 +123,10 @@ fn print_text(out: &mut impl Write, file: &str, artifact: &Inspected) -> std::io
             if let Some(lender) = set.borrowed_experts {
                 writeln!(out, "  experts of {lender}")?;
             }
-            writeln!(out, "  {} labels", set.labels.len())?;
+            let shown = set.labels.iter().take(SHOWN_LABELS).map(String::as_str).collect::<Vec<_>>().join(", ");
+            let more = if set.labels.len() > SHOWN_LABELS { ", ..." } else { "" };
+            writeln!(out, "  {} labels: {shown}{more}", set.labels.len())?;
+            print_report(out, &set.report)?;
             &set.card
         }
     };

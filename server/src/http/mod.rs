@@ -20,6 +20,7 @@ pub mod observe;
 pub mod oip;
 pub mod openapi;
 pub mod origin;
+pub mod set_file;
 pub mod sets;
 pub mod teach;
 
@@ -52,6 +53,7 @@ fn api() -> OpenApiRouter<AppState> {
         deepstack::router,
         sets::router,
         backbones::router,
+        set_file::router,
         cameras::router,
         teach::router,
         oip::router,

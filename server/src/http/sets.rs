@@ -8,7 +8,6 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use model_core::artifact::store_layout;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -20,6 +19,7 @@ use super::body;
 use super::error::{ApiError, ErrorCode};
 use super::extract::{ApiPath, RequestContext};
 use super::openapi::{ADMIN, LIFECYCLE, LOAD, commands, errors};
+use super::set_file::{SetDetails, checked_version, current_details};
 use crate::app::AppState;
 use crate::keys::Caller;
 use crate::sets::catalog::{self, CatalogError};
@@ -116,6 +116,9 @@ pub struct SetView {
     last_used: Option<f64>,
     /// Why the last load failed, or why it is not ready.
     reason: Option<String>,
+    /// What its file says, in the answer about one set, of the current version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    details: Option<SetDetails>,
 }
 
 impl From<SetStatus> for SetView {
@@ -139,6 +142,7 @@ impl From<SetStatus> for SetView {
             hits: status.hits,
             last_used: status.last_used.and_then(seconds),
             reason: status.reason,
+            details: None,
         }
     }
 }
@@ -210,7 +214,12 @@ async fn list(State(app): State<AppState>) -> Json<Listing> {
     ),
 )]
 async fn show(State(app): State<AppState>, name: ApiPath<String>) -> Result<Json<Vec<SetView>>, ApiError> {
-    views(&app, &name.0)
+    let Json(mut views) = views(&app, &name.0)?;
+    let details = current_details(&app, &name.0).await;
+    if let Some(current) = views.iter_mut().find(|view| details.as_ref().is_some_and(|of| of.version == view.version)) {
+        current.details = details;
+    }
+    Ok(Json(views))
 }
 
 /// Every version of one set.
@@ -275,14 +284,6 @@ async fn upload(
 
 fn set_vanished(name: &str) -> ApiError {
     ApiError::new(ErrorCode::Conflict, format!("expert set `{name}` was deleted meanwhile"))
-}
-
-fn checked_version(name: &str, version: &str) -> Result<u64, ApiError> {
-    if !store_layout::is_valid_name(name) {
-        return Err(ApiError::invalid(store_layout::NAME_RULE));
-    }
-    store_layout::parse_version(version)
-        .ok_or_else(|| ApiError::invalid("a version is a whole number without leading zeros"))
 }
 
 /// Streams a body to a temporary file of the store.
