@@ -7,6 +7,7 @@ import * as classify from "./classify.js";
 import * as live from "./live.js";
 import * as routing from "./routing.js";
 import * as sets from "./sets.js";
+import * as teach from "./teach.js";
 
 const EVERY_MS = 2000;
 /** The listing may be long; it is asked for on every third turn, and after every action. */
@@ -79,5 +80,6 @@ document.addEventListener("visibilitychange", () => {
 classify.start();
 routing.start();
 sets.start(classify.chooseSet, refreshSets);
+teach.start(refreshSets);
 live.start();
 run();

@@ -12,15 +12,18 @@ import io
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
+import zlib
 
 import PIL.Image
 import axe_core_python
@@ -298,6 +301,93 @@ def manage(page):
     page.check_console("manage")
 
 
+def striped(upright, seed):
+    """A picture of stripes, noisy, unlike every other one of its seed."""
+    side, noise = 64, random.Random(f"{upright} {seed}")
+    rows = b""
+    for y in range(side):
+        along = [x if upright else y for x in range(side)]
+        base = [40 if (at % (6 + seed % 3)) < 3 else 200 for at in along]
+        rows += b"\0" + bytes(value + noise.randrange(30) for value in base for _ in range(3))
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def teach(page, server, folder):
+    """Two labels, a fit, a picture that nobody knew, a second fit, and back; on a phone."""
+    def picture(upright, seed):
+        path = pathlib.Path(folder) / f"{upright}-{seed}.png"
+        path.write_bytes(striped(upright, seed))
+        return str(path)
+
+    page.look(PHONE, "light")
+    # The key goes with the page.
+    page.open()
+    page.wait_text("#status-word", "^ready$")
+    page.find("#teach-set").send_keys("stripes")
+    page.find("#teach-open button").click()
+    page.wait_text("#teach-message", "The server refuses: a key is needed")
+    assert not page.find("#teach-work").is_displayed()
+    page.check_console("teach without a key", expected="401")
+    page.set_key(ADMIN_KEY)
+    page.find("#teach-open button").click()
+    wait_for(page.find("#teach-work").is_displayed, "the set is open")
+    for label, upright in [("up", True), ("across", False)]:
+        page.find("#teach-label").send_keys(label)
+        page.find("#teach-new button").click()
+        item = f'#teach-labels li[data-key="{label}"]'
+        wait_for(lambda: page.browser.find_elements(By.CSS_SELECTOR, item), f"{label} is there")
+        page.find(f"{item} input").send_keys("\n".join(picture(upright, seed) for seed in range(5)))
+        page.wait_text("#teach-message", f"5 pictures are kept as {label}")
+        page.wait_text(item, "5 pictures")
+    page.find("#teach-fit").click()
+    page.wait_text("#teach-state", "Version 1 answers now")
+    page.wait_text("#teach-accuracy", r"of 10 pictures are right")
+    page.wait_text("#teach-versions", r"version 1 \(answers now")
+    page.check_fit_and_access("taught, on a phone")
+    page.shoot("teach-phone")
+    Select(page.find("#set")).select_by_value("stripes")
+    page.find("#file").send_keys(picture(True, 77))
+    page.wait_text("#generation", "^stripes:1:")
+    page.wait_text("#labels", "^up")
+
+    def is_kept():
+        body = striped(True, 78)
+        request = urllib.request.Request(f"{server.origin}/classify/stripes?min_score=1", data=body, method="POST")
+        urllib.request.urlopen(request, timeout=PATIENCE)
+        page.find("#teach-open button").click()
+        return page.browser.find_elements(By.CSS_SELECTOR, "#teach-review li")
+
+    item = wait_for(is_kept, "the unsure picture is listed")[0]
+    assert re.search("no label was sure enough|unlike the pictures", item.text), item.text
+    page.check_fit_and_access("review, on a phone")
+    page.shoot("teach-review-phone")
+    Select(item.find_element(By.CSS_SELECTOR, "select")).select_by_value("up")
+    item.find_element(By.CSS_SELECTOR, "button").click()
+    page.wait_text("#teach-message", "labelling: done")
+    page.wait_text('#teach-labels li[data-key="up"]', "6 pictures")
+    page.find("#teach-fit").click()
+    page.wait_text("#teach-state", "Version 2 answers now")
+    page.wait_text("#teach-versions", r"version 2 \(answers now")
+    for size, scheme, name in [(DESKTOP, "dark", "desktop-dark"), (PHONE, "dark", "phone-dark"), (DESKTOP, "light", "desktop")]:
+        page.look(size, scheme)
+        page.check_fit_and_access(f"taught twice, {name}")
+        page.shoot(f"teach-{name}")
+    back = next(button for button in page.browser.find_elements(By.CSS_SELECTOR, "#teach-versions button") if button.is_displayed())
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", back)
+    back.click()
+    page.browser.switch_to.alert.accept()
+    page.wait_text("#teach-message", "Version 2 is gone")
+    page.wait_text("#teach-versions", r"^version 1 \(answers now")
+    page.find("#again").click()
+    page.wait_text("#generation", "^stripes:1:")
+    Select(page.find("#set")).select_by_value("photos")
+    page.choose_image()
+    page.wait_text("#generation", "^photos:1:")
+    page.check_console("teach")
+
+
 def hostile(page, name):
     """Labels, names and reasons are text, whatever they look like."""
     Select(page.find("#set")).select_by_value(name)
@@ -484,7 +574,8 @@ def pictures(page):
 def main():
     pathlib.Path(SHOTS).mkdir(parents=True, exist_ok=True)
     longest = next(name for name in os.listdir(f"{STORE}/expert-sets") if len(name) == 200)
-    server = Server()
+    scratch = tempfile.mkdtemp()
+    server = Server("--examples", f"{scratch}/examples", "--keep-unsure", "5")
     browser = start_browser()
     page = Page(browser, server.origin)
     try:
@@ -494,6 +585,7 @@ def main():
         markup_is_refused(page)
         routing(page, server)
         manage(page)
+        teach(page, server, scratch)
         hostile(page, longest)
         keyboard(page)
         away_and_back(page, server)

@@ -35,6 +35,8 @@ fn the_console_works_in_a_browser() {
     let sets = store.path().join("expert-sets");
     write(&sets.join(&longest).join("1.safetensors"), &markup_set(&longest));
     write(&sets.join("spare").join(format!("{MARKUP}.safetensors")), b"not an artifact");
+    let photo = std::fs::read(root().join("models/photo-backbone.safetensors")).unwrap();
+    write(&store.path().join("backbones/photo.safetensors"), &photo);
     let picture = image_names().into_iter().find(|name| name.ends_with(".png")).unwrap();
     python
         .arg("browser/console.py")

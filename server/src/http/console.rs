@@ -110,7 +110,7 @@ macro_rules! assets {
     };
 }
 
-static ASSETS: [Asset; 22] = assets![
+static ASSETS: [Asset; 23] = assets![
     "api.js",
     "cameras.js",
     "classify.js",
@@ -130,6 +130,7 @@ static ASSETS: [Asset; 22] = assets![
     "samples/test-09.png",
     "samples/test-10.png",
     "sets.js",
+    "teach.js",
     "uplot/LICENSE",
     "uplot/uPlot.iife.min.js",
     "uplot/uPlot.min.css",
