@@ -21,6 +21,8 @@ const TEMPERATURES: (f64, f64) = (0.02, 50.0);
 const LISTED: usize = 10;
 /// Score of another label from which an image is probably mislabelled.
 const SUSPECT_SCORE: f64 = 0.8;
+/// Classes at most that are left out, one after the other.
+const MOST_LEFT_OUT: usize = 10;
 /// Seed of the draws from the background that the threshold depends on.
 const NEAREST_SEED: u64 = 24;
 /// Seed of the draws of which the share that passes is reported.
@@ -97,11 +99,12 @@ pub fn teach(
     let drawn = drawn(PASS_SEED);
     let passes = drawn.iter().filter(|&&distance| distance <= limit).count();
     let background_passes = (!drawn.is_empty()).then(|| Share::new(passes, drawn.len()));
+    let class_passes = leave_classes_out(examples, (options.rank, limit), cancelled)?;
     let others: Vec<&Held> = held.iter().filter(|held| !own(held.image)).collect();
     let none_passes =
         none.map(|_| Share::new(others.iter().filter(|held| held.distance <= limit).count(), others.len()));
     statistics.pass_share = none_passes.or(background_passes).map_or(0.0, |share| share.share as f32);
-    let unknown = UnknownReport { threshold: limit, refused, background_passes, none_passes };
+    let unknown = UnknownReport { threshold: limit, refused, background_passes, class_passes, none_passes };
     let report = report(examples, (&held, best), (strength, temperature), count, unknown);
     progress(1.0);
     Ok(Taught {
@@ -111,6 +114,31 @@ pub fn teach(
         labels: examples.classes.to_vec(),
         report,
     })
+}
+
+/// How many images of a class lie within `limit` of the others when these are all that there is.
+fn leave_classes_out(
+    examples: &Examples<'_>,
+    (rank, limit): (usize, f64),
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Option<Share>, TeachError> {
+    let none = examples.none_class();
+    let classes: Vec<usize> = (0..examples.classes.len()).filter(|&class| Some(class) != none).collect();
+    if classes.len() < 3 {
+        return Ok(None);
+    }
+    let (mut passes, mut of) = (0, 0);
+    for &left_out in classes.iter().step_by(classes.len().div_ceil(MOST_LEFT_OUT)) {
+        if cancelled() {
+            return Err(TeachError::Cancelled);
+        }
+        let (own, others): (Vec<usize>, Vec<usize>) =
+            (0..examples.labels.len()).partition(|&image| examples.labels[image] == left_out);
+        let distances = Distances::new(&fit_statistics(examples, &others, rank))?;
+        passes += own.iter().filter(|&&image| distances.of(examples.plain(image)) <= limit).count();
+        of += own.len();
+    }
+    Ok(Some(Share::new(passes, of)))
 }
 
 /// Each fold in turn: what the others say of its images.

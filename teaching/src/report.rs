@@ -84,6 +84,9 @@ pub struct UnknownReport {
     /// Draws from the backbone's background that are not called unknown: pictures of everything, as far as their mean and
     /// their covariance describe them.
     pub background_passes: Option<Share>,
+    /// Images that are not called unknown when their whole class is left out: pictures of other things that are as like the
+    /// set's classes as those are to each other. Of sets with three classes or more.
+    pub class_passes: Option<Share>,
     /// Images of the class `none` or `unknown` that are not called unknown.
     pub none_passes: Option<Share>,
 }

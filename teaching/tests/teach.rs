@@ -58,6 +58,7 @@ fn classes_that_lie_apart_are_told_apart_and_strangers_are_unknown() {
     let unknown = &report.unknown;
     assert!(unknown.refused.share <= 0.05, "{unknown:?}");
     assert!(unknown.background_passes.unwrap().share < 0.05, "{unknown:?}");
+    assert_eq!((unknown.class_passes.unwrap().count, unknown.class_passes.unwrap().of), (0, 60), "{unknown:?}");
     assert!(shares.is_sorted() && shares.last() == Some(&1.0), "{shares:?}");
     // The head, as it will be stored, on the features as they are.
     let weight = taught.head.weight.to_f32();

@@ -65,6 +65,9 @@ impl Outcome<'_> {
         if let Some(passes) = &unknown.background_passes {
             writeln!(out, "  of background, not  {}", percent(passes))?;
         }
+        if let Some(passes) = &unknown.class_passes {
+            writeln!(out, "  of a class left out {}", percent(passes))?;
+        }
         let (mean, error) = (100.0 * calibration.mean_score, 100.0 * calibration.expected_error);
         writeln!(out, "  mean score          {mean:.1}%, calibration error {error:.1}%")?;
         writeln!(out, "By class, of its images those that are right:")?;
