@@ -86,12 +86,16 @@ fn the_embedded_model_knows_the_committed_images() {
     assert!(right >= 3, "{right} of 12");
 }
 
-/// `models/store`, whose other two sets `specialise` made. One image says that a set is the one it should be, not
+/// `models/store`, whose other sets `specialise` and `teach` made. One image says that a set is the one it should be, not
 /// how good it is.
 #[test]
 fn the_example_sets_serve_beside_the_default_one() {
     let store = root().join("models/store");
-    for (shipped, in_store) in [("default-backbone", "backbones/default"), ("cifar100", "expert-sets/cifar100/1")] {
+    for (shipped, in_store) in [
+        ("default-backbone", "backbones/default"),
+        ("photo-backbone", "backbones/photo"),
+        ("cifar100", "expert-sets/cifar100/1"),
+    ] {
         let read = |path: std::path::PathBuf| std::fs::read(path.with_extension("safetensors")).unwrap();
         assert!(
             read(root().join("models").join(shipped)) == read(store.join(in_store)),
@@ -107,6 +111,10 @@ fn the_example_sets_serve_beside_the_default_one() {
     ] {
         let answer = Answer::of(server.post(&format!("/classify/{set}")).body(image(name)));
         assert_eq!(answer.label(), label, "{set}, {name}: {}", answer.text);
+    }
+    for set in ["grocery", "waste"] {
+        let answer = Answer::of(server.post(&format!("/classify/{set}")).body(image("photo-cat.jpg")));
+        assert_eq!(answer.json()["unknown_reason"], "unfamiliar", "{set} of a cat: {}", answer.text);
     }
 }
 
