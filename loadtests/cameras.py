@@ -163,12 +163,12 @@ def main():
         sent = [moment for moment in cameras.sent[name] if began <= moment < ended - 1]
         arrived = heard[name]
         for moment, following in zip(sent, sent[1:] + [ended]):
-            # The message of a picture comes before the next picture is asked for, or it is lost.
-            first = next((arrival for arrival in arrived if moment <= arrival < following), None)
-            if first is None:
+            # A message that comes only after the next picture counts as missing.
+            arrival = next((arrival for arrival in arrived if moment <= arrival < following), None)
+            if arrival is None:
                 missed += 1
             else:
-                latencies.append(first - moment)
+                latencies.append(arrival - moment)
         gaps += [later - earlier for earlier, later in zip(sent, sent[1:])]
     figures = {
         "cameras": arguments.cameras, "dead": arguments.dead, "every": arguments.every, "cores": os.cpu_count(),
