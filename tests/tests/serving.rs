@@ -95,6 +95,7 @@ fn the_example_sets_serve_beside_the_default_one() {
         ("default-backbone", "backbones/default"),
         ("photo-backbone", "backbones/photo"),
         ("cifar100", "expert-sets/cifar100/1"),
+        ("imagenet", "expert-sets/imagenet/1"),
     ] {
         let read = |path: std::path::PathBuf| std::fs::read(path.with_extension("safetensors")).unwrap();
         assert!(
