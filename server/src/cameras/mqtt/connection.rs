@@ -87,12 +87,13 @@ pub async fn session(
     let (pictures, mut waiting) = mpsc::channel(MOST_PICTURES);
     let heard = Heard { up: Notify::new(), birth: Notify::new(), strays, pictures };
     let has_credentials = config.credentials.is_some();
-    let hear = hear(events, &topics, &heard, &client, has_credentials);
+    let most = link.most_bytes;
+    let hear = hear(events, &topics, &heard, (&client, most), has_credentials);
     tokio::pin!(hear);
     let mut speaker = Speaker::new(&client, &topics, &link);
     let classify = async {
         while let Some(picture) = waiting.recv().await {
-            let (topic, answer) = picture.answer(&link.classifier, link.most_bytes).await;
+            let (topic, answer) = picture.answer(&link.classifier).await;
             // An error says that the connection has ended, which is noticed elsewhere.
             drop(client.publish(topic, answer, PublishOptions::at_least_once()).await);
         }
@@ -114,7 +115,7 @@ async fn hear(
     mut events: EventLoop,
     topics: &Topics,
     heard: &Heard,
-    client: &AsyncClient,
+    (client, most): (&AsyncClient, usize),
     has_credentials: bool,
 ) -> Failure {
     let mut is_up = false;
@@ -128,14 +129,15 @@ async fn hear(
                 is_up = true;
                 heard.up.notify_one();
             }
-            Ok(Event::Incoming(Packet::Publish(message))) => take(message, topics, heard, client),
+            Ok(Event::Incoming(Packet::Publish(message))) => take(message, topics, heard, (client, most)),
             Ok(_) => {}
             Err(error) => return failure(error, is_up, has_credentials),
         }
     }
 }
 
-fn take(message: Publish, topics: &Topics, heard: &Heard, client: &AsyncClient) {
+/// Leaves a message for whoever it is for. A picture of more than `most` bytes is refused here, so that none waits.
+fn take(message: Publish, topics: &Topics, heard: &Heard, (client, most): (&AsyncClient, usize)) {
     let Ok(topic) = std::str::from_utf8(&message.topic) else { return };
     if topics.birth().as_deref() == Some(topic) {
         if message.payload == ONLINE.as_bytes() {
@@ -152,9 +154,17 @@ fn take(message: Publish, topics: &Topics, heard: &Heard, client: &AsyncClient) 
             return;
         }
         let picture = Picture { set: set.to_owned(), answer_to, bytes: message.payload };
-        if let Err(refused) = heard.pictures.try_send(picture) {
-            let (topic, answer) =
-                refused.into_inner().refusal("too many pictures wait to be classified; try again later");
+        let refused = match picture.bytes.len() {
+            bytes if bytes > most => {
+                Some(picture.refusal(&format!("the picture has {bytes} bytes; {most} are the most over MQTT")))
+            }
+            _ => heard
+                .pictures
+                .try_send(picture)
+                .err()
+                .map(|full| full.into_inner().refusal("too many pictures wait to be classified; try again later")),
+        };
+        if let Some((topic, answer)) = refused {
             drop(client.try_publish(topic, answer, PublishOptions::at_least_once()));
         }
     } else if let Some(repeated) = REPEATS.admit("mqtt topic") {

@@ -31,21 +31,18 @@ impl Picture {
         (self.answer_to, json!({ "set": self.set, "error": reason }).to_string())
     }
 
-    /// The topic of the answer, and the answer. A picture has at most `most` bytes.
-    pub async fn answer(self, classifier: &Classifier, most: usize) -> (String, String) {
-        match classify(&self.set, self.bytes.clone(), classifier, most).await {
+    /// The topic of the answer, and the answer.
+    pub async fn answer(self, classifier: &Classifier) -> (String, String) {
+        match classify(&self.set, self.bytes.clone(), classifier).await {
             Ok(answer) => (self.answer_to, answer),
             Err(reason) => self.refusal(&reason),
         }
     }
 }
 
-async fn classify(set: &str, bytes: Bytes, classifier: &Classifier, most: usize) -> Result<String, String> {
+async fn classify(set: &str, bytes: Bytes, classifier: &Classifier) -> Result<String, String> {
     if bytes.is_empty() {
         return Err("the message is empty; send a picture file as it is".into());
-    }
-    if bytes.len() > most {
-        return Err(format!("the picture has {} bytes; {most} are the most over MQTT", bytes.len()));
     }
     // All that comes over MQTT is one client of the gateway, together with its cameras.
     let mut permit = classifier.admission.body(Client::UNKNOWN).map_err(|refused| refused.to_string())?;
