@@ -433,7 +433,9 @@ fn read(path: &Path, id: &str) -> Result<Bytes, ExampleError> {
     }
 }
 
-fn check_set(set: &str) -> Result<(), ExampleError> {
+/// # Errors
+/// [`ExampleError::Set`] when no set can have that name.
+pub fn check_set(set: &str) -> Result<(), ExampleError> {
     if is_valid_name(set) { Ok(()) } else { Err(ExampleError::Set(set.chars().take(64).collect())) }
 }
 

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 use crate::compute::decode::{Decoder, Input};
-use crate::examples::{Example, ExampleError, Examples};
+use crate::examples::{Example, ExampleError, Examples, check_set};
 use crate::sentence::sentence;
 use crate::sets::catalog::{Catalog, CatalogError};
 use crate::sets::descriptor::{self, BackboneDescriptor, SetDescriptor};
@@ -218,7 +218,7 @@ impl Fitting {
     /// # Errors
     /// [`ExampleError::Set`] when that is no name.
     pub fn status(&self, set: &str) -> Result<FitStatus, FitError> {
-        self.0.examples.list(set)?;
+        check_set(set)?;
         let fits = self.0.fits();
         Ok(fits.iter().find(|run| run.status.set == set).map_or_else(|| FitStatus::none(set), |run| run.status.clone()))
     }
@@ -280,7 +280,7 @@ impl Fitting {
     /// # Errors
     /// [`FitError::NotUnderWay`], and [`FitError::TooLate`] when its version is on its way.
     pub fn cancel(&self, set: &str) -> Result<FitStatus, FitError> {
-        self.0.examples.list(set)?;
+        check_set(set)?;
         let mut fits = self.0.fits();
         let running = fits.iter_mut().find(|run| run.status.set == set && run.status.state == FitState::Running);
         let running = running.ok_or_else(|| FitError::NotUnderWay(set.to_owned()))?;

@@ -22,7 +22,7 @@ use super::input::{self, FitName, ImageForm};
 use super::openapi::{ADMIN, BODY, LIFECYCLE, commands, errors};
 use crate::app::AppState;
 use crate::classify::Image;
-use crate::examples::{Example, ExampleError, Examples, Unsure};
+use crate::examples::{Example, ExampleError, Examples, Unsure, check_set};
 use crate::fitting::{FitStatus, Fitting, Wish};
 use crate::keys::Caller;
 
@@ -200,7 +200,7 @@ async fn add(
         let label = query?.0.label;
         // Refused before a body is read that nobody keeps.
         let store = examples(&app)?;
-        store.list(&set.0)?;
+        check_set(&set.0)?;
         let entry = app.classifier.admission.enter(&Caller::default(), context.client)?;
         Ok((by, label, store.clone(), entry))
     })();
