@@ -7,13 +7,14 @@ use model_core::artifact::{
     Digest, ExpertSetArtifact, read_backbone, read_expert_set, write_backbone, write_expert_set,
 };
 use model_core::config::{BackboneConfig, ViTConfig};
-use model_core::image::Preprocess;
+use model_core::image::{Preprocess, RgbImage};
+use model_core::random::SplitMix64;
 use model_core::weights::{
     AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
 };
 use serde_json::json;
 
-use crate::server::root;
+use crate::server::{png, root};
 
 /// xorshift64*: enough for weights that only have to differ.
 pub struct Random(u64);
@@ -166,4 +167,17 @@ pub fn shipped_store(sets: &[&str]) -> tempfile::TempDir {
 pub fn write(path: &Path, bytes: &[u8]) {
     fs::create_dir_all(path.parent().expect("a file in a folder")).expect("the folder can be made");
     fs::write(path, bytes).expect("the file can be written");
+}
+
+/// A photograph of stripes in one of two directions as a PNG, noisy, unlike every other one of its seed.
+pub fn striped(upright: bool, seed: u64) -> Vec<u8> {
+    const SIDE: u32 = 64;
+    let mut random = SplitMix64::at(seed, u64::from(upright));
+    let period = 6 + (seed % 3) as u32;
+    let image = RgbImage::from_fn(SIDE, SIDE, |x, y| {
+        let along = if upright { x } else { y };
+        let base = if along % period < period / 2 { 40.0 } else { 200.0 };
+        [0; 3].map(|_: u8| (base + 30.0 * random.uniform()) as u8).into()
+    });
+    png(&image)
 }

@@ -5,30 +5,10 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use model_core::random::SplitMix64;
 use reqwest::blocking::multipart::{Form, Part};
 use serde_json::{Value, json};
+use system_tests::fixtures::striped;
 use system_tests::server::{Answer, PATIENCE, Server, image, root, wait_until};
-
-/// A photograph of stripes in one of two directions, noisy, unlike every other one of its seed.
-fn striped(upright: bool, seed: u64) -> Vec<u8> {
-    const SIDE: u32 = 64;
-    let mut random = SplitMix64::at(seed, u64::from(upright));
-    let period = 6 + (seed % 3) as u32;
-    let mut pixels = Vec::new();
-    for y in 0..SIDE {
-        for x in 0..SIDE {
-            let along = if upright { x } else { y };
-            let base = if along % period < period / 2 { 40.0 } else { 200.0 };
-            pixels.extend([0; 3].map(|_: u8| (base + 30.0 * random.uniform()) as u8));
-        }
-    }
-    let mut bytes = Vec::new();
-    let mut encoder = png::Encoder::new(&mut bytes, SIDE, SIDE);
-    encoder.set_color(png::ColorType::Rgb);
-    encoder.write_header().unwrap().write_image_data(&pixels).unwrap();
-    bytes
-}
 
 /// A model store with the models for photographs, and a folder for examples.
 struct Place {

@@ -68,9 +68,10 @@ pub async fn wrong_method(Extension(known): Extension<Arc<Known>>, request: Requ
     let path = request.extensions().get::<MatchedPath>();
     let methods = path.and_then(|path| known.0.get(path.as_str()));
     let names: Vec<&str> = methods.into_iter().flat_map(BTreeMap::keys).map(String::as_str).collect();
-    let names = match names.as_slice() {
-        [first @ .., second, last] => [first, &[&*format!("{second} and {last}")]].concat().join(", "),
-        names => names.concat(),
+    let names = match names.split_last() {
+        Some((last, [])) => (*last).to_owned(),
+        Some((last, first)) => format!("{} and {last}", first.join(", ")),
+        None => "nothing".to_owned(),
     };
     let message = format!("this path takes {names}, not {}", request.method());
     ApiError::new(ErrorCode::MethodNotAllowed, message)

@@ -197,14 +197,13 @@ impl Catalog {
     ) -> Result<(Arc<BackboneDescriptor>, bool), CatalogError> {
         upload.sync().await?;
         let name = name.to_owned();
-        let described = self
+        let (upload, backbone) = self
             .change(move |_| {
                 let location = Location::File(upload.path().to_owned());
                 let backbone = describe_backbone(&name, &location).map_err(|error| invalid(&upload, error))?;
                 Ok((upload, backbone))
             })
             .await?;
-        let (upload, backbone) = described;
         let memory =
             self.shared.registry.reserve_beside(&backbone.digest, &backbone.name, backbone.loading_bytes).await?;
         self.change(move |shared| {
