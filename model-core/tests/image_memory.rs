@@ -8,6 +8,7 @@ use std::io::Cursor;
 use counting::{Counting, Taken, measure};
 use image::{DynamicImage, ImageFormat, RgbImage};
 use model_core::image::{DecodeLimits, decode_picture, probe};
+use model_core::random::SplitMix64;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -24,11 +25,8 @@ fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
 
 #[test]
 fn decoding_takes_no_more_memory_than_its_bound() {
-    let mut state = 1u32;
-    let noise = RgbImage::from_fn(1600, 1200, |_, _| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        image::Rgb((state >> 8).to_le_bytes()[..3].try_into().unwrap())
-    });
+    let mut random = SplitMix64::at(1, 0);
+    let noise = RgbImage::from_fn(1600, 1200, |_, _| image::Rgb(random.bits().to_le_bytes()[..3].try_into().unwrap()));
     let rgb = DynamicImage::ImageRgb8(noise);
     let grey16 = DynamicImage::ImageLuma16(rgb.to_luma16());
     let rgba16 = DynamicImage::ImageRgba16(rgb.to_rgba16());

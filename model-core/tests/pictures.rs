@@ -5,6 +5,7 @@ use std::process::Command;
 
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use model_core::image::{DecodeLimits, ImageError, Preprocess, decode, decode_picture, probe};
+use model_core::random::SplitMix64;
 
 /// What a file of `tests/pictures` gives.
 enum Gives {
@@ -83,10 +84,9 @@ fn available(program: &str, arguments: &[&str]) -> bool {
 
 /// A drawing with slopes, edges, colours and some noise.
 fn scene(width: u32, height: u32) -> RgbImage {
-    let mut state = 7u32;
+    let mut random = SplitMix64::at(7, 0);
     RgbImage::from_fn(width, height, |x, y| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let noise = (state >> 28) as i32;
+        let noise = (random.bits() >> 60) as i32;
         let disc =
             (x as i32 - width as i32 / 3).pow(2) + (y as i32 - height as i32 / 2).pow(2) < (height as i32 / 4).pow(2);
         let color = if disc { [230, 40, 60] } else { [(3 * x % 256) as i32, (2 * y % 200) as i32, 150] };

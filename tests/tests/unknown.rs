@@ -7,9 +7,10 @@ use model_core::artifact::write_backbone;
 use model_core::config::{FloatFormat, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::{DecodeLimits, Picture, Preprocess, RgbImage, decode};
+use model_core::random::SplitMix64;
 use model_core::weights::{BackboneWeights, Background, Covariance, Familiarity};
 use serde_json::{Value, json};
-use system_tests::fixtures::{Random, backbone_weights, borrower_artifact, expert_set_artifact, write};
+use system_tests::fixtures::{backbone_weights, borrower_artifact, expert_set_artifact, write};
 use system_tests::server::{Answer, Server, binary, image, png};
 
 fn verdict(answer: &Value) -> (&Value, Option<&str>) {
@@ -78,8 +79,8 @@ fn the_command_line_says_so_too() {
 fn an_unfamiliar_picture_is_unknown_to_a_set_with_statistics() {
     let config = ViTConfig::preset("tiny").unwrap();
     let d_model = config.backbone.d_model;
-    let mut random = Random::new(7);
-    let mut values = |len: usize, least: f32| (0..len).map(|_| random.signed().abs() + least).collect::<Vec<_>>();
+    let mut random = SplitMix64::at(7, 0);
+    let mut values = |len: usize, least: f32| (0..len).map(|_| random.uniform() as f32 + least).collect::<Vec<_>>();
     let background = Background {
         mean: values(d_model, 0.0),
         covariance: Covariance::Diagonal { diagonal: values(d_model, 0.5), factor: Vec::new() },

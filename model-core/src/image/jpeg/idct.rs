@@ -229,6 +229,7 @@ pub(super) fn needs(size: usize, (row, column): (usize, usize)) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::SplitMix64;
 
     /// T.81, A.3.3, in floating point, and the means of squares of it.
     fn definition(coefficients: &[i16; 64], size: usize) -> Vec<f64> {
@@ -249,11 +250,8 @@ mod tests {
 
     #[test]
     fn each_size_is_the_mean_of_the_whole() {
-        let mut state = 1u32;
-        let mut random = |range: i32| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            ((state >> 8) as i32 % (2 * range + 1) - range) as i16
-        };
+        let mut numbers = SplitMix64::at(1, 0);
+        let mut random = |range: i16| (numbers.bits() % (2 * range as u64 + 1)) as i16 - range;
         for _ in 0..200 {
             let coefficients: [i16; 64] = std::array::from_fn(|i| if i == 0 { random(400) } else { random(60) });
             for size in [1, 2, 4, 8] {
