@@ -1,7 +1,7 @@
 // Cameras: the last picture of each, what it shows, and when that changed.
 
 import * as api from "./api.js";
-import { byId, keep, make, say } from "./dom.js";
+import { byId, keep, make, notify, say } from "./dom.js";
 import { ago, percent } from "./format.js";
 
 /** Changes in the timeline. */
@@ -21,6 +21,11 @@ let stream = null;
 let isDrawing = false;
 /** Whether the server wants another key; asking again would only fill the browser's log. */
 let isRefused = false;
+/** The frame that waits for a label: what is shown is what is kept, whatever the camera sends meanwhile. */
+let chosen = null;
+let taught = () => {};
+/** Whether the server keeps examples; null before it has said so. */
+let keepsExamples = null;
 
 const CONDITIONS = {
   starting: "no picture yet",
@@ -33,15 +38,21 @@ const CONDITIONS = {
 
 const words = ({ condition, state }) => (condition === "ok" ? (state ?? "not decided yet") : condition);
 
-function card() {
+function card({ name: camera }) {
   const picture = make("canvas", { role: "img", "aria-label": "", width: 320, height: 240 });
   const name = make("h3");
   const state = make("p", { className: "state" });
-  return make("li", {}, picture, name, state, make("p", { className: "hint" }), make("p", { className: "message", dataset: { kind: "error" } }));
+  const teach = make("button", { type: "button", hidden: true }, "teach from this frame");
+  teach.setAttribute("aria-label", `Teach from this frame of ${camera}`);
+  teach.addEventListener("click", () => choose(camera, node.dataset.set));
+  const node = make("li", {}, picture, name, state, make("p", { className: "hint" }), make("p", { className: "message", dataset: { kind: "error" } }), teach);
+  return node;
 }
 
 function fill(node, camera) {
-  const [picture, name, state, details, error] = node.children;
+  const [picture, name, state, details, error, teach] = node.children;
+  node.dataset.set = camera.set ?? "";
+  teach.hidden = !keepsExamples || camera.last_frame === null;
   node.dataset.condition = camera.condition;
   picture.setAttribute("aria-label", `The last picture of ${camera.name}`);
   say(name, camera.name);
@@ -95,6 +106,13 @@ async function follow(cameras) {
   }
 }
 
+function paint(canvas, picture) {
+  canvas.width = picture.width;
+  canvas.height = picture.height;
+  canvas.getContext("2d").drawImage(picture, 0, 0);
+  picture.close();
+}
+
 async function draw(cameras) {
   if (isDrawing) return;
   isDrawing = true;
@@ -103,17 +121,57 @@ async function draw(cameras) {
       const node = [...byId("camera-list").children].find((node) => node.dataset.key === camera.name);
       if (!node || camera.last_frame === null || drawn.get(camera.name) === camera.last_frame) continue;
       const picture = await createImageBitmap(await api.blob("GET", `${api.path("cameras", camera.name)}/frame`, TIMEOUT_MS));
-      const canvas = node.firstElementChild;
-      canvas.width = picture.width;
-      canvas.height = picture.height;
-      canvas.getContext("2d").drawImage(picture, 0, 0);
-      picture.close();
+      paint(node.firstElementChild, picture);
       drawn.set(camera.name, camera.last_frame);
     }
   } catch {
     // A picture too many is no matter.
   } finally {
     isDrawing = false;
+  }
+}
+
+/** Shows the last frame as the camera sent it, and asks what it shows. */
+async function choose(camera, set) {
+  const message = byId("frame-teaching");
+  try {
+    chosen = await api.blob("GET", `${api.path("cameras", camera)}/frame?whole=true`, TIMEOUT_MS);
+    paint(byId("frame-picture"), await createImageBitmap(chosen));
+  } catch (failure) {
+    return say(message, `${camera}: ${failure.advice ?? failure}`);
+  }
+  say(message, "");
+  say(byId("frame-title"), `Teach from this frame of ${camera}`);
+  byId("frame-set").value = set;
+  byId("frame-label").value = "";
+  notify(byId("frame-message"), "");
+  byId("frame-dialog").showModal();
+  offerLabels();
+}
+
+/** The labels that the set has examples of. */
+async function offerLabels() {
+  const set = byId("frame-set").value.trim();
+  if (!byId("frame-set").checkValidity()) return;
+  try {
+    const { labels } = await api.json("GET", api.path("teach", set));
+    keep(byId("frame-labels"), Object.keys(labels), (label) => label, (label) => make("option", { value: label }), () => {});
+  } catch (failure) {
+    notify(byId("frame-message"), "error", failure.advice ?? String(failure));
+  }
+}
+
+async function teach(event) {
+  event.preventDefault();
+  const [set, label] = [byId("frame-set").value.trim(), byId("frame-label").value.trim()];
+  notify(byId("frame-message"), "busy", "sending …");
+  try {
+    const target = `${api.path("teach", set)}/examples?${new URLSearchParams({ label })}`;
+    const [{ new: isNew }] = await api.json("POST", target, chosen);
+    notify(byId("frame-message"), "ok", isNew ? `The frame is kept as ${label} for ${set}.` : `${set} had this frame as ${label} already.`);
+    taught(set);
+  } catch (failure) {
+    notify(byId("frame-message"), "error", failure.advice ?? String(failure));
   }
 }
 
@@ -128,8 +186,10 @@ export async function refresh(withPictures) {
     if (isRefused) byId("cameras").hidden = true;
     return;
   }
-  const { cameras, file_error: fileError, mqtt } = listing;
+  const { cameras, file_error: fileError, mqtt, examples } = listing;
   byId("cameras").hidden = cameras.length === 0 && !fileError && !mqtt;
+  if (examples !== keepsExamples) say(byId("frame-teaching"), examples ? "" : "No set can be taught from these frames: the server keeps no examples. Start it with --examples DIR.");
+  keepsExamples = examples;
   keep(byId("camera-list"), cameras, (camera) => camera.name, card, fill);
   cameras.forEach(note);
   for (const name of known.keys()) if (!cameras.some((camera) => camera.name === name)) known.delete(name);
@@ -138,6 +198,14 @@ export async function refresh(withPictures) {
   say(byId("broker"), broker ?? "");
   if (cameras.length > 0 && !stream) follow(cameras);
   if (withPictures) draw(cameras);
+}
+
+/** Wires the section's controls; `changed` hears of sets that have a new example. */
+export function start(changed) {
+  taught = changed;
+  byId("frame-set").addEventListener("change", offerLabels);
+  byId("frame-form").addEventListener("submit", teach);
+  byId("frame-close").addEventListener("click", () => byId("frame-dialog").close());
 }
 
 /** Another key may open what was closed. */

@@ -81,5 +81,6 @@ classify.start();
 routing.start();
 sets.start(classify.chooseSet, refreshSets);
 teach.start(refreshSets);
+cameras.start(teach.changed);
 live.start();
 run();

@@ -247,6 +247,11 @@ function createVersion({ version }) {
   return make("li", {}, make("span"), " ", back);
 }
 
+/** A set has examples that did not come from this section. */
+export function changed(name) {
+  if (name === set) refresh();
+}
+
 /** Wires the section's controls; `changed` asks for the listing of sets again. */
 export function start(changed) {
   refreshSets = changed;

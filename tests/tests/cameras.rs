@@ -35,6 +35,10 @@ fn a_camera_shows_what_it_sees_and_says_when_that_changes() {
     let thumbnail = server.request("GET", "/cameras/gate/frame").send().unwrap();
     assert_eq!(thumbnail.headers()["content-type"], "image/jpeg");
     assert_eq!(thumbnail.bytes().unwrap()[..2], [0xff, 0xd8]);
+    let whole = server.request("GET", "/cameras/gate/frame?whole=true").send().unwrap();
+    assert_eq!(whole.headers()["content-type"], "image/png");
+    assert_eq!(whole.bytes().unwrap(), image("test-00.png"));
+    assert_eq!(server.get("/cameras").json()["examples"], false);
 
     wait_for("a picture that stands still", &|view| view["condition"] == "frozen" && view["state"].is_null());
     snapshots.show(png(&RgbImage::new(320, 240)));
@@ -149,7 +153,7 @@ fn cameras_are_behind_the_user_key_and_streams_end_with_the_server() {
     let file = CameraFile::of(&camera("gate", &snapshots.url("/now"), ""));
     let flags = ["--cameras", file.path().to_str().unwrap()].map(str::to_owned);
     let mut server = Server::start_with(flags, [("BVIT_USER_KEYS", "viewer:sesame-open-now")]);
-    for path in ["/cameras", "/cameras/gate", "/cameras/gate/frame", "/events"] {
+    for path in ["/cameras", "/cameras/gate", "/cameras/gate/frame", "/cameras/gate/frame?whole=true", "/events"] {
         server.get(path).assert_refused(401, "unauthorized");
     }
     let open = |path: &str| server.request("GET", path).header("X-Api-Key", "sesame-open-now").send().unwrap();

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +35,7 @@ use crate::sentence::sentence;
 
 /// How often the file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Bytes that the last frames of all cameras may take together.
+/// Bytes that the last frames of all cameras may take together, and as many those on their way to clients.
 const FRAME_MEMORY: usize = 16 << 20;
 /// Changes that a slow reader of events may be behind.
 const MOST_BEHIND: usize = 256;
@@ -54,6 +55,8 @@ struct Shared {
     mqtt: watch::Sender<Option<MqttConfig>>,
     broker: Arc<watch::Sender<Option<BrokerView>>>,
     readers: Arc<Semaphore>,
+    /// A place for each byte of the whole frames that are on their way to clients.
+    leaving: Arc<Semaphore>,
     /// Cancelled when no more changes will come.
     end: CancellationToken,
 }
@@ -77,6 +80,18 @@ pub struct Reader {
     _place: OwnedSemaphorePermit,
 }
 
+/// A whole frame that gives its place back once it has left, however slowly it is read.
+struct Leaving {
+    frame: Bytes,
+    _place: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Leaving {
+    fn as_ref(&self) -> &[u8] {
+        &self.frame
+    }
+}
+
 impl Default for Cameras {
     /// There are none, and no changes will come.
     fn default() -> Self {
@@ -97,6 +112,7 @@ impl Cameras {
             mqtt: watch::Sender::new(mqtt),
             broker: Arc::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
+            leaving: Arc::new(Semaphore::new(FRAME_MEMORY)),
             end: CancellationToken::new(),
         }))
     }
@@ -128,6 +144,12 @@ impl Cameras {
     /// The MQTT broker, if the file names one.
     pub fn broker(&self) -> Option<BrokerView> {
         self.0.broker.borrow().clone()
+    }
+
+    /// A frame to be sent as it is, as long as there is a place for it beside the others on their way.
+    pub fn leaving(&self, frame: Bytes) -> Option<Bytes> {
+        let place = Arc::clone(&self.0.leaving).try_acquire_many_owned(frame.len() as u32).ok()?;
+        Some(Bytes::from_owner(Leaving { frame, _place: place }))
     }
 
     /// A reader of changes, as long as there is a place for one.

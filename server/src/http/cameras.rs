@@ -5,21 +5,22 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderValue, header};
+use axum::http::header;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, Stream, StreamExt};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::Viewer;
 use super::error::{ApiError, ErrorCode};
-use super::extract::ApiPath;
+use super::extract::{ApiPath, ApiQuery};
+use super::input::picture_type;
 use super::openapi::{SetName, commands, errors};
 use crate::app::{App, AppState};
 use crate::cameras::{BrokerView, CameraView, Change, Reader, thumbnail};
@@ -27,6 +28,9 @@ use crate::classify::Error;
 
 /// Errors of whoever has no key where one is needed.
 const VIEWER: &[ErrorCode] = &[ErrorCode::Unauthorized];
+/// Errors of a frame.
+const FRAME: &[ErrorCode] =
+    &[ErrorCode::CameraNotFound, ErrorCode::InvalidRequest, ErrorCode::QueueFull, ErrorCode::DeadlineExceeded];
 /// How often a stream without changes shows that it is alive.
 const ALIVE_EVERY: Duration = Duration::from_secs(15);
 
@@ -44,6 +48,18 @@ struct CameraListing {
     file_error: Option<String>,
     /// The MQTT broker that hears of them; null when the file names none.
     mqtt: Option<BrokerView>,
+    /// Whether the server keeps examples (`--examples`), and so may be taught from frames.
+    examples: bool,
+}
+
+/// Which picture of a camera.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FrameQuery {
+    /// Whether to answer the frame as the camera sent it.
+    #[serde(default)]
+    #[param(required = false, default = false)]
+    whole: bool,
 }
 
 /// A camera and its last changes.
@@ -86,7 +102,7 @@ fn example_detail() -> Value {
     path = "/cameras",
     operation_id = "list_cameras",
     tag = "cameras",
-    responses((status = 200, description = "Done.", body = CameraListing, example = json!({ "cameras": [example()], "file_error": null, "mqtt": { "broker": "192.168.1.2:1883", "connected": true, "error": null } }))),
+    responses((status = 200, description = "Done.", body = CameraListing, example = json!({ "cameras": [example()], "file_error": null, "mqtt": { "broker": "192.168.1.2:1883", "connected": true, "error": null }, "examples": true }))),
     extensions(
         ("x-errors" = json!(errors(&[VIEWER]))),
         ("x-codeSamples" = json!(commands(&["curl http://127.0.0.1:8000/cameras"]))),
@@ -98,6 +114,7 @@ async fn list(State(app): State<AppState>, _: Viewer) -> Json<CameraListing> {
         cameras: app.cameras.all().iter().map(|camera| camera.view()).collect(),
         file_error,
         mqtt: app.cameras.broker(),
+        examples: app.examples.is_some(),
     })
 }
 
@@ -120,27 +137,38 @@ fn unknown(name: &str) -> ApiError {
     ApiError::new(ErrorCode::CameraNotFound, format!("there is no camera `{name}`"))
 }
 
-/// The last frame of a camera as a small JPEG.
+/// The last frame of a camera, as a small JPEG or as it came.
 #[utoipa::path(
     get,
     path = "/cameras/{name}/frame",
     operation_id = "camera_frame",
     tag = "cameras",
-    params(("name" = inline(SetName), Path, description = "The name of a camera.")),
-    responses((status = 200, description = "At most 320 pixels along its longer side.", content_type = "image/jpeg")),
-    extensions(("x-errors" = json!(errors(&[VIEWER, &[ErrorCode::CameraNotFound, ErrorCode::DeadlineExceeded]])))),
+    params(("name" = inline(SetName), Path, description = "The name of a camera."), FrameQuery),
+    responses((
+        status = 200,
+        description = "A JPEG of at most 320 pixels along its longer side, or the whole frame.",
+        content(("image/jpeg"), ("image/png"), ("application/octet-stream")),
+    )),
+    extensions(("x-errors" = json!(errors(&[VIEWER, FRAME])))),
 )]
-async fn frame(State(app): State<AppState>, _: Viewer, name: ApiPath<String>) -> Result<Response, ApiError> {
+async fn frame(
+    State(app): State<AppState>,
+    _: Viewer,
+    name: ApiPath<String>,
+    query: ApiQuery<FrameQuery>,
+) -> Result<Response, ApiError> {
     let camera = app.cameras.find(&name.0).ok_or_else(|| unknown(&name.0))?;
     let none = || ApiError::new(ErrorCode::CameraNotFound, format!("there is no frame of the camera `{}`", name.0));
     let frame = camera.frame().ok_or_else(none)?;
-    let made = timeout(app.limits.request_timeout, thumbnail(&app.classifier.decoder, frame)).await;
-    let jpeg = made.map_err(|_| ApiError::from(Error::Deadline))?.map_err(ApiError::internal)?;
-    let headers = [
-        (header::CONTENT_TYPE, HeaderValue::from_static("image/jpeg")),
-        (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
-    ];
-    Ok((headers, jpeg).into_response())
+    let picture = if query.0.whole {
+        let full = || ApiError::new(ErrorCode::QueueFull, "other whole frames are on their way; try again later");
+        app.cameras.leaving(frame).ok_or_else(full)?
+    } else {
+        let made = timeout(app.limits.request_timeout, thumbnail(&app.classifier.decoder, frame)).await;
+        made.map_err(|_| ApiError::from(Error::Deadline))?.map_err(ApiError::internal)?.into()
+    };
+    let headers = [(header::CONTENT_TYPE, picture_type(&picture)), (header::CACHE_CONTROL, "no-store")];
+    Ok((headers, picture).into_response())
 }
 
 /// Changes of cameras, as server-sent events.

@@ -453,6 +453,15 @@ impl Stream for Pieces {
 }
 
 /// A file has a name, or a content type that is not text's; everything else in a form is a text field.
+/// The content type of a picture file that is sent back as it came.
+pub fn picture_type(bytes: &[u8]) -> &'static str {
+    match bytes.get(..4) {
+        Some([0xff, 0xd8, 0xff, _]) => "image/jpeg",
+        Some(b"\x89PNG") => "image/png",
+        _ => "application/octet-stream",
+    }
+}
+
 fn is_file(part: &Field<'_>) -> bool {
     let is_text = |kind: &str| kind.trim().is_empty() || kind.trim_start().to_ascii_lowercase().starts_with("text/");
     part.file_name().is_some() || part.content_type().is_some_and(|kind| !is_text(kind))

@@ -252,13 +252,11 @@ async fn show(State(app): State<AppState>, path: ApiPath<(String, String)>, _: A
     let (set, id) = path.0;
     let store = examples(&app)?.clone();
     let bytes = app.bulk.run(move || store.picture(&set, &id)).await??;
-    let kind = match bytes.get(..4) {
-        Some([0xff, 0xd8, 0xff, _]) => "image/jpeg",
-        Some(b"\x89PNG") => "image/png",
-        _ => "application/octet-stream",
-    };
     // A picture never changes: its id is the digest of its bytes.
-    let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "private, max-age=86400, immutable")];
+    let headers = [
+        (header::CONTENT_TYPE, input::picture_type(&bytes)),
+        (header::CACHE_CONTROL, "private, max-age=86400, immutable"),
+    ];
     Ok((headers, bytes).into_response())
 }
 
