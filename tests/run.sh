@@ -80,7 +80,7 @@ step_check() {
 
 # python3 and numpy run the artifact reader that was written from FORMAT.md alone; prometheus_client reads /metrics;
 # chromium looks at the console; curl runs the documented examples; faketime turns the clock;
-# nginx stands in front of the server; mosquitto is the broker of the cameras.
+# nginx stands in front of the server; mosquitto is the broker of the cameras; jq reads the options of the add-on.
 step_test() {
     need_compiler
     need_venv
@@ -93,6 +93,7 @@ step_test() {
     [ -x /usr/sbin/nginx ] || missing+=(nginx-light)
     [ -x /usr/sbin/mosquitto ] || missing+=(mosquitto)
     has curl || missing+=(curl ca-certificates)
+    has jq || missing+=(jq)
     [ -x /usr/bin/chromedriver ] || missing+=(chromium chromium-driver fonts-dejavu-core)
     install_missing
     python_packages target/venv tests/clients/requirements.txt

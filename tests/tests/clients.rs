@@ -1,10 +1,11 @@
-//! Clients nobody here wrote: Triton's and Hugging Face's own, and one that a program makes of the OpenAPI document.
+//! Clients nobody here wrote: Triton's and Hugging Face's own, and one that a program makes of the OpenAPI document; and
+//! the add-on that Home Assistant starts the server by.
 
 use std::ffi::OsStr;
 
 use system_tests::fixtures::shipped_store;
 use system_tests::python;
-use system_tests::server::{Server, image, root};
+use system_tests::server::{Server, binary, image, root};
 
 /// Runs a script of `tests/clients` against a server with the shipped model as `photos` (two versions) and `spare`.
 fn run(script: &str) {
@@ -33,4 +34,10 @@ fn hugging_face() {
 #[test]
 fn generated_from_the_openapi_document() {
     run("generated.py");
+}
+
+#[test]
+fn home_assistant_starts_the_add_on() {
+    let Some(mut python) = python::program("python") else { return };
+    python::succeed(python.arg("home-assistant/addon.py").arg(binary()));
 }
