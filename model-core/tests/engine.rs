@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use common::{expert_configs, minute_config, packed_config, relative_error};
 use model_core::artifact::{Digest, ExpertSetArtifact};
 use model_core::config::{ExpertConfig, ViTConfig};
-use model_core::engine::{Backbone, ExpertSet, Row, Session, SessionGroup};
+use model_core::engine::{Backbone, Crew, ExpertSet, Row, Session, SessionGroup};
 use model_core::error::ModelError;
 use model_core::image::{Preprocess, View};
 use model_core::kernels::Isa;
@@ -112,8 +112,10 @@ fn batched_answers_are_bit_identical_to_single_ones() {
             assert!(run(&mut session, &batch) == alone, "{isa}, {threads} threads");
             assert!(run(&mut session, &batch[5..9]) == alone[5..9], "{isa}, {threads} threads, four rows");
         }
-        // And with the callers of other sessions as helpers, who come and go.
-        let (group, done) = (SessionGroup::new(&backbone, 12, 3), AtomicBool::new(false));
+        // And with other members of a crew as helpers, who come and go.
+        let (crew, mut members) = Crew::new(3);
+        let mut caller = members.remove(1);
+        let (group, done) = (SessionGroup::new(&backbone, 12, &crew), AtomicBool::new(false));
         /// Ends the helpers even when an assertion fails.
         struct Done<'a>(&'a AtomicBool);
         impl Drop for Done<'_> {
@@ -123,22 +125,22 @@ fn batched_answers_are_bit_identical_to_single_ones() {
         }
         std::thread::scope(|scope| {
             let _done = Done(&done);
-            for helper in [0, 2] {
-                let (group, done) = (&group, &done);
+            for helper in &mut members {
+                let done = &done;
                 scope.spawn(move || {
                     while !done.load(Ordering::Relaxed) {
                         let asked = AtomicUsize::new(0);
-                        group.help(helper, 1, || asked.fetch_add(1, Ordering::Relaxed) > 1000);
+                        helper.help(|| asked.fetch_add(1, Ordering::Relaxed) > 1000);
                         std::thread::yield_now();
                     }
                 });
             }
             let repeated = (0..20).map(|i| {
-                let _welcome = group.welcome(1);
+                let _invitation = caller.invite();
                 if i % 2 == 0 {
-                    answers(&backbone, &batch, |rows| group.forward(1, rows).unwrap()) == alone
+                    answers(&backbone, &batch, |rows| group.forward(&mut caller, rows).unwrap()) == alone
                 } else {
-                    answers(&backbone, &batch[5..9], |rows| group.forward(1, rows).unwrap()) == alone[5..9]
+                    answers(&backbone, &batch[5..9], |rows| group.forward(&mut caller, rows).unwrap()) == alone[5..9]
                 }
             });
             let right = repeated.filter(|&right| right).count();

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use model_core::artifact::Digest;
 use model_core::config::{ExpertConfig, ViTConfig};
-use model_core::engine::{Backbone, ExpertSet, Row, Session, SessionGroup};
+use model_core::engine::{Backbone, Crew, ExpertSet, Row, Session, SessionGroup};
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
 use model_core::random::SplitMix64;
@@ -74,21 +74,23 @@ fn main() {
             check(&backbone, forward, &sets, &format!("{isa}, {threads} threads"));
         }
 
-        let (group, inside) = (SessionGroup::new(&backbone, 4, 2), AtomicBool::new(false));
-        let welcome = group.welcome(0);
+        let (crew, mut members) = Crew::new(2);
+        let (mut helper, mut caller) = (members.remove(1), members.remove(0));
+        let (group, inside) = (SessionGroup::new(&backbone, 4, &crew), AtomicBool::new(false));
+        let invitation = caller.invite();
         // Asked whether to leave, the thread has made what it needs for itself.
         let stay = || {
             inside.store(true, Ordering::Relaxed);
             false
         };
         std::thread::scope(|scope| {
-            scope.spawn(|| group.help(1, 0, stay));
+            scope.spawn(|| helper.help(stay));
             while !inside.load(Ordering::Relaxed) {
                 std::thread::yield_now();
             }
-            let forward = |rows: &mut [Row<'_>]| group.forward(0, rows).unwrap();
+            let forward = |rows: &mut [Row<'_>]| group.forward(&mut caller, rows).unwrap();
             check(&backbone, forward, &sets, &format!("{isa}, with a helper"));
-            drop(welcome);
+            drop(invitation);
         });
     }
     let (weights, set) = common::calibrated_weights(1);

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use model_core::engine::{Crew, Member};
 use model_core::image::DecodeLimits;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
@@ -169,7 +170,8 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     let metrics = Arc::new(Metrics::new(args.per_set_metrics)?);
     http::declare(&metrics);
     let compute_threads = threads_or_cores(args.pipeline.compute_threads);
-    let registry = new_registry(args, compute_threads, &metrics)?;
+    let (crew, members) = Crew::new(compute_threads);
+    let registry = new_registry(args, crew, &metrics)?;
     let catalog = Catalog::open(args.models.model_store.clone(), registry.clone())?;
     if let Some(first) = catalog.broken().first().filter(|_| args.registry.strict) {
         bail!("{}", first.reason);
@@ -181,7 +183,6 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
         max_wait: args.pipeline.max_wait,
         threads: compute_threads,
     };
-    let pipeline = Pipeline::start(batching, &metrics).context(NO_THREADS)?;
     let images = args.pipeline.image_limits(compute_threads);
     metrics.queue_capacity.set(saturating(images.images));
     admission::Resource::ALL.iter().for_each(|resource| metrics.declare_share(resource.as_str()));
@@ -190,7 +191,7 @@ pub fn assemble(args: &ServeArgs) -> anyhow::Result<AppState> {
     let classifier = Classifier {
         registry,
         decoder: start_decoder(args, &metrics)?,
-        pipeline,
+        pipeline: Pipeline::new(batching, members),
         admission: Admission::new(args.limits.max_requests, args.limits.body_memory.0, images, shares),
         metrics,
         statistics: Statistics::default(),
@@ -256,7 +257,7 @@ pub async fn make_ready(app: &AppState, args: &ServeArgs) -> anyhow::Result<()> 
     for name in &args.registry.pin {
         classifier.registry.pin(name, START_WAIT).await.with_context(|| format!("--pin {name}"))?;
     }
-    warm_up(default, threads_or_cores(args.pipeline.compute_threads)).await?;
+    start_compute(default, Arc::clone(classifier)).await?;
     // Before the log says so: a client that waits for that line may send requests at once.
     classifier.admission.lifecycle.set_ready();
     log_start(args, app);
@@ -299,7 +300,7 @@ fn user_keys(args: &ServeArgs) -> anyhow::Result<Keys> {
     Ok(keys.with_rate(rate, args.key_burst()))
 }
 
-fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> anyhow::Result<SetRegistry> {
+fn new_registry(args: &ServeArgs, crew: Crew, metrics: &Metrics) -> anyhow::Result<SetRegistry> {
     let settings = registry::Settings {
         budget_bytes: args.registry.memory_budget.0,
         queue_bytes: args.pipeline.queue_bytes.0,
@@ -307,11 +308,7 @@ fn new_registry(args: &ServeArgs, compute_threads: usize, metrics: &Metrics) -> 
         drop_idle_backbones: args.registry.drop_idle_backbones,
         ..registry::Settings::default()
     };
-    let source = ArtifactSource {
-        compute_threads,
-        max_batch: args.pipeline.max_batch,
-        queue_bytes: args.pipeline.queue_bytes.0,
-    };
+    let source = ArtifactSource { crew, max_batch: args.pipeline.max_batch, queue_bytes: args.pipeline.queue_bytes.0 };
     let loader = BlockingPool::start("load", args.registry.load_threads, Priority::Background);
     Registry::new(source, settings, loader.context(NO_THREADS)?, metrics.sets().clone()).map_err(|_| {
         let (budget, queue) = (args.registry.memory_budget, args.pipeline.queue_bytes);
@@ -361,15 +358,18 @@ async fn default_set(args: &ServeArgs, app: &AppState) -> anyhow::Result<SetLeas
     }
 }
 
-/// One forward pass on every compute thread's scratch, so that the first request finds memory touched and code paged in.
-async fn warm_up(lease: SetLease, compute_threads: usize) -> anyhow::Result<()> {
+/// Starts the compute threads, after one forward pass on each one's scratch, so that the first request finds memory touched
+/// and code paged in.
+async fn start_compute(lease: SetLease, classifier: Arc<Classifier>) -> anyhow::Result<()> {
     let run = move || {
         let backbone = &lease.backbone.value;
         let pixels = vec![0.0; backbone.input_bytes() / size_of::<f32>()];
         let row = [Row { set: &lease.value, pixels: &pixels, routing: false }];
-        (0..compute_threads).try_for_each(|thread| backbone.forward(thread, &row, None).map(drop))
+        let warm_up =
+            |member: &mut Member| backbone.forward(member, &row, None).map(drop).context("the model does not run");
+        classifier.pipeline.start(&classifier.metrics, warm_up)
     };
-    tokio::task::spawn_blocking(run).await.map_err(anyhow::Error::from).flatten().context("the model does not run")
+    tokio::task::spawn_blocking(run).await.map_err(anyhow::Error::from).flatten()
 }
 
 fn log_start(args: &ServeArgs, app: &AppState) {

@@ -19,18 +19,19 @@
 mod attention;
 mod backbone;
 pub mod bench;
+mod crew;
 mod expert_set;
 mod group;
 mod moe;
 mod packed;
-mod pool;
+mod parts;
 mod session;
 mod stem;
 
 pub use backbone::Backbone;
+pub use crew::{Crew, Invitation, Member};
 pub use expert_set::ExpertSet;
 pub use group::SessionGroup;
 pub use moe::MoeLayer;
 pub(crate) use moe::storage;
-pub use pool::Welcome;
 pub use session::{Row, Session};

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use super::attention::{AttentionScratch, Head};
 use super::backbone::{Backbone, Block};
+use super::crew::{Crew, Loops, Member};
 use super::expert_set::ExpertSet;
 use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
 use super::packed::{Quantized, TILE};
-use super::pool::{Parts, PerThread, Pool, Team};
+use super::parts::{Parts, PerThread};
 use super::stem::{StemScratch, StemThread};
 use crate::config::{BackboneConfig, ExpertConfig};
 use crate::error::{ModelError, expect_len};
@@ -36,9 +37,15 @@ pub struct Row<'a> {
 /// `top_k` exceeds what the scratch was made for.
 #[derive(Debug)]
 pub struct Session {
+    caller: Member,
+    pass: Pass,
+}
+
+/// The scratch of one caller's forward passes, and the passes themselves.
+#[derive(Debug)]
+pub(super) struct Pass {
     backbone: Arc<Backbone>,
     max_batch: usize,
-    pool: Pool,
     /// The caller's row of each image: rows that go through the same experts are made neighbours, whichever
     /// set they are of.
     order: Vec<usize>,
@@ -59,7 +66,7 @@ pub struct Session {
     threads: Arc<PerThread<ThreadScratch>>,
     /// Bytes of one thread's scratch.
     thread_bytes: usize,
-    /// Threads whose scratch counts as this session's: all of its own, or one of a group's.
+    /// Threads whose scratch counts as this caller's: all of its helpers, or its own in a group.
     own_threads: usize,
 }
 
@@ -94,7 +101,7 @@ impl ThreadScratch {
     }
 }
 
-/// The scratch of every thread of a pool or of a group of pools.
+/// The scratch of every thread of a crew.
 struct Threads {
     stem: Arc<PerThread<StemThread>>,
     rest: Arc<PerThread<ThreadScratch>>,
@@ -119,18 +126,56 @@ impl Session {
     /// Scratch for batches of up to `max_batch` images on `backbone`, computed by `threads` threads: the caller's and
     /// `threads - 1` helpers that live as long as the session. Zeros count as one.
     pub fn new(backbone: &Arc<Backbone>, max_batch: usize, threads: usize) -> Self {
-        let pool = Pool::new(threads);
-        let own_threads = pool.seats();
-        Self::with(backbone, max_batch, pool, own_threads, &Threads::new(backbone, own_threads))
+        let caller = Member::with_helpers(threads);
+        let threads = caller.numbers();
+        let pass = Pass::with(backbone, max_batch, threads, &Threads::new(backbone, threads));
+        Self { caller, pass }
     }
 
-    /// The sessions of a [`SessionGroup`](super::SessionGroup). The scratch of each thread serves in all of them.
-    pub(super) fn group(backbone: &Arc<Backbone>, max_batch: usize, count: usize) -> Vec<Self> {
-        let threads = Threads::new(backbone, count);
-        Pool::group(count).into_iter().map(|pool| Self::with(backbone, max_batch, pool, 1, &threads)).collect()
+    /// The backbone that it runs.
+    pub fn backbone(&self) -> &Arc<Backbone> {
+        &self.pass.backbone
     }
 
-    fn with(backbone: &Arc<Backbone>, max_batch: usize, pool: Pool, own_threads: usize, threads: &Threads) -> Self {
+    /// Most rows of one [`Session::forward`].
+    pub fn max_batch(&self) -> usize {
+        self.pass.max_batch
+    }
+
+    /// Most bytes by which batches with sets like `experts` make the scratch of a new session grow, once: none for up to 64
+    /// experts, two of which are chosen, without an `out` rotation.
+    pub fn growth(backbone: &BackboneConfig, max_batch: usize, experts: &ExpertConfig) -> usize {
+        MoeScratch::growth(backbone.d_model, backbone.d_ff, max_batch * block_tokens(backbone), experts)
+    }
+
+    /// Gives back what batches made it grow by.
+    pub fn shrink(&mut self) {
+        self.pass.shrink();
+    }
+
+    pub fn resident_bytes(&self) -> usize {
+        size_of::<Member>() + self.pass.resident_bytes()
+    }
+
+    /// Classifies every row: writes its logits and, where asked for, which experts its patches went to.
+    ///
+    /// # Errors
+    /// Nothing is computed when there are more rows than [`Session::max_batch`], a slice has the wrong length, or a
+    /// set belongs to another backbone.
+    pub fn forward(&mut self, rows: &mut [Row<'_>]) -> Result<(), ModelError> {
+        self.pass.forward(&mut self.caller, rows)
+    }
+}
+
+impl Pass {
+    /// Those of a [`SessionGroup`](super::SessionGroup), by the number of the member whose passes they are. The scratch of
+    /// each thread serves in all of them.
+    pub(super) fn group(backbone: &Arc<Backbone>, max_batch: usize, crew: &Crew) -> Vec<Self> {
+        let threads = Threads::new(backbone, crew.size());
+        (0..crew.size()).map(|_| Self::with(backbone, max_batch, 1, &threads)).collect()
+    }
+
+    fn with(backbone: &Arc<Backbone>, max_batch: usize, own_threads: usize, threads: &Threads) -> Self {
         let (config, max_batch) = (backbone.config(), max_batch.max(1));
         let (d_model, d_ff, tokens) = (config.d_model, config.d_ff, block_tokens(config));
         let moe_threads = Arc::clone(&threads.moe);
@@ -150,43 +195,14 @@ impl Session {
             threads: Arc::clone(&threads.rest),
             thread_bytes: threads.bytes,
             own_threads,
-            pool,
         }
     }
 
-    /// Where others of its group may help.
-    pub(super) fn team(&self) -> Team {
-        self.pool.team()
-    }
-
-    /// Shares the forward passes of another session of its group for as long as helpers are welcome there and `leave`,
-    /// which is asked every few microseconds, says no.
-    pub(super) fn help(&mut self, team: &Team, leave: impl Fn() -> bool) {
-        self.pool.help(team, leave);
-    }
-
-    /// The backbone that it runs.
-    pub fn backbone(&self) -> &Arc<Backbone> {
-        &self.backbone
-    }
-
-    /// Most rows of one [`Session::forward`].
-    pub fn max_batch(&self) -> usize {
-        self.max_batch
-    }
-
-    /// Most bytes by which batches with sets like `experts` make the scratch of a new session grow, once: none for up to 64
-    /// experts, two of which are chosen, without an `out` rotation.
-    pub fn growth(backbone: &BackboneConfig, max_batch: usize, experts: &ExpertConfig) -> usize {
-        MoeScratch::growth(backbone.d_model, backbone.d_ff, max_batch * block_tokens(backbone), experts)
-    }
-
-    /// Gives back what batches made it grow by.
-    pub fn shrink(&mut self) {
+    pub(super) fn shrink(&mut self) {
         self.moe.shrink();
     }
 
-    pub fn resident_bytes(&self) -> usize {
+    pub(super) fn resident_bytes(&self) -> usize {
         let floats = self.x.capacity() + self.normed.capacity() + self.qkv.capacity() + self.heads.capacity();
         let buffers = floats * size_of::<f32>()
             + self.stem.heap_bytes()
@@ -196,29 +212,25 @@ impl Session {
         size_of::<Self>() + buffers + self.own_threads * self.thread_bytes
     }
 
-    /// Classifies every row: writes its logits and, where asked for, which experts its patches went to.
-    ///
-    /// # Errors
-    /// Nothing is computed when there are more rows than [`Session::max_batch`], a slice has the wrong length, or a
-    /// set belongs to another backbone.
-    pub fn forward(&mut self, rows: &mut [Row<'_>]) -> Result<(), ModelError> {
+    /// [`Session::forward`] on the threads of `loops`, whose numbers are those of this scratch.
+    pub(super) fn forward(&mut self, loops: &mut dyn Loops, rows: &mut [Row<'_>]) -> Result<(), ModelError> {
         if let Some(row) = rows.iter().find(|row| row.set.backbone_digest() != self.backbone.digest()) {
             return Err(ModelError::ForeignSet { expected: row.set.backbone_digest(), got: self.backbone.digest() });
         }
         let backbone = &*Arc::clone(&self.backbone);
         check_rows(backbone, self.max_batch, rows)?;
-        self.arrange(backbone, rows);
-        self.run_stem(backbone, rows);
+        self.arrange(backbone, loops.threads(), rows);
+        self.run_stem(backbone, loops, rows);
         for (layer, block) in backbone.blocks.iter().enumerate() {
-            self.run_attention(backbone, block, rows.len());
-            self.run_experts(backbone, layer, rows);
+            self.run_attention(backbone, block, loops, rows.len());
+            self.run_experts(backbone, layer, loops, rows);
         }
-        self.run_head(backbone, rows);
+        self.run_head(backbone, loops, rows);
         Ok(())
     }
 
     /// Makes rows of one set neighbours, and notes which tokens go through which set.
-    fn arrange(&mut self, backbone: &Backbone, rows: &[Row<'_>]) {
+    fn arrange(&mut self, backbone: &Backbone, threads: usize, rows: &[Row<'_>]) {
         let tokens = backbone.config().num_tokens();
         let Self { order, sets, spans, .. } = self;
         order.clear();
@@ -239,31 +251,31 @@ impl Session {
         }
         let Some(block) = backbone.blocks.first() else { return };
         let experts = |set: usize| &rows[sets[set]].set.layers[0];
-        Moe { substrates: &block.substrates, experts, spans }.plan(self.pool.threads(), &mut self.moe);
+        Moe { substrates: &block.substrates, experts, spans }.plan(threads, &mut self.moe);
     }
 
-    fn run_stem(&mut self, backbone: &Backbone, rows: &[Row<'_>]) {
+    fn run_stem(&mut self, backbone: &Backbone, loops: &mut dyn Loops, rows: &[Row<'_>]) {
         let image_len = backbone.config().num_tokens() * backbone.config().d_model;
-        let Self { order, stem, stem_threads, pool, x, .. } = self;
+        let Self { order, stem, stem_threads, x, .. } = self;
         let x = &mut x[..rows.len() * image_len];
-        backbone.stem.forward(|image| rows[order[image]].pixels, pool, (stem, stem_threads), (rows.len(), x));
+        backbone.stem.forward(|image| rows[order[image]].pixels, loops, (stem, stem_threads), (rows.len(), x));
         if backbone.config().has_blocks() {
             x.chunks_exact_mut(image_len).for_each(|x| add_assign(backbone.isa(), x, &backbone.pos_embed));
         }
     }
 
     /// `x += proj(attention(qkv(norm1(x))))`, then `normed = norm2(x)`.
-    fn run_attention(&mut self, backbone: &Backbone, block: &Block, images: usize) {
+    fn run_attention(&mut self, backbone: &Backbone, block: &Block, loops: &mut dyn Loops, images: usize) {
         let BackboneConfig { d_model, num_heads, .. } = *backbone.config();
         let (isa, tokens, head_dim) = (backbone.isa(), backbone.config().num_tokens(), backbone.config().head_dim());
         let all = images * tokens;
-        let tile = all.div_ceil(self.pool.threads()).clamp(8, TILE);
+        let tile = all.div_ceil(loops.threads()).clamp(8, TILE);
         let tiles = all.div_ceil(tile);
         let range = |item: usize| (item * tile, tile.min(all - item * tile));
         let threads = &*self.threads;
 
         let (x, qkv) = (&self.x, Parts::new(&mut self.qkv));
-        self.pool.run(tiles, |thread, item| {
+        loops.run(tiles, &|thread, item| {
             let (first, rows) = range(item);
             // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
             let (thread, qkv) = unsafe { (threads.of(thread), qkv.part(first * 3 * d_model, rows * 3 * d_model)) };
@@ -274,7 +286,7 @@ impl Session {
         });
 
         let (qkv, heads) = (&self.qkv, Parts::new(&mut self.heads));
-        self.pool.run(images * num_heads, |thread, item| {
+        loops.run(images * num_heads, &|thread, item| {
             let (image, head) = (item / num_heads, item % num_heads);
             // SAFETY: a thread number is used by one call at a time, and heads have outputs of their own.
             let (thread, out) =
@@ -285,7 +297,7 @@ impl Session {
 
         let (x, normed, heads) = (Parts::new(&mut self.x), Parts::new(&mut self.normed), &self.heads);
         let order = block.substrates.input_order();
-        self.pool.run(tiles, |thread, item| {
+        loops.run(tiles, &|thread, item| {
             let (first, rows) = range(item);
             let (start, len) = (first * d_model, rows * d_model);
             // SAFETY: a thread number is used by one call at a time, and tiles have rows of their own.
@@ -310,13 +322,13 @@ impl Session {
     }
 
     /// `x += experts(normed)`.
-    fn run_experts(&mut self, backbone: &Backbone, layer: usize, rows: &mut [Row<'_>]) {
+    fn run_experts(&mut self, backbone: &Backbone, layer: usize, loops: &mut dyn Loops, rows: &mut [Row<'_>]) {
         let tokens = backbone.config().num_tokens();
-        let Self { sets, spans, moe, pool, normed, x, order, .. } = self;
+        let Self { sets, spans, moe, normed, x, order, .. } = self;
         let experts = |set: usize| &rows[sets[set]].set.layers[layer];
         let block = Moe { substrates: &backbone.blocks[layer].substrates, experts, spans };
-        block.route(normed, pool, moe);
-        block.forward(normed, x, pool, moe);
+        block.route(normed, loops, moe);
+        block.forward(normed, x, loops, moe);
         for span in spans.iter() {
             for image in span.first / tokens..(span.first + span.tokens) / tokens {
                 let row = &mut rows[order[image]];
@@ -330,10 +342,10 @@ impl Session {
     }
 
     /// `logits = head(mean over tokens of norm(x))`.
-    fn run_head(&mut self, backbone: &Backbone, rows: &mut [Row<'_>]) {
+    fn run_head(&mut self, backbone: &Backbone, loops: &mut dyn Loops, rows: &mut [Row<'_>]) {
         let (isa, d_model, tokens) = (backbone.isa(), backbone.config().d_model, backbone.config().num_tokens());
-        // SAFETY: outside of loops the session's number is its caller's, who has the session exclusively.
-        let ThreadScratch { rows: normed, out: pooled, quantized, .. } = unsafe { self.threads.of(self.pool.own()) };
+        // SAFETY: outside of loops the caller's number is its own, and `loops` is borrowed exclusively.
+        let ThreadScratch { rows: normed, out: pooled, quantized, .. } = unsafe { self.threads.of(loops.own()) };
         let pooled = &mut pooled[..d_model];
         for (image, &row) in self.order.iter().enumerate() {
             pooled.fill(0.0);
@@ -388,4 +400,69 @@ fn check_rows(backbone: &Backbone, max_batch: usize, rows: &[Row<'_>]) -> Result
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::artifact::Digest;
+    use crate::config::ViTConfig;
+    use crate::image::Preprocess;
+    use crate::kernels::Isa;
+    use crate::random::SplitMix64;
+    use crate::random_weights::{backbone_weights, expert_set_weights};
+
+    /// Three threads at their worst: items in any order, each by any thread.
+    struct Anyhow(SplitMix64);
+
+    // SAFETY: there is one thread, so a number is used by one call at a time, and by nobody else.
+    unsafe impl Loops for Anyhow {
+        fn own(&self) -> usize {
+            1
+        }
+
+        fn numbers(&self) -> usize {
+            3
+        }
+
+        fn threads(&self) -> usize {
+            3
+        }
+
+        fn run(&mut self, items: usize, body: &(dyn Fn(usize, usize) + Sync)) {
+            let mut left: Vec<usize> = (0..items).collect();
+            while !left.is_empty() {
+                let item = left.swap_remove(self.0.bits() as usize % left.len());
+                body(self.0.bits() as usize % 3, item);
+            }
+        }
+    }
+
+    #[test]
+    fn no_answer_depends_on_which_thread_runs_an_item_and_when() {
+        let config = ViTConfig::preset("tiny").unwrap();
+        let mut random = SplitMix64::at(7, 0);
+        let weights = backbone_weights(&config.backbone, &mut random);
+        let set = expert_set_weights(&config, &mut random);
+        let digest = Digest::of("b", &[]);
+        for isa in Isa::available() {
+            let backbone = Backbone::from_weights("b".into(), &weights, Preprocess::default(), digest, isa).unwrap();
+            let backbone = Arc::new(backbone);
+            let set = ExpertSet::from_weights("s".into(), set.clone(), digest, &backbone).unwrap();
+            let pixels = random.uniforms(2 * backbone.pixels_len(), 1.0);
+            let logits = |forward: &mut dyn FnMut(&mut [Row<'_>])| {
+                let mut logits = vec![0.0; 2 * set.labels().len()];
+                let images = logits.chunks_exact_mut(set.labels().len()).zip(pixels.chunks_exact(pixels.len() / 2));
+                let row = |(logits, pixels)| Row { set: &set, pixels, logits, routing: None, features: None };
+                forward(&mut images.map(row).collect::<Vec<_>>());
+                logits
+            };
+            let alone = logits(&mut |rows| Session::new(&backbone, 2, 1).forward(rows).unwrap());
+            let mut pass = Pass::with(&backbone, 2, 3, &Threads::new(&backbone, 3));
+            for seed in 0..3 {
+                let mut loops = Anyhow(SplitMix64::at(seed, 0));
+                assert_eq!(logits(&mut |rows| pass.forward(&mut loops, rows).unwrap()), alone, "{isa}, seed {seed}");
+            }
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use model_core::engine::Crew;
 use model_core::image::{DecodeLimits, Seen};
 use serde::Serialize;
 use tokio::time::Instant;
@@ -89,7 +90,8 @@ fn classifier(
     sets: Vec<SetDescriptor>,
 ) -> anyhow::Result<Classifier> {
     let metrics = Arc::new(Metrics::new(false)?);
-    let source = ArtifactSource { compute_threads: 1, max_batch: 1, queue_bytes: usize::MAX };
+    let (crew, members) = Crew::new(1);
+    let source = ArtifactSource { crew, max_batch: 1, queue_bytes: usize::MAX };
     let settings = registry::Settings { budget_bytes: usize::MAX, ..registry::Settings::default() };
     let loader = BlockingPool::start("load", 1, Priority::Normal)?;
     let registry = Registry::new(source, settings, loader, metrics.sets().clone())?;
@@ -100,10 +102,12 @@ fn classifier(
     let images = ImageLimits { images: 1, bytes: usize::MAX, images_per_set: 1, images_when_busy: 1 };
     let admission = Admission::new(1, 0, images, Shares::new(Ceilings::NONE, None));
     admission.lifecycle.set_ready();
+    let pipeline = Pipeline::new(batching, members);
+    pipeline.start(&metrics, |_| Ok(()))?;
     Ok(Classifier {
         registry,
         decoder: Decoder::start(1, limits.max_bytes as usize, limits, Arc::clone(&metrics))?,
-        pipeline: Pipeline::start(batching, &metrics)?,
+        pipeline,
         admission,
         metrics,
         statistics: Statistics::default(),

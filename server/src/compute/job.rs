@@ -1,4 +1,4 @@
-//! What goes through the queue: images, and calls for help.
+//! What goes through the queue.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,8 +7,7 @@ use tokio::sync::oneshot;
 
 use super::queue::{Entry, Queue};
 use crate::admission::ImagePermit;
-use crate::sets::loaded::{Answer, ArtifactSource, SetLease};
-use crate::sets::registry::ResidentBackbone;
+use crate::sets::loaded::{Answer, SetLease};
 
 /// One image on its way through a compute thread.
 pub struct Job {
@@ -37,16 +36,7 @@ pub(super) struct QueuedJob {
     pub(super) reply: Reply,
 }
 
-/// Threads without a batch of their own share the forward passes of others.
-pub(super) type JobQueue = Queue<QueuedJob, HelpWanted>;
-
-/// A compute thread that would like help with its batch.
-#[derive(Clone)]
-pub(super) struct HelpWanted {
-    pub(super) thread: usize,
-    /// With its place in the memory budget, whatever becomes of the caller's lease.
-    pub(super) backbone: Arc<ResidentBackbone<ArtifactSource>>,
-}
+pub(super) type JobQueue = Queue<QueuedJob>;
 
 impl Entry for QueuedJob {
     type Group = usize;

@@ -7,10 +7,12 @@ mod job;
 pub mod queue;
 mod worker;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use anyhow::Context;
+use model_core::engine::Member;
 use tokio::sync::oneshot;
 
 use crate::metrics::Metrics;
@@ -23,24 +25,35 @@ use queue::{Queue, QueueSettings};
 /// The queue and its compute threads.
 pub struct Pipeline {
     queue: JobQueue,
+    /// Those whose threads are not started yet.
+    members: Mutex<Vec<Member>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Pipeline {
-    /// Starts the compute threads.
+    /// A pipeline whose compute threads are still to be started.
+    pub fn new(settings: QueueSettings, members: Vec<Member>) -> Self {
+        Self { queue: Queue::new(settings), members: Mutex::new(members), workers: Mutex::default() }
+    }
+
+    /// Starts the compute threads, each after `first` with the member that the thread will have. What is queued waits.
     ///
     /// # Errors
-    /// When the operating system gives no thread.
-    pub fn start(settings: QueueSettings, metrics: &Arc<Metrics>) -> std::io::Result<Self> {
-        let queue = Queue::new(settings);
-        let workers = (0..settings.threads)
-            .map(|index| {
-                let (queue, metrics) = (queue.clone(), Arc::clone(metrics));
-                let thread = std::thread::Builder::new().name(format!("bvit-compute-{index}"));
-                thread.spawn(move || worker::run(index, &queue, &metrics))
-            })
-            .collect::<std::io::Result<_>>()?;
-        Ok(Self { queue, workers: Mutex::new(workers) })
+    /// Those of `first`, or when the operating system gives no thread.
+    pub fn start(
+        &self,
+        metrics: &Arc<Metrics>,
+        mut first: impl FnMut(&mut Member) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut members = std::mem::take(&mut *lock(&self.members));
+        members.iter_mut().try_for_each(&mut first)?;
+        for member in members {
+            let (queue, metrics) = (self.queue.clone(), Arc::clone(metrics));
+            let thread = std::thread::Builder::new().name(format!("bvit-compute-{}", member.number()));
+            let worker = thread.spawn(move || worker::run(member, &queue, &metrics)).context("threads")?;
+            lock(&self.workers).push(worker);
+        }
+        Ok(())
     }
 
     /// Queues images of one request, all or none, and returns what will receive their answers.
@@ -65,10 +78,15 @@ impl Pipeline {
     /// Refuses new images, finishes those that wait, and ends the compute threads. Blocking.
     pub fn drain(&self) {
         self.queue.close();
-        let workers = std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
+        let workers = std::mem::take(&mut *lock(&self.workers));
         for worker in workers {
             // A panic outside the guarded forward pass was already logged by the panic hook.
             let _ = worker.join();
         }
     }
+}
+
+/// What is behind the lock, even when a thread panicked with it: the lists are whole at any time.
+fn lock<T>(list: &Mutex<T>) -> MutexGuard<'_, T> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }

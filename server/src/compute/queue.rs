@@ -70,99 +70,85 @@ pub fn decide(
 
 /// What a thread is to do next.
 #[derive(Debug)]
-pub enum Work<'a, E, H> {
+pub enum Work<'a, E> {
     /// Run these entries, of one group.
     Batch {
         /// Oldest first.
         entries: Vec<E>,
-        /// Whether there are threads that nothing waits for.
-        others_free: bool,
         /// To be dropped when they have run.
-        running: Running<'a>,
+        running: Running<'a, E>,
     },
-    /// Answer a call for help.
-    Help(H),
+    /// Nothing waits, and others run batches that can be helped with.
+    Help,
 }
 
 /// A batch that runs, until dropped.
-#[derive(Debug)]
-pub struct Running<'a>(&'a AtomicUsize);
+pub struct Running<'a, E> {
+    queue: &'a Queue<E>,
+    wants_help: bool,
+}
 
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+impl<E> Running<'_, E> {
+    /// Whether there are threads that nothing waits for. They are told to help until this is dropped.
+    pub fn wants_help(&self) -> bool {
+        self.wants_help
     }
 }
 
-struct State<E, H> {
+impl<E> Drop for Running<'_, E> {
+    fn drop(&mut self) {
+        let mut state = self.queue.lock();
+        state.running -= 1;
+        state.want_help -= usize::from(self.wants_help);
+    }
+}
+
+impl<E> std::fmt::Debug for Running<'_, E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Running").field("wants_help", &self.wants_help).finish()
+    }
+}
+
+struct State<E> {
     entries: VecDeque<E>,
-    /// Calls for help, each with a number; the front one is answered next.
-    calls: VecDeque<(u64, H)>,
-    next_call: u64,
+    /// Batches that threads are running.
+    running: usize,
+    /// Those of them that want help.
+    want_help: usize,
     closed: bool,
 }
 
-struct Shared<E, H> {
-    state: Mutex<State<E, H>>,
+struct Shared<E> {
+    state: Mutex<State<E>>,
     changed: Condvar,
     /// Number of entries, for those who look without the lock.
     waiting: AtomicUsize,
-    /// Number of batches that threads are running.
-    running: AtomicUsize,
 }
 
-/// A first-in-first-out queue that hands out batches, and calls for help (`H`) to threads that would sleep
-/// otherwise; clones share it.
-pub struct Queue<E, H> {
-    shared: Arc<Shared<E, H>>,
+/// A first-in-first-out queue that hands out batches, and sends threads that would sleep otherwise to help; clones
+/// share it.
+pub struct Queue<E> {
+    shared: Arc<Shared<E>>,
     settings: QueueSettings,
 }
 
-impl<E, H> Clone for Queue<E, H> {
+impl<E> Clone for Queue<E> {
     fn clone(&self) -> Self {
         Self { shared: Arc::clone(&self.shared), settings: self.settings }
     }
 }
 
-/// A call for help, taken back when dropped.
-pub struct Call<'a, E, H> {
-    queue: &'a Queue<E, H>,
-    number: u64,
-}
-
-impl<E, H> Drop for Call<'_, E, H> {
-    fn drop(&mut self) {
-        self.queue.lock().calls.retain(|(number, _)| *number != self.number);
-    }
-}
-
-impl<E, H> Queue<E, H> {
-    fn lock(&self) -> MutexGuard<'_, State<E, H>> {
+impl<E> Queue<E> {
+    fn lock(&self) -> MutexGuard<'_, State<E>> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<E: Entry, H: Clone> Queue<E, H> {
+impl<E: Entry> Queue<E> {
     pub fn new(settings: QueueSettings) -> Self {
-        let state = State { entries: VecDeque::new(), calls: VecDeque::new(), next_call: 0, closed: false };
-        let shared = Shared {
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            waiting: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
-        };
+        let state = State { entries: VecDeque::new(), running: 0, want_help: 0, closed: false };
+        let shared = Shared { state: Mutex::new(state), changed: Condvar::new(), waiting: AtomicUsize::new(0) };
         Self { shared: Arc::new(shared), settings }
-    }
-
-    /// Asks idle threads to help with `what` until the call is dropped.
-    pub fn call(&self, what: H) -> Call<'_, E, H> {
-        let mut state = self.lock();
-        let number = state.next_call;
-        state.next_call += 1;
-        state.calls.push_back((number, what));
-        drop(state);
-        self.shared.changed.notify_all();
-        Call { queue: self, number }
     }
 
     /// Whether entries wait: a thread that helps should come back.
@@ -171,7 +157,7 @@ impl<E: Entry, H: Clone> Queue<E, H> {
     }
 
     /// For those who look without the lock.
-    fn count(&self, state: &State<E, H>) {
+    fn count(&self, state: &State<E>) {
         self.shared.waiting.store(state.entries.len(), Ordering::Relaxed);
     }
 
@@ -202,9 +188,9 @@ impl<E: Entry, H: Clone> Queue<E, H> {
     }
 
     /// Blocks until a batch closes (entries of one group, oldest first, dead ones dropped) or, while nothing
-    /// waits, somebody calls for help. `None` once the queue is closed and empty. While an image waits for
+    /// waits, a batch wants help. `None` once the queue is closed and empty. While an image waits for
     /// company ([`QueueSettings::max_wait`]), nobody helps.
-    pub fn next(&self) -> Option<Work<'_, E, H>> {
+    pub fn next(&self) -> Option<Work<'_, E>> {
         let mut state = self.lock();
         loop {
             let now = Instant::now();
@@ -219,26 +205,19 @@ impl<E: Entry, H: Clone> Queue<E, H> {
                     if !state.entries.is_empty() {
                         self.shared.changed.notify_one();
                     }
-                    let nothing_waits = state.entries.is_empty();
+                    let running = (!entries.is_empty()).then(|| self.run(&mut state, entries.len()));
                     drop(state);
                     // Without the lock: what they hold may take a while to free.
                     drop(dead);
-                    if !entries.is_empty() {
-                        let running = Running(&self.shared.running);
-                        let others = self.shared.running.fetch_add(1, Ordering::Relaxed);
-                        // More than one means that there is work for the others, or that images wait for company.
-                        let others_free = nothing_waits && entries.len() == 1 && others + 1 < self.settings.threads;
-                        return Some(Work::Batch { entries, others_free, running });
+                    if let Some(running) = running {
+                        return Some(Work::Batch { entries, running });
                     }
                     state = self.lock();
                 }
                 Decision::Sleep if state.closed => return None,
                 Decision::Sleep => {
-                    if let Some(call) = state.calls.pop_front() {
-                        let what = call.1.clone();
-                        // The next helper goes to the next caller.
-                        state.calls.push_back(call);
-                        return Some(Work::Help(what));
+                    if state.want_help > 0 {
+                        return Some(Work::Help);
                     }
                     state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
@@ -250,6 +229,18 @@ impl<E: Entry, H: Clone> Queue<E, H> {
         }
     }
 
+    /// Counts a batch of `len` entries that begins to run, and wakes the others when it wants help.
+    fn run(&self, state: &mut State<E>, len: usize) -> Running<'_, E> {
+        state.running += 1;
+        // More than one means that there is work for the others, or that images wait for company.
+        let wants_help = state.entries.is_empty() && len == 1 && state.running < self.settings.threads;
+        if wants_help {
+            state.want_help += 1;
+            self.shared.changed.notify_all();
+        }
+        Running { queue: self, wants_help }
+    }
+
     /// Refuses new entries; what waits is still handed out.
     pub fn close(&self) {
         self.lock().closed = true;
@@ -257,7 +248,7 @@ impl<E: Entry, H: Clone> Queue<E, H> {
     }
 }
 
-impl<E: Entry, H> State<E, H> {
+impl<E: Entry> State<E> {
     /// Up to `max` live entries of the oldest live entry's group, and the dead ones met on the way.
     fn take_batch(&mut self, max: usize, now: Instant) -> (Vec<E>, Vec<E>) {
         let (mut batch, mut dead): (Vec<E>, Vec<E>) = (Vec::new(), Vec::new());
@@ -313,16 +304,16 @@ mod tests {
         QueueSettings { max_batch: 3, max_wait: Duration::ZERO, threads: 1 }
     }
 
-    type TestQueue = Queue<Image, &'static str>;
+    type TestQueue = Queue<Image>;
 
-    fn entries(work: Work<'_, Image, &str>) -> Vec<Image> {
+    fn entries(work: Work<'_, Image>) -> Vec<Image> {
         match work {
             Work::Batch { entries, .. } => entries,
-            Work::Help(what) => panic!("asked to help {what}"),
+            Work::Help => panic!("asked to help"),
         }
     }
 
-    fn ids(work: Option<Work<'_, Image, &str>>) -> Vec<usize> {
+    fn ids(work: Option<Work<'_, Image>>) -> Vec<usize> {
         entries(work.unwrap()).iter().map(|image| image.id).collect()
     }
 
@@ -390,43 +381,52 @@ mod tests {
     }
 
     #[test]
-    fn idle_threads_are_sent_to_callers_in_turn_and_entries_go_first() {
-        let queue = TestQueue::new(settings());
-        let (first, _second) = (queue.call("first"), queue.call("second"));
-        let help = || match queue.next() {
-            Some(Work::Help(what)) => what,
-            other => panic!("{other:?}"),
+    fn idle_threads_help_while_a_batch_wants_it_and_entries_go_first() {
+        let queue = TestQueue::new(QueueSettings { threads: 3, ..settings() });
+        let take = |id| {
+            queue.push_all(vec![image(id, 1)]).unwrap();
+            match queue.next() {
+                Some(Work::Batch { running, .. }) => running,
+                other => panic!("{other:?}"),
+            }
         };
-        assert_eq!([help(), help(), help()], ["first", "second", "first"]);
+        let is_help = || matches!(queue.next(), Some(Work::Help));
+        let (first, second) = (take(0), take(1));
+        assert!(first.wants_help() && second.wants_help());
+        let third = take(2);
+        assert!(!third.wants_help(), "every thread has a batch");
+        drop(third);
+        assert!(is_help());
         drop(first);
-        assert_eq!([help(), help()], ["second"; 2]);
+        assert!(is_help());
         assert!(!queue.has_waiting());
-        queue.push_all(vec![image(0, 1)]).unwrap();
+        queue.push_all(vec![image(3, 1)]).unwrap();
         assert!(queue.has_waiting());
-        assert_eq!(ids(queue.next()), [0]);
+        assert_eq!(ids(queue.next()), [3]);
         assert!(!queue.has_waiting());
-        queue.push_all(vec![Image { dead: true, ..image(1, 1) }]).unwrap();
+        queue.push_all(vec![Image { dead: true, ..image(4, 1) }]).unwrap();
         queue.drop_dead();
         assert!(!queue.has_waiting());
         queue.close();
         assert!(queue.next().is_none(), "nobody helps in a server that ends");
+        drop(second);
     }
 
     #[test]
-    fn a_batch_knows_whether_others_are_free() {
+    fn a_batch_wants_help_only_from_threads_with_nothing_to_run() {
         let queue = TestQueue::new(QueueSettings { max_batch: 1, threads: 2, ..settings() });
         let take = || match queue.next() {
-            Some(Work::Batch { others_free, running, .. }) => (others_free, running),
+            Some(Work::Batch { running, .. }) => running,
             other => panic!("{other:?}"),
         };
         queue.push_all((0..2).map(|id| image(id, 1)).collect()).unwrap();
         let (first, second) = (take(), take());
-        assert!(!first.0, "the other thread has an image to run");
-        assert!(!second.0, "the other thread runs one");
+        assert!(!first.wants_help(), "the other thread has an image to run");
+        assert!(!second.wants_help(), "the other thread runs one");
         drop(first);
         drop(second);
         queue.push_all(vec![image(2, 1)]).unwrap();
-        assert!(take().0);
+        assert!(take().wants_help());
     }
 
     #[test]

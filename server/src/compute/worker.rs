@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
+use model_core::engine::Member;
 
-use super::job::{ForwardFailed, HelpWanted, JobQueue, QueuedJob};
+use super::job::{ForwardFailed, JobQueue, QueuedJob};
 use super::queue::Work;
 use crate::metrics::Metrics;
 use crate::repeats::REPEATS;
@@ -15,25 +15,23 @@ use crate::sentence::sentence;
 use crate::sets::loaded::{Answer, Row};
 use crate::statistics::milliseconds;
 
-/// Runs batches, or helps with those of others, until the queue is closed and empty.
-pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
+/// Runs batches, or helps with those of other members, until the queue is closed and empty.
+pub(super) fn run(mut member: Member, queue: &JobQueue, metrics: &Metrics) {
     while let Some(work) = queue.next() {
-        let (batch, others_free, _running) = match work {
-            Work::Batch { entries, others_free, running } => (entries, others_free, running),
-            Work::Help(wanted) => {
-                wanted.backbone.value.help(index, wanted.thread, || queue.has_waiting());
+        let (batch, running) = match work {
+            Work::Batch { entries, running } => (entries, running),
+            Work::Help => {
+                member.help(|| queue.has_waiting());
                 continue;
             }
         };
         // A panic in a forward pass fails its batch, not the thread.
         let batch_result = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            let backbone = batch.first().filter(|_| others_free).map(|entry| &entry.job.lease.backbone);
-            let _welcome = backbone.map(|backbone| backbone.value.welcome(index));
-            // Made last, so that it ends first: a thread that answers a call where it is not welcome would be back at once.
-            let _call =
-                backbone.map(|backbone| queue.call(HelpWanted { thread: index, backbone: Arc::clone(backbone) }));
-            run_batch(index, &batch, metrics)
+            let _invitation = running.wants_help().then(|| member.invite());
+            run_batch(&mut member, &batch, metrics)
         }));
+        // Before the answers go out: whoever was told to help and is not invited would be back at once.
+        drop(running);
         let outputs = batch_result.unwrap_or_else(|_| Err(anyhow!("the forward pass panicked")));
         match outputs {
             Ok((answers, started, inference)) => {
@@ -64,14 +62,14 @@ pub(super) fn run(index: usize, queue: &JobQueue, metrics: &Metrics) {
 
 type BatchOutputs = (Vec<Answer>, Instant, Duration);
 
-fn run_batch(index: usize, batch: &[QueuedJob], metrics: &Metrics) -> anyhow::Result<BatchOutputs> {
+fn run_batch(member: &mut Member, batch: &[QueuedJob], metrics: &Metrics) -> anyhow::Result<BatchOutputs> {
     let Some(first) = batch.first() else { bail!("an empty batch was closed") };
     let started = Instant::now();
     let rows: Vec<Row<'_>> = batch
         .iter()
         .map(|entry| Row { set: &entry.job.lease.value, pixels: &entry.job.pixels, routing: entry.job.routing })
         .collect();
-    let outputs = first.job.lease.backbone.value.forward(index, &rows, Some(metrics))?;
+    let outputs = first.job.lease.backbone.value.forward(member, &rows, Some(metrics))?;
     let inference = started.elapsed();
     let sets: HashSet<&str> = batch.iter().map(|entry| entry.job.lease.descriptor.name.as_str()).collect();
     metrics.batches.inc();

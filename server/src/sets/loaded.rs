@@ -13,7 +13,7 @@ use crate::sets::descriptor::{self, BackboneDescriptor, Location, SetDescriptor}
 use crate::sets::registry::{Lease, Loaded, Registry, Source};
 use crate::statistics::Timings;
 use crate::verdict::Verdict;
-use model_core::engine::{self, Backbone, ExpertSet, Session, SessionGroup, Welcome};
+use model_core::engine::{self, Backbone, Crew, ExpertSet, Member, Session, SessionGroup};
 use model_core::familiarity;
 
 /// The registry as the server uses it.
@@ -22,10 +22,10 @@ pub type SetRegistry = Registry<ArtifactSource>;
 pub type SetLease = Lease<ArtifactSource>;
 
 /// Makes models from artifact files.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ArtifactSource {
-    /// Compute threads, each of which gets its own scratch for every backbone.
-    pub compute_threads: usize,
+    /// The compute threads, each of which gets its own scratch for every backbone.
+    pub crew: Crew,
     /// Most images in one forward pass.
     pub max_batch: usize,
     /// Bytes of preprocessed images that may be on their way; a backbone whose images are larger is of no use.
@@ -101,11 +101,19 @@ impl LoadedSet {
 }
 
 impl LoadedBackbone {
-    /// Runs a batch on the scratch of compute thread `thread`; rows may be of different sets of this backbone.
+    /// Runs a batch in the thread of `member`; rows may be of different sets of this backbone.
     ///
     /// # Errors
-    /// When the engine refuses a row, or there is no scratch for `thread`.
-    pub fn forward(&self, thread: usize, rows: &[Row<'_>], metrics: Option<&Metrics>) -> anyhow::Result<Vec<Answer>> {
+    /// When the engine refuses a row.
+    ///
+    /// # Panics
+    /// When `member` is not of the crew of the [`ArtifactSource`].
+    pub fn forward(
+        &self,
+        member: &mut Member,
+        rows: &[Row<'_>],
+        metrics: Option<&Metrics>,
+    ) -> anyhow::Result<Vec<Answer>> {
         let mut logits: Vec<Vec<f32>> = rows.iter().map(|row| vec![0.0; row.set.labels().len()]).collect();
         let mut routing: Vec<Vec<u16>> = rows.iter().map(|row| vec![0; row.set.routing_len()]).collect();
         let len = self.backbone.config().d_model;
@@ -122,7 +130,7 @@ impl LoadedBackbone {
                 features: row.set.set.familiarity().and_then(|_| places.next()),
             })
             .collect();
-        self.sessions.forward(thread, &mut engine_rows)?;
+        self.sessions.forward(member, &mut engine_rows)?;
         if let Some(metrics) = metrics {
             count_expert_tokens(rows, &routing, metrics);
         }
@@ -141,16 +149,6 @@ impl LoadedBackbone {
             timings: Timings::default(),
         });
         Ok(outputs.collect())
-    }
-
-    /// Bids the other compute threads welcome to help in the forward passes of `thread`.
-    pub fn welcome(&self, thread: usize) -> Welcome {
-        self.sessions.welcome(thread)
-    }
-
-    /// Helps compute thread `caller`, as `thread`, for as long as helpers are welcome there and `leave` says no.
-    pub fn help(&self, thread: usize, caller: usize, leave: impl Fn() -> bool) {
-        self.sessions.help(thread, caller, leave);
     }
 
     pub fn config(&self) -> &BackboneConfig {
@@ -223,7 +221,7 @@ impl Source for ArtifactSource {
         if backbone.digest() != descriptor.digest {
             bail!("{location}: the file was replaced by another backbone; restart to use it");
         }
-        let sessions = SessionGroup::new(&backbone, self.max_batch, self.compute_threads);
+        let sessions = SessionGroup::new(&backbone, self.max_batch, &self.crew);
         Ok(Loaded { bytes: backbone.resident_bytes(), value: LoadedBackbone { backbone, sessions } })
     }
 
@@ -253,7 +251,7 @@ impl Source for ArtifactSource {
     }
 
     fn scratch_growth(&self, set: &SetDescriptor, backbone: &BackboneDescriptor) -> usize {
-        self.compute_threads * Session::growth(&backbone.config, self.max_batch, &set.experts)
+        self.crew.size() * Session::growth(&backbone.config, self.max_batch, &set.experts)
     }
 
     fn shrink_scratch(backbone: &LoadedBackbone) {

@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::experts::{ExpertLayer, LENGTHS, Substrates, apply};
 use super::plan::{CHUNK_ROWS, MoeScratch, Span};
 use super::thread::{LOGITS, MoeThread};
-use crate::engine::pool::{Parts, Pool};
+use crate::engine::crew::Loops;
+use crate::engine::parts::Parts;
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
 use crate::kernels::router::top_k;
@@ -26,11 +27,11 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
     }
 
     /// Chooses the experts of every token. `x` is `[tokens, d_model]` in lane order.
-    pub(in crate::engine) fn route(&self, x: &[f32], pool: &mut Pool, scratch: &mut MoeScratch) {
+    pub(in crate::engine) fn route(&self, x: &[f32], loops: &mut dyn Loops, scratch: &mut MoeScratch) {
         let (d_model, isa) = (scratch.d_model, self.substrates.isa);
         let (ids, weights) = (Parts::new(&mut scratch.ids), Parts::new(&mut scratch.weights));
         let (threads, tiles) = (&*scratch.threads, &scratch.tiles);
-        pool.run(tiles.len(), |thread, item| {
+        loops.run(tiles.len(), &|thread, item| {
             let tile = tiles[item];
             let layer = (self.experts)(tile.set);
             let k = layer.top_k;
@@ -61,7 +62,7 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
         &self,
         x: &[f32],
         residual: &mut [f32],
-        pool: &mut Pool,
+        loops: &mut dyn Loops,
         scratch: &mut MoeScratch,
     ) {
         let mut first = 0;
@@ -76,20 +77,20 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
                 slots += more;
                 end += 1;
             }
-            scratch.assign(first..end, slots, pool.threads(), &self.experts);
-            self.run_rows(x, pool, scratch);
-            self.run_tokens(first..end, residual, pool, scratch);
+            scratch.assign(first..end, slots, loops.threads(), &self.experts);
+            self.run_rows(x, loops, scratch);
+            self.run_tokens(first..end, residual, loops, scratch);
             first = end;
         }
     }
 
     /// From tokens to the hidden activations of their experts, and with an `out` rotation on to the experts' outputs.
-    fn run_rows(&self, x: &[f32], pool: &mut Pool, scratch: &mut MoeScratch) {
+    fn run_rows(&self, x: &[f32], loops: &mut dyn Loops, scratch: &mut MoeScratch) {
         let Substrates { isa, model, up, down, .. } = self.substrates;
         let (d_model, d_ff) = (scratch.d_model, scratch.d_ff);
         let MoeScratch { row_tiles, segments, token_of_row, hidden, outputs, threads, .. } = scratch;
         let (hidden, outputs) = (Parts::new(hidden), Parts::new(outputs));
-        pool.run(row_tiles.len(), |thread, item| {
+        loops.run(row_tiles.len(), &|thread, item| {
             let tile = row_tiles[item];
             let segments = &segments[tile.first_segment..][..tile.segments];
             let first = tile.first;
@@ -131,13 +132,13 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
     }
 
     /// The weighted sums, and what remains of `down`.
-    fn run_tokens(&self, tiles: Range<usize>, residual: &mut [f32], pool: &mut Pool, scratch: &mut MoeScratch) {
+    fn run_tokens(&self, tiles: Range<usize>, residual: &mut [f32], loops: &mut dyn Loops, scratch: &mut MoeScratch) {
         let Substrates { isa, model, down, .. } = self.substrates;
         let (d_model, d_ff) = (scratch.d_model, scratch.d_ff);
         let base_slot = scratch.tiles[tiles.start].first_slot;
         let MoeScratch { tiles: all_tiles, weights, row_of_slot, hidden, outputs, threads, .. } = scratch;
         let (residual, tiles) = (Parts::new(residual), &all_tiles[tiles]);
-        pool.run(tiles.len(), |thread, item| {
+        loops.run(tiles.len(), &|thread, item| {
             let tile = tiles[item];
             let layer = (self.experts)(tile.set);
             // SAFETY: a thread number is used by one call at a time, and tiles have tokens of their own.

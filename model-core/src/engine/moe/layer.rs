@@ -4,7 +4,7 @@ use super::experts::{ExpertLayer, Substrates};
 use super::forward::Moe;
 use super::plan::{MoeScratch, Span};
 use crate::config::{BackboneShape, ExpertConfig};
-use crate::engine::pool::Pool;
+use crate::engine::crew::{Loops, Member};
 use crate::kernels::{Isa, KernelError};
 use crate::weights::{ExpertLayerWeights, Ternary};
 
@@ -13,7 +13,7 @@ use crate::weights::{ExpertLayerWeights, Ternary};
 pub struct MoeLayer {
     substrates: Substrates,
     experts: ExpertLayer,
-    pool: Pool,
+    caller: Member,
     scratch: MoeScratch,
     tokens: usize,
     /// `[tokens, d_model]`, in lane order.
@@ -38,12 +38,12 @@ impl MoeLayer {
         let substrates = Substrates::pack(isa, shape, up, down)?;
         let experts = ExpertLayer::pack(experts, config, 0, [d_model, d_ff])?;
         let tokens = x.len() / d_model.max(1);
-        let pool = Pool::new(threads);
-        let mut scratch = MoeScratch::new(d_model, d_ff, tokens, pool.seats());
+        let caller = Member::with_helpers(threads);
+        let mut scratch = MoeScratch::new(d_model, d_ff, tokens, caller.numbers());
         let x = substrates.input_order().permute_columns(x);
         let spans = Self::spans(tokens);
-        Moe { substrates: &substrates, experts: |_| &experts, spans: &spans }.plan(pool.threads(), &mut scratch);
-        Ok(Self { substrates, experts, pool, scratch, tokens, x })
+        Moe { substrates: &substrates, experts: |_| &experts, spans: &spans }.plan(caller.threads(), &mut scratch);
+        Ok(Self { substrates, experts, caller, scratch, tokens, x })
     }
 
     fn spans(tokens: usize) -> [Span; 1] {
@@ -52,11 +52,11 @@ impl MoeLayer {
 
     /// Routes the tokens, and adds what their experts answer to `residual` `[tokens, d_model]`.
     pub fn run(&mut self, residual: &mut [f32]) {
-        let Self { substrates, experts, pool, scratch, tokens, x } = self;
+        let Self { substrates, experts, caller, scratch, tokens, x } = self;
         let spans = Self::spans(*tokens);
         let moe = Moe { substrates, experts: |_| &*experts, spans: &spans };
-        moe.route(x, pool, scratch);
-        moe.forward(x, residual, pool, scratch);
+        moe.route(x, caller, scratch);
+        moe.forward(x, residual, caller, scratch);
     }
 
     /// The experts that the last [`MoeLayer::run`] chose for every token, best first, and their weights: `[tokens, top_k]`.

@@ -8,7 +8,7 @@ use super::experts::ExpertLayer;
 use super::thread::MoeThread;
 use crate::config::ExpertConfig;
 use crate::engine::packed::TILE;
-use crate::engine::pool::PerThread;
+use crate::engine::parts::PerThread;
 
 /// Consecutive tokens that go through the same expert set.
 #[derive(Debug, Clone, Copy)]
@@ -106,7 +106,7 @@ impl MoeScratch {
         Self::sharing(d_model, d_ff, tokens, Arc::new(buffers))
     }
 
-    /// As [`MoeScratch::new`], with threads' buffers that belong to a group of pools.
+    /// As [`MoeScratch::new`], with threads' buffers that belong to a crew.
     pub(in crate::engine) fn sharing(
         d_model: usize,
         d_ff: usize,

@@ -10,9 +10,10 @@ use std::ops::Range;
 use super::StemThread;
 use super::planes::{Lifetime, places};
 use crate::config::{Activation, BackboneConfig, ConfigError, StemLayer};
+use crate::engine::crew::Loops;
 use crate::engine::moe::LENGTHS;
 use crate::engine::packed::TILE;
-use crate::engine::pool::{Parts, PerThread, Pool};
+use crate::engine::parts::{Parts, PerThread};
 use crate::error::ModelError;
 use crate::image::Preprocess;
 use crate::kernels::depthwise::{Input, Shape};
@@ -176,7 +177,7 @@ impl Calibrated {
     pub(super) fn forward(
         &self,
         pixels: &[f32],
-        pool: &mut Pool,
+        loops: &mut dyn Loops,
         (planes, threads): (&mut [i8], &PerThread<StemThread>),
         x: &mut [f32],
     ) {
@@ -188,7 +189,7 @@ impl Calibrated {
         for layer in &self.layers {
             let planes = Parts::new(planes);
             let (item_len, items) = layer.items();
-            pool.run(items, |thread, item| {
+            loops.run(items, &|thread, item| {
                 let out = layer.to.start + item * item_len..(layer.to.start + (item + 1) * item_len).min(layer.to.end);
                 // SAFETY: a thread number is used by one call at a time; items have outputs of their own; and planes that
                 // a layer reads overlap none that it writes.

@@ -5,8 +5,9 @@ mod calibrated;
 mod planes;
 mod windows;
 
+use super::crew::Loops;
 use super::packed::{Quantized, TILE};
-use super::pool::{Parts, PerThread, Pool};
+use super::parts::{Parts, PerThread};
 use crate::config::BackboneConfig;
 use crate::error::{ModelError, expect_len};
 use crate::image::Preprocess;
@@ -84,7 +85,7 @@ impl Stem {
     pub(super) fn forward<'a>(
         &self,
         pixels: impl Fn(usize) -> &'a [f32] + Sync,
-        pool: &mut Pool,
+        loops: &mut dyn Loops,
         (scratch, threads): (&mut StemScratch, &PerThread<StemThread>),
         (images, x): (usize, &mut [f32]),
     ) {
@@ -102,7 +103,7 @@ impl Stem {
                     };
                     let tiles = layer.windows().div_ceil(TILE);
                     let target = Parts::new(target);
-                    pool.run(images * tiles, |thread, item| {
+                    loops.run(images * tiles, &|thread, item| {
                         let (image, first) = (item / tiles, item % tiles * TILE);
                         let len = TILE.min(layer.windows() - first) * layer.channels();
                         let start = image * target_len + first * layer.channels();
@@ -116,7 +117,7 @@ impl Stem {
             }
             Form::Calibrated(stem) => {
                 for (image, x) in x.chunks_exact_mut(x_len.max(1)).enumerate() {
-                    stem.forward(pixels(image), pool, (&mut scratch.planes, threads), x);
+                    stem.forward(pixels(image), loops, (&mut scratch.planes, threads), x);
                 }
             }
         }
