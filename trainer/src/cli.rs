@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use model_core::config::ViTConfig;
+use model_core::config::{AngleSeed, ExpertConfig, Generator, ViTConfig};
 use model_core::image::DecodeLimits;
 use model_core::random::AngleSpread;
 
@@ -339,6 +339,34 @@ pub struct StartArgs {
     pub start_run: Option<PathBuf>,
 }
 
+/// What an expert set holds of its experts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Experts")]
+pub struct ExpertArgs {
+    /// Draw the experts' angles from this seed in place of learning them; the expert set then holds the seed alone.
+    #[arg(long, value_name = "SEED", value_parser = clap::value_parser!(u64).range(..1 << 53))]
+    pub angle_seed: Option<u64>,
+    /// Bits of a router weight.
+    #[arg(long, value_name = "BITS", value_parser = ["4", "8", "16"])]
+    pub router_bits: Option<String>,
+}
+
+impl ExpertArgs {
+    /// Random bits of an angle's code: four codes around zero, which spread about as far as the narrow start does.
+    const SPREAD_BITS: u32 = 2;
+
+    /// Overrides the fields of `experts` that were given.
+    pub fn apply(&self, experts: &mut ExpertConfig) {
+        if let Some(seed) = self.angle_seed {
+            let generator = Generator::SplitMix64;
+            experts.angle_seed = Some(AngleSeed { generator, seed, spread_bits: Self::SPREAD_BITS });
+        }
+        if let Some(bits) = self.router_bits.as_ref().and_then(|bits| bits.parse().ok()) {
+            experts.router_bits = bits;
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct TrainArgs {
     /// Where images come from.
@@ -349,6 +377,8 @@ pub struct TrainArgs {
     /// What to start from.
     #[command(flatten)]
     pub start: StartArgs,
+    #[command(flatten)]
+    pub experts: ExpertArgs,
     #[command(flatten)]
     pub run: LoopArgs,
     /// What the artifacts are called.

@@ -216,6 +216,11 @@ impl Recipe {
         for (value, name) in [(self.optimizer.angle_rate, "angle_rate"), (self.optimizer.router_rate, "router_rate")] {
             ensure!(value >= 0.0 && value.is_finite(), "optimizer.{name} is {value}; it must be a number from 0");
         }
+        let (seed, rate) = (self.model.experts.angle_seed, self.optimizer.angle_rate);
+        ensure!(
+            seed.is_none() || rate == 0.0,
+            "optimizer.angle_rate is {rate}; angles of a seed do not move: it must be 0"
+        );
         ensure!(self.warmup_epochs >= 0.0, "warmup_epochs is {}; it must not be negative", self.warmup_epochs);
         share(f64::from(self.label_smoothing), "label_smoothing")?;
         share(self.hold_out, "hold_out")?;

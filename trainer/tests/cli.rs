@@ -254,6 +254,49 @@ fn latent_parameters_go_on_from_run_to_run() {
 }
 
 #[test]
+fn experts_of_a_seed_learn_everything_else() {
+    let root = tempfile::tempdir().unwrap();
+    let data = images(root.path());
+    let out = |name: &str| root.path().join(name);
+    let artifacts = |run: &Path| {
+        (run.join("store/backbones/backbone.safetensors"), run.join("store/expert-sets/default/1.safetensors"))
+    };
+    let (first, second) = (out("first"), out("second"));
+    succeed(&train(text(&data), text(&first), &["--preset", "tiny", "--learning-rate", "0.01"]));
+    let (backbone, set) = artifacts(&first);
+    let start = ["--start-backbone", text(&backbone), "--start-set", text(&set), "--learning-rate", "0.01"];
+    let seeded = [&start[..], &["--angle-seed", "11", "--router-bits", "4", "--limit-seconds", "0"]].concat();
+    succeed(&train(text(&data), text(&second), &seeded));
+    succeed(&[
+        "train",
+        "--data",
+        text(&data),
+        "--out",
+        text(&second),
+        "--resume",
+        "--quiet",
+        start[0],
+        start[1],
+        start[2],
+        start[3],
+    ]);
+    let finished = artifacts(&second);
+    let files = ["--data", text(&data), "--backbone", text(&finished.0), "--set", text(&finished.1)];
+    let report: Value =
+        serde_json::from_slice(&succeed(&[&["evaluate", "--json"], &files[..]].concat()).stdout).unwrap();
+    assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
+    let header = fs::read(&finished.1).unwrap();
+    let header = String::from_utf8_lossy(&header);
+    assert!(header.contains(r#"\"angle_seed\":{"#) && header.contains(r#"\"router_bits\":4"#), "{header}");
+    assert!(!header.contains("rotation_in"), "a seed stands for the angles");
+    assert!(fs::metadata(&finished.1).unwrap().len() < fs::metadata(&set).unwrap().len());
+
+    let moving = [&start[..], &["--angle-seed", "11", "--angle-rate", "2"]].concat();
+    let error = fail(&train(text(&data), text(&out("third")), &moving));
+    assert!(error.contains("angles of a seed do not move"), "{error}");
+}
+
+#[test]
 fn angles_of_rate_zero_stay_where_the_artifact_says_they_started() {
     let root = tempfile::tempdir().unwrap();
     let (data, out) = (images(root.path()), root.path().join("run"));

@@ -39,6 +39,15 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     let start = Start::load(&args.start)?;
     if let Some(start) = &start {
         start.enter(&mut recipe, checkpoint.is_none());
+        if let Some(checkpoint) = &checkpoint {
+            let before = &checkpoint.state.recipe.model.experts;
+            let experts = &mut recipe.model.experts;
+            (experts.angle_seed, experts.router_bits) = (before.angle_seed, before.router_bits);
+        }
+    }
+    args.experts.apply(&mut recipe.model.experts);
+    if recipe.model.experts.angle_seed.is_some() {
+        recipe.optimizer.angle_rate = 0.0;
     }
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
@@ -125,14 +134,23 @@ impl Start {
                     let fresh = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
                     (weights.head, weights.labels) = (fresh.head, fresh.labels);
                 }
-                let vit = ViT::latent_from_weights(&backbone.weights, &weights)?;
-                let start = angle_start(&set.training, vit.config())?;
-                Ok(vit.with_angle_start(start))
+                let experts = &recipe.model.experts;
+                let start = match experts.angle_seed {
+                    None => angle_start(&set.training, &weights.vit_config(&backbone.weights.config))?,
+                    Some(_) => None,
+                };
+                weights.config.angle_seed = experts.angle_seed;
+                Encodings { router_bits: Some(experts.router_bits), ..Encodings::default() }
+                    .encode_expert_set(&mut weights);
+                Ok(ViT::latent_from_weights(&backbone.weights, &weights)?.with_angle_start(start))
             }
             Self::Run(checkpoint) => {
                 let state = &checkpoint.state;
                 let keeps_head = state.labels == dataset.class_names;
-                let taken = |name: &str| keeps_head || !name.starts_with("head.");
+                let is_seeded = recipe.model.experts.angle_seed.is_some();
+                let taken = |name: &str| {
+                    (keeps_head || !name.starts_with("head.")) && !(is_seeded && name.contains(".rotation_"))
+                };
                 let vit = recipe.init_model()?.with_angle_start(state.angle_start.clone());
                 take(&vit, &averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?, taken)?;
                 Ok(vit)
