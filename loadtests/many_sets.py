@@ -66,7 +66,7 @@ def ask(connection, method, path, body=None, key=None):
     connection.request(method, path, body, {"X-Api-Key": key} if key else {})
     response = connection.getresponse()
     answer = response.read()
-    if response.status not in (200, 201):
+    if response.status not in (200, 201, 202):
         sys.exit(f"{method} {path}: {response.status} {answer.decode(errors='replace')}")
     return answer
 

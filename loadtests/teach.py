@@ -4,22 +4,28 @@
     teach.py scenes FOLDER...         each has train/, test/ and perhaps unlike/: how often the set is right, what it refuses
     teach.py against NAME=FOLDER...   classes in folders: each set is shown photographs of the other folders
     teach.py upload FOLDER            seconds from the command, `teach --server`, to the first answer of the server
+    teach.py beside FOLDER            p99 of a steady client while the server fits, over its p99 before and after
+    teach.py resident FOLDER          how many sets like this one stay in memory, and what 100 of them at random cost
 
 Only the standard library is needed. Build first: `cargo build --release`.
 """
 
 import argparse
-import http.client
 import json
 import math
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
+
+import many_sets
+from many_sets import ask, classify, percentile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
@@ -148,49 +154,109 @@ def against(gateway, named, arguments):
                   f"{percent(unknown(test), len(test))} | {percent(passed, of)} | {stated} | {', '.join(apart)} |", flush=True)
 
 
+def server(gateway, *flags):
+    return many_sets.Server(gateway.store, gateway.binary.parent, "--default-set", "before", *flags)
+
+
 def upload(gateway, folder):
     """Starts a server on a store with the backbone, and times `teach --server` and the first answer."""
     folder = pathlib.Path(folder)
     gateway.teach(folder, "before")
-    key = pathlib.Path(gateway.store) / "admin-key"
-    command = [gateway.binary, "--listen", "127.0.0.1:0", "--model-store", gateway.store, "--default-set", "before",
-               "--admin-key-out", key]
-    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        seen = []
-        for line in server.stdout:
-            seen.append(line)
-            if "listening address=" in line:
-                port = int(line.rsplit(":", 1)[1])
-            if " ready " in line:
-                break
-        else:
-            sys.exit("the server did not start:\n" + "".join(seen))
-        threading.Thread(target=server.stdout.read, daemon=True).start()
+    with server(gateway) as running:
         train = folder / "train" if (folder / "train").is_dir() else folder
         picture = images(train)[0].read_bytes()
         start = time.perf_counter()
-        gateway.run("teach", folder, "--set", "door", "--server", f"http://127.0.0.1:{port}", "--admin-key-file", key,
-                    "--json", *gateway.flags)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/classify/door", picture)
-        answer = json.loads(connection.getresponse().read())
+        gateway.run("teach", folder, "--set", "door", "--server", f"http://127.0.0.1:{running.port}", "--admin-key-file",
+                    pathlib.Path(gateway.store) / "admin-key", "--json", *gateway.flags)
+        answer = json.loads(ask(running.connect(), "POST", "/classify/door", picture))
         seconds = time.perf_counter() - start
         print(f"{len(images(train))} images: {seconds:.1f} s from the command to the answer `{answer['predictions'][0]['label']}`")
-    finally:
-        server.kill()
-        server.wait()
+
+
+def beside(gateway, folder, rate, rounds=5):
+    """The examples of FOLDER are fitted over and over while a client sends `rate` pictures a second, due at fixed times."""
+    folder = pathlib.Path(folder)
+    gateway.teach(folder, "before")
+    train = folder / "train" if (folder / "train").is_dir() else folder
+    with tempfile.TemporaryDirectory() as examples, server(gateway, "--examples", examples) as running:
+        connection = running.connect()
+        for picture in images(train):
+            label = urllib.parse.quote(picture.parent.name)
+            ask(connection, "POST", f"/teach/door/examples?label={label}", picture.read_bytes(), key=running.key)
+        picture = images(train)[0].read_bytes()
+        state = lambda: json.loads(ask(running.connect(), "GET", "/teach/door/fit", key=running.key))["state"]
+
+        def steady(goes_on):
+            """Milliseconds from when each request was due."""
+            client, times, start = running.connect(), [], time.perf_counter()
+            while goes_on(time.perf_counter() - start):
+                due = start + len(times) / rate
+                time.sleep(max(0.0, due - time.perf_counter()))
+                classify(client, "before", picture)
+                times.append((time.perf_counter() - due) * 1e3)
+            return times
+
+        quiet, busy, fits = [], [], []
+        for _ in range(rounds):
+            quiet += steady(lambda seconds: seconds < 10)
+            ask(running.connect(), "POST", "/teach/door/fit", b"{}", key=running.key)
+            begun, done = time.perf_counter(), threading.Event()
+
+            def watch():
+                while state() in ("queued", "running"):
+                    time.sleep(0.02)
+                fits.append(time.perf_counter() - begun)
+                done.set()
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            busy += steady(lambda _: not done.is_set())
+            watcher.join()
+        if (ended := state()) != "done":
+            sys.exit(f"the fit ended as {ended}")
+        alone, during = percentile(quiet, 0.99), percentile(busy, 0.99)
+        print(f"{len(images(train))} images, {rounds} fits of {sum(fits) / rounds:.1f} s, {rate} requests/s: p99 {during:.1f} ms of "
+              f"{len(busy)} while fits run, {alone:.1f} ms of {len(quiet)} otherwise: {during / alone:.2f}")
+
+
+def resident(gateway, folder, counts):
+    """Copies of one taught set under names of their own, all asked for once."""
+    report, _ = gateway.teach(pathlib.Path(folder), "before")
+    picture = (ROOT / "tests/images/test-00.png").read_bytes()
+    place = pathlib.Path(gateway.store) / "expert-sets"
+    names = [f"taught-{number:05}" for number in range(max(counts.values()))]
+    for name in names:
+        (place / name).mkdir()
+        shutil.copy(place / "before/1.safetensors", place / name / "1.safetensors")
+    classes = len(report["report"]["classes"])
+    for budget, wanted in counts.items():
+        with server(gateway, "--memory-budget", f"{budget}MiB", "--compute-threads", "2") as running:
+            connection = running.connect()
+            for name in names[:wanted]:
+                ask(connection, "POST", f"/v2/repository/models/{name}/load", key=running.key)
+            kept = sum(1 for view in running.listing()["sets"] if view["resident_bytes"])
+            print(f"{kept} of {wanted} sets of {classes} classes, {report['bytes']} bytes each on disk, are resident in {budget} MiB",
+                  flush=True)
+            if budget == max(counts):
+                ratios = []
+                for _ in range(5):
+                    alone = many_sets.throughput(running, picture, names[:1], 4)
+                    mixed = many_sets.throughput(running, picture, names[:100], 4)
+                    ratios.append((mixed / alone, mixed, alone))
+                ratio, mixed, alone = sorted(ratios)[2]
+                print(f"100 of them at random against one: {ratio:.3f} ({mixed:.0f} / {alone:.0f} images/s)")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["scenes", "against", "upload"])
+    parser.add_argument("what", choices=["scenes", "against", "upload", "beside", "resident"])
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/butterflyvit")
     parser.add_argument("--classes", type=int, default=10, help="of each folder (default 10)")
     parser.add_argument("--per-class", type=int, default=20, help="images to learn from (default 20)")
     parser.add_argument("--tests", type=int, default=20, help="other images of each class (default 20)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=20, help="requests a second of `beside` (default 20)")
     parser.add_argument("--flag", action="append", default=[], help="passed on to teach, as --flag=--fit=pad")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
@@ -199,8 +265,12 @@ def main():
             scenes(gateway, arguments.folders)
         elif arguments.what == "against":
             against(gateway, arguments.folders, arguments)
-        else:
+        elif arguments.what == "upload":
             upload(gateway, arguments.folders[0])
+        elif arguments.what == "beside":
+            beside(gateway, arguments.folders[0], arguments.rate)
+        else:
+            resident(gateway, arguments.folders[0], {64: 4_000, 128: 10_000})
 
 
 if __name__ == "__main__":
