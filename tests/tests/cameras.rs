@@ -137,6 +137,56 @@ fn a_changed_file_is_taken_and_a_broken_one_is_not() {
     assert!(!server.get("/metrics").text.contains("camera=\"first\""));
 }
 
+/// The console's sample of a gateway with TLS is the picture of an https camera.
+#[test]
+fn changed_certificates_and_passwords_are_taken_without_a_restart() {
+    let snapshots = Snapshots::start();
+    snapshots.show(image("test-02.png"));
+    let file = CameraFile::of("");
+    let beside = |name: &str| file.folder().join(name);
+    let certify = |host: &str, name: &str| {
+        let certified = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
+        std::fs::write(beside(&format!("{name}.key")), certified.signing_key.serialize_pem()).unwrap();
+        std::fs::write(beside(&format!("{name}.pem")), certified.cert.pem()).unwrap();
+        let path = |kind: &str| beside(&format!("{name}.{kind}")).display().to_string();
+        Server::start(["--tls-cert", &path("pem"), "--tls-key", &path("key")])
+    };
+    let (right, other) = (certify("127.0.0.1", "right"), certify("elsewhere.example", "other"));
+    std::fs::copy(beside("other.pem"), beside("ca.pem")).unwrap();
+    std::fs::write(beside("password"), "wrong\n").unwrap();
+    let url = |server: &Server| format!("https://{}/console/samples/photo-cat.jpg", server.address);
+    let locked = "user = 'viewer'\npassword_file = 'password'";
+    file.write(
+        &[
+            camera("signed", &url(&right), "ca = 'ca.pem'"),
+            camera("elsewhere", &url(&other), "ca = 'other.pem'"),
+            camera("unsigned", &url(&right), ""),
+            camera("locked", &snapshots.url("/digest"), locked),
+        ]
+        .concat(),
+    );
+    let server = file.serve();
+    for (name, reason) in [
+        ("signed", "invalid peer certificate"),
+        ("elsewhere", "not valid for name"),
+        ("unsigned", "invalid peer certificate"),
+        ("locked", "does not accept"),
+    ] {
+        wait_until(name, || view(&server, name)["condition"] == "silent");
+        assert!(view(&server, name)["error"].as_str().unwrap().contains(reason), "{}", view(&server, name));
+    }
+    std::fs::write(beside("password"), "sesame\n").unwrap();
+    std::fs::copy(beside("right.pem"), beside("ca.pem")).unwrap();
+    for name in ["signed", "locked"] {
+        wait_until(name, || view(&server, name)["condition"] == "ok");
+    }
+    let line = server.log_so_far().into_iter().find(|line| line.contains("file of cameras has changed")).unwrap();
+    assert!(!line.contains("started=4"), "those that did not change go on: {line}");
+    std::fs::remove_file(beside("password")).unwrap();
+    let line = server.wait_for_log("cannot be used");
+    assert!(line.contains("camera `locked`") && line.contains("password"), "{line}");
+}
+
 #[test]
 fn a_server_with_a_wrong_file_says_why_it_does_not_start() {
     let file = CameraFile::of("[[camera]]\nname = 'a'\nurl = 'http://a/'\nevrey = '1s'");

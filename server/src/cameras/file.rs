@@ -12,7 +12,6 @@ use hyper::Uri;
 use model_core::artifact::store_layout;
 use model_core::image::{Crop, Fit};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 use super::mqtt::config::{MqttConfig, MqttEntry};
 use super::secrets::{Credentials, Secrets, read_beside};
@@ -174,11 +173,6 @@ pub fn read(path: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<Camera
     let in_file = || path.display().to_string();
     let text = read_text(path).with_context(in_file)?;
     parse(&text, path.parent().unwrap_or(Path::new("")), is_set).with_context(in_file)
-}
-
-/// A digest of what the file holds; its time says little, since a Kubernetes volume changes behind a link.
-pub fn digest(path: &Path) -> Option<[u8; 32]> {
-    read_text(path).ok().map(|text| Sha256::digest(text).into())
 }
 
 fn read_text(path: &Path) -> anyhow::Result<String> {

@@ -183,28 +183,27 @@ impl Cameras {
             self.start(index, count, &classifier, &default_set);
         }
         tracing::info!(cameras = count, "cameras are asked for pictures");
-        let mut seen = digest(&path).await;
         loop {
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 () = stop.cancelled() => break,
             }
-            let now = digest(&path).await;
-            if now == seen {
-                continue;
-            }
-            seen = now;
             let (file, asked) = (path.clone(), Arc::clone(&classifier));
             let read = tokio::task::spawn_blocking(move || read(&file, &asked)).await.map_err(anyhow::Error::from);
             match read.flatten() {
+                Ok(file) if self.is_in_force(&file) => {}
                 Ok(CameraFile { cameras, mqtt }) => {
                     self.replace(cameras, &classifier, &default_set);
                     self.0.mqtt.send_replace(mqtt);
                 }
                 Err(error) => {
                     let reason = sentence(&error);
-                    tracing::warn!(reason, "the file of cameras cannot be used; the cameras stay as they are");
-                    self.0.list.write().unwrap_or_else(PoisonError::into_inner).file_error = Some(reason);
+                    let mut list = self.0.list.write().unwrap_or_else(PoisonError::into_inner);
+                    // The same reason is said once.
+                    if list.file_error.as_ref() != Some(&reason) {
+                        tracing::warn!(reason, "the file of cameras cannot be used; the cameras stay as they are");
+                        list.file_error = Some(reason);
+                    }
                 }
             }
         }
@@ -213,6 +212,13 @@ impl Cameras {
         drop(link.await);
         let list = self.0.list.read().unwrap_or_else(PoisonError::into_inner);
         list.cameras.iter().for_each(|running| running.stop.cancel());
+    }
+
+    /// Whether the file, and the files it names, say what they said before.
+    fn is_in_force(&self, file: &CameraFile) -> bool {
+        let list = self.0.list.read().unwrap_or_else(PoisonError::into_inner);
+        let now = list.cameras.iter().map(|running| &running.camera.config);
+        list.file_error.is_none() && now.eq(&file.cameras) && *self.0.mqtt.borrow() == file.mqtt
     }
 
     /// Cameras that are in the file as before go on; those that are gone or different stop, and new ones start.
@@ -264,9 +270,4 @@ impl Cameras {
 
 fn read(path: &Path, classifier: &Classifier) -> anyhow::Result<CameraFile> {
     file::read(path, |set| classifier.registry.lookup(set, None).is_ok())
-}
-
-async fn digest(path: &Path) -> Option<[u8; 32]> {
-    let path = path.to_owned();
-    tokio::task::spawn_blocking(move || file::digest(&path)).await.ok().flatten()
 }
