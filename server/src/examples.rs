@@ -61,10 +61,22 @@ pub enum ExampleError {
     /// The set has as many examples as are kept.
     #[error("a set has at most {MOST_EXAMPLES} examples")]
     TooMany,
-    #[error("the examples cannot be written: {0}")]
-    Disk(#[from] io::Error),
+    #[error("the disk of --examples is full")]
+    DiskFull,
+    #[error("the folder of --examples cannot be written to")]
+    ReadOnly,
     #[error("{0}")]
     Internal(String),
+}
+
+impl From<io::Error> for ExampleError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull,
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => Self::ReadOnly,
+            _ => Self::Internal(error.to_string()),
+        }
+    }
 }
 
 impl From<Panicked> for ExampleError {

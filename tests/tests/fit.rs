@@ -7,17 +7,26 @@ use std::time::{Duration, Instant};
 
 use reqwest::blocking::multipart::{Form, Part};
 use serde_json::{Value, json};
+use system_tests::disk::SmallDisk;
 use system_tests::fixtures::striped;
 use system_tests::server::{Answer, PATIENCE, Server, image, root, wait_until};
 
 /// A model store with the models for photographs, and a folder for examples.
 struct Place {
-    folder: tempfile::TempDir,
+    folder: PathBuf,
+    /// Deletes the folder with the place.
+    _temporary: Option<tempfile::TempDir>,
 }
 
 impl Place {
     fn new() -> Self {
-        let place = Self { folder: tempfile::tempdir().unwrap() };
+        let temporary = tempfile::tempdir().unwrap();
+        let place = Self::within(temporary.path());
+        Self { _temporary: Some(temporary), ..place }
+    }
+
+    fn within(folder: &Path) -> Self {
+        let place = Self { folder: folder.to_owned(), _temporary: None };
         for (from, to) in [
             ("photo-backbone", "backbones/photo"),
             ("default-backbone", "backbones/default"),
@@ -31,11 +40,11 @@ impl Place {
     }
 
     fn store(&self) -> PathBuf {
-        self.folder.path().join("store")
+        self.folder.join("store")
     }
 
     fn serve(&self, flags: &[&str]) -> Server {
-        let (store, examples) = (self.store(), self.folder.path().join("examples"));
+        let (store, examples) = (self.store(), self.folder.join("examples"));
         let own = ["--model-store", path(&store), "--examples", path(&examples), "--default-set", "imagenet"];
         Server::start(own.iter().chain(flags))
     }
@@ -241,4 +250,35 @@ fn what_cannot_be_fitted_is_a_sentence() {
     assert_eq!(failed["state"], "failed");
     assert!(failed["reason"].as_str().unwrap().contains("the backbone `photo`"), "{failed}");
     assert!(!failed.to_string().contains(path(&place.store())), "{failed}");
+}
+
+#[test]
+fn a_full_disk_refuses_examples_and_new_versions_and_loses_nothing() {
+    // Room for the models, and for little else.
+    let Some(disk) = SmallDisk::mount("12m") else { return };
+    let place = Place::within(disk.path());
+    let server = place.serve(&[]);
+    send(&server, 0..6);
+    begin(&server);
+    assert_eq!(end(&server)["state"], "done");
+    let filler = disk.fill();
+    let answer = Answer::of(server.post("/teach/stripes/examples?label=up").body(striped(true, 100)));
+    refused(&answer, 507, "disk_full", "the disk of --examples is full");
+    let listed = server.get("/teach/stripes").json();
+    assert_eq!(listed["examples"].as_array().unwrap().len(), 12, "no example came and none went: {listed}");
+    begin(&server);
+    let failed = end(&server);
+    assert_eq!((&failed["state"], &failed["version"]), (&json!("failed"), &Value::Null), "{failed}");
+    assert!(failed["reason"].as_str().unwrap().contains("the disk of the model store is full"), "{failed}");
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(1)), "the version before is served");
+    fs::remove_file(filler).unwrap();
+    disk.remount("ro");
+    let answer = Answer::of(server.post("/teach/stripes/examples?label=up").body(striped(true, 100)));
+    refused(&answer, 409, "conflict", "cannot be written to");
+    disk.remount("rw");
+    let answer = Answer::of(server.post("/teach/stripes/examples?label=up").body(striped(true, 100)));
+    assert_eq!(answer.status, 201, "there is room again: {}", answer.text);
+    begin(&server);
+    assert_eq!(end(&server)["version"], 2);
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(2)));
 }

@@ -1,7 +1,6 @@
 //! What a gateway in a cupboard lives through: being stopped under load, full and vanishing disks, a clock that jumps.
 
 use std::collections::HashSet;
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,6 +8,7 @@ use std::thread;
 
 use model_core::artifact::Digest;
 use model_core::config::ViTConfig;
+use system_tests::disk::SmallDisk;
 use system_tests::fixtures::{expert_set_artifact, write, write_store};
 use system_tests::server::{Answer, Connection, Server, binary, image, request_head, wait_until};
 
@@ -143,47 +143,12 @@ fn after_kill_9_under_load_every_upload_is_there_in_full_or_not_at_all() {
     assert!(matches!(upload(&server, &format!("/sets/{name}/1"), bytes).status, 200 | 201), "doing it again");
 }
 
-/// A file system in memory, of a few megabytes, unmounted when dropped. `None` without the right to mount one.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount(size: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let size = format!("size={size}");
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "none"]).arg(folder.path()).status();
-        let mounted = status.is_ok_and(|status| status.success());
-        assert!(mounted || std::env::var_os("CI").is_none(), "CI runs as root, and this test with it");
-        if !mounted {
-            eprintln!("skipped: a file system cannot be mounted here");
-        }
-        mounted.then_some(Self(folder))
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn remount(&self, options: &str) {
-        let status = Command::new("mount").args(["-o", &format!("remount,{options}")]).arg(self.path()).status();
-        assert!(status.unwrap().success(), "{options}");
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        drop(Command::new("umount").arg("--lazy").arg(self.path()).status());
-    }
-}
-
 #[test]
 fn a_full_disk_refuses_uploads_and_nothing_else() {
     let Some(disk) = SmallDisk::mount("8m") else { return };
     let backbone = write_store(disk.path(), &config(), &["first"]);
     let server = serve(disk.path());
-    let filler = disk.path().join("filler");
-    let mut file = std::fs::File::create(&filler).unwrap();
-    while file.write_all(&[0; 4096]).is_ok() {}
-    drop(file);
+    let filler = disk.fill();
     let bytes = artifact(backbone, "second", 7);
     upload(&server, "/sets/second/1", &bytes).assert_refused(507, "disk_full");
     assert_eq!(classify(&server, "first").status, 200);
@@ -387,16 +352,12 @@ fn a_full_disk_of_the_log_stops_nothing() {
         Connection(stream).send(request.as_bytes()).read()
     };
     wait_until("it is ready", || ask("/health").0 == 200);
-    let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
-    while filler.write_all(&[0; 4096]).is_ok() {}
-    while filler.write_all(&[0; 1]).is_ok() {}
+    let filler = disk.fill();
     wait_until("lines are lost", || {
         (0..100).for_each(|_| assert_eq!(ask("/health").0, 200));
         !ask("/metrics").1.contains("\nbvit_log_lines_lost_total 0\n")
     });
-    // Its space is free when nobody has it open.
-    drop(filler);
-    std::fs::remove_file(disk.path().join("filler")).unwrap();
+    std::fs::remove_file(filler).unwrap();
     // The next whole line stands by itself, whatever became of the last one.
     wait_until("lines are written again", || {
         ask("/health");

@@ -297,12 +297,11 @@ impl From<SetError> for ApiError {
 impl From<ExampleError> for ApiError {
     fn from(error: ExampleError) -> Self {
         let code = match error {
-            ExampleError::Off | ExampleError::OtherLabel { .. } => ErrorCode::Conflict,
+            ExampleError::Off | ExampleError::OtherLabel { .. } | ExampleError::ReadOnly => ErrorCode::Conflict,
             ExampleError::Set(_) | ExampleError::Label => ErrorCode::InvalidRequest,
             ExampleError::Unknown(_) => ErrorCode::ExampleNotFound,
-            ExampleError::Full { .. } | ExampleError::TooMany => ErrorCode::DiskFull,
-            ExampleError::Disk(ref cause) if cause.kind() == std::io::ErrorKind::StorageFull => ErrorCode::DiskFull,
-            ExampleError::Disk(_) | ExampleError::Internal(_) => return Self::internal(error),
+            ExampleError::Full { .. } | ExampleError::TooMany | ExampleError::DiskFull => ErrorCode::DiskFull,
+            ExampleError::Internal(_) => return Self::internal(error),
         };
         Self::new(code, error.to_string())
     }
