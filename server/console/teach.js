@@ -14,6 +14,17 @@ const TIMEOUT_MS = 30_000;
 /** Side of a small picture in pixels. */
 const SMALL = 192;
 
+/** Versions that are compared: the newest ones. */
+const COMPARED = 6;
+const within = (share) => (share ? `${percent(share.share)} of ${share.of} (${percent(share.low)} to ${percent(share.high)})` : "–");
+/** What versions are compared by: the heading of a column, and what a report says under it. */
+const COMPARISON = [
+  ["Right when held out", ({ accuracy }) => within(accuracy)],
+  ["Called unknown", ({ unknown }) => within(unknown?.refused)],
+  ["Of a class left out, known", ({ unknown }) => within(unknown?.class_passes)],
+  ["Most often confused", ({ confusions = [] }) => confusions.slice(0, 2).map((c) => `${c.label} taken for ${c.taken_for}: ${c.images}`).join("; ") || "none"],
+];
+
 const REASONS = { unfamiliar: "unlike the pictures it was taught", unsure: "no label was sure enough" };
 
 let set = "";
@@ -227,15 +238,15 @@ function drawReport({ accuracy, unknown, classes, confusions, suspects }) {
 }
 
 function drawVersions(versions) {
-  const newest = [...versions].reverse();
-  byId("teach-versions-title").hidden = newest.length === 0;
-  keep(byId("teach-versions"), newest, ({ generation }) => generation, createVersion, (item, { version, current, details }) => {
-    const accuracy = details?.accuracy ? `, ${percent(details.accuracy.share)} right` : "";
-    say(item.firstElementChild, `version ${version}${current ? ` (answers now${accuracy})` : ""}`);
-    item.querySelector("button").hidden = !current || newest.length < 2;
+  const newest = [...versions].reverse().slice(0, COMPARED);
+  byId("teach-compare").hidden = newest.length === 0;
+  keep(byId("teach-versions"), newest, ({ generation }) => generation, createVersion, (row, { version, current }) => {
+    say(row.firstElementChild, `version ${version}${current ? " (answers now)" : ""}`);
+    row.querySelector("button").hidden = !current || newest.length < 2;
   });
 }
 
+/** A row that fills itself: what a version's report says never changes. */
 function createVersion({ version }) {
   const back = make("button", { type: "button", className: "back" }, "roll back");
   back.setAttribute("aria-label", `Roll back: delete version ${version}`);
@@ -244,7 +255,12 @@ function createVersion({ version }) {
     await act("rolling back", () => api.json("DELETE", api.path("sets", set, version)).then(() => `Version ${version} is gone.`));
     await refreshSets();
   });
-  return make("li", {}, make("span"), " ", back);
+  const cells = COMPARISON.map(([column]) => make("td", { dataset: { column } }, "–"));
+  const actions = make("td", { dataset: { column: "Actions" } }, make("div", { className: "actions" }, back));
+  const fill = ({ report }) => report?.accuracy && COMPARISON.forEach(([, told], at) => say(cells[at], told(report)));
+  // A set that was not taught has no report, and one that is gone no row before long.
+  api.json("GET", api.path("sets", set, version)).then(fill, () => {});
+  return make("tr", {}, make("th", { scope: "row" }), ...cells, actions);
 }
 
 /** A set has examples that did not come from this section. */
@@ -255,6 +271,7 @@ export function changed(name) {
 /** Wires the section's controls; `changed` asks for the listing of sets again. */
 export function start(changed) {
   refreshSets = changed;
+  byId("teach-version-columns").append(...["Version", ...COMPARISON.map(([column]) => column), "Actions"].map((text) => make("th", { scope: "col" }, text)));
   byId("teach-open").addEventListener("submit", open);
   byId("teach-new").addEventListener("submit", (event) => {
     event.preventDefault();

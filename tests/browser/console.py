@@ -370,6 +370,8 @@ def teach(page, server, folder):
     page.find("#teach-fit").click()
     page.wait_text("#teach-state", "Version 2 answers now")
     page.wait_text("#teach-versions", r"version 2 \(answers now")
+    for row, of in [(1, 11), (2, 10)]:
+        page.wait_text(f"#teach-versions tr:nth-child({row}) td:nth-child(2)", rf"% of {of} \(")
     for size, scheme, name in [(DESKTOP, "dark", "desktop-dark"), (PHONE, "dark", "phone-dark"), (DESKTOP, "light", "desktop")]:
         page.look(size, scheme)
         page.check_fit_and_access(f"taught twice, {name}")
