@@ -161,15 +161,17 @@ fn changed_certificates_and_passwords_are_taken_without_a_restart() {
             camera("signed", &url(&right), "ca = 'ca.pem'"),
             camera("elsewhere", &url(&other), "ca = 'other.pem'"),
             camera("unsigned", &url(&right), ""),
+            camera("plain", &snapshots.url("/now").replace("http:", "https:"), ""),
             camera("locked", &snapshots.url("/digest"), locked),
         ]
         .concat(),
     );
     let server = file.serve();
     for (name, reason) in [
-        ("signed", "invalid peer certificate"),
+        ("signed", "nobody who is trusted has signed"),
         ("elsewhere", "not valid for name"),
-        ("unsigned", "invalid peer certificate"),
+        ("unsigned", "nobody who is trusted has signed"),
+        ("plain", "hangs up"),
         ("locked", "does not accept"),
     ] {
         wait_until(name, || view(&server, name)["condition"] == "silent");
@@ -181,10 +183,10 @@ fn changed_certificates_and_passwords_are_taken_without_a_restart() {
         wait_until(name, || view(&server, name)["condition"] == "ok");
     }
     let line = server.log_so_far().into_iter().find(|line| line.contains("file of cameras has changed")).unwrap();
-    assert!(!line.contains("started=4"), "those that did not change go on: {line}");
-    std::fs::remove_file(beside("password")).unwrap();
+    assert!(!line.contains("started=5"), "those that did not change go on: {line}");
+    std::fs::write(beside("ca.pem"), "no certificate").unwrap();
     let line = server.wait_for_log("cannot be used");
-    assert!(line.contains("camera `locked`") && line.contains("password"), "{line}");
+    assert!(line.contains("camera `signed`") && line.contains("ca.pem: the file holds no certificate"), "{line}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::authentication::Challenge;
 use super::file::{Address, CameraConfig};
-use super::secrets::{Credentials, trust};
+use super::secrets::{Credentials, no_tls, trust};
 use crate::admission::BodyPermit;
 
 /// Redirects and challenges that one picture may take.
@@ -97,7 +97,7 @@ impl Fetcher {
         match &self.tls {
             Some(tls) => {
                 let name = ServerName::try_from(address.host.clone()).map_err(|_| anyhow!("`url` names no host"))?;
-                let stream = tls.connect(name, stream).await.context("TLS")?;
+                let stream = tls.connect(name, stream).await.map_err(|error| anyhow!(no_tls(&error)))?;
                 send(stream, request).await
             }
             None => send(stream, request).await,

@@ -14,7 +14,7 @@ use model_core::image::{Crop, Fit};
 use serde::Deserialize;
 
 use super::mqtt::config::{MqttConfig, MqttEntry};
-use super::secrets::{Credentials, Secrets, read_beside};
+use super::secrets::{Credentials, Secrets, read_certificates};
 use crate::classify::Look;
 use crate::units::{ByteSize, parse_duration};
 use crate::verdict::MinScore;
@@ -239,11 +239,13 @@ impl Entry {
             crop: self.crop.map(|text| text.parse::<Crop>()).transpose()?,
             fit: self.fit.map(|text| text.parse::<Fit>()).transpose()?,
         };
+        let address: Address = self.url.parse()?;
+        ensure!(address.is_tls || self.ca.is_none(), "`ca` goes with https://");
         Ok(CameraConfig {
             name: self.name,
-            address: self.url.parse()?,
+            address,
             credentials,
-            ca: self.ca.map(|path| read_beside(folder, &path)).transpose()?,
+            ca: self.ca.map(|path| read_certificates(folder, &path)).transpose()?,
             every,
             timeout,
             max_bytes,
@@ -310,7 +312,9 @@ mod tests {
             (format!("[[camera]]\nname = 'a'\n{url}\nmin_score = 2.0"), "min_score"),
             (format!("[[camera]]\nname = 'a'\n{url}\nevery = '1ms'"), "`every` is at least 50 ms"),
             (format!("[[camera]]\nname = 'a'\n{url}\nuser = 'me'"), "goes with `password`"),
-            (format!("[[camera]]\nname = 'a'\n{url}\nca = 'none.pem'"), "/nowhere/none.pem"),
+            (format!("[[camera]]\nname = 'a'\n{url}\nca = 'none.pem'"), "camera `a`: `ca` goes with https://"),
+            ("[[camera]]\nname = 'a'\nurl = 'https://a/'\nca = 'none.pem'".to_owned(), "/nowhere/none.pem"),
+            ("[[camera]]\nname = 'a'\nurl = 'https://a/'\nca = '/dev/null'".to_owned(), "/dev/null: the file holds no"),
             ("[[camera]]\nname = 'a'\nurl = 'ftp://a/'".to_owned(), "http:// or https://"),
             ("[[camera]]\nname = 'a'\nurl = 'http://u:p@a/'".to_owned(), "holds no user"),
             (format!("[[camera]]\nname = 'a'\n{url}\n[[camera]]\nname = 'A'\n{url}"), "two cameras are called `A`"),

@@ -1,6 +1,7 @@
 //! Who the gateway says that it is, and whom it trusts: users, passwords and certificates from files beside the cameras'.
 
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::{CertificateError, ClientConfig, RootCertStore};
 
 /// Who asks a camera or a broker that wants to know.
 #[derive(Clone, PartialEq, Eq)]
@@ -66,26 +67,56 @@ pub fn read_beside(folder: &Path, path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(&path).with_context(|| path.display().to_string())
 }
 
+/// The file of certificates that the file in this folder names.
+///
+/// # Errors
+/// A sentence that names the file.
+pub fn read_certificates(folder: &Path, path: &Path) -> anyhow::Result<Vec<u8>> {
+    let bytes = read_beside(folder, path)?;
+    let roots = roots(&bytes).with_context(|| folder.join(path).display().to_string())?;
+    ensure!(!roots.is_empty(), "{}: the file holds no certificate in PEM", folder.join(path).display());
+    Ok(bytes)
+}
+
+fn roots(pem: &[u8]) -> anyhow::Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem) {
+        let certificate = certificate.map_err(|_| anyhow!("the file is no PEM"))?;
+        roots.add(certificate).map_err(|_| anyhow!("the file holds what is no certificate"))?;
+    }
+    Ok(roots)
+}
+
 /// TLS that trusts the certificates of a PEM file, or those of the system.
 ///
 /// # Errors
 /// When there are no certificates to trust.
 pub fn trust(ca: Option<&[u8]>) -> anyhow::Result<Arc<ClientConfig>> {
-    let mut roots = RootCertStore::empty();
-    match ca {
-        Some(pem) => {
-            for certificate in CertificateDer::pem_slice_iter(pem) {
-                roots.add(certificate.context("`ca`")?).context("`ca`")?;
-            }
-        }
+    let roots = match ca {
+        Some(pem) => roots(pem)?,
         None => {
+            let mut roots = RootCertStore::empty();
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            roots
         }
-    }
+    };
     ensure!(!roots.is_empty(), "there is no certificate to trust; name one in `ca`, or install `ca-certificates`");
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)
         .with_no_client_auth();
     Ok(Arc::new(config))
+}
+
+/// Why there is no TLS, for whoever looks after the other end.
+pub fn no_tls(error: &io::Error) -> String {
+    use tokio_rustls::rustls::Error;
+    match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature)) => {
+            "TLS: nobody who is trusted has signed the certificate; name in `ca` who has".to_owned()
+        }
+        Some(Error::InvalidMessage(_)) => "TLS: what answers there speaks none".to_owned(),
+        _ if error.kind() == io::ErrorKind::UnexpectedEof => "TLS: the other end hangs up".to_owned(),
+        _ => format!("TLS: {error}"),
+    }
 }

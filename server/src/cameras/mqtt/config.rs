@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use hyper::Uri;
 use serde::Deserialize;
 
-use crate::cameras::secrets::{Credentials, Secrets, read_beside};
+use crate::cameras::secrets::{Credentials, Secrets, read_certificates};
 
 /// Longest prefix of topics.
 const MOST_PREFIX_BYTES: usize = 128;
@@ -72,7 +72,7 @@ impl MqttEntry {
             host,
             port: authority.port_u16().unwrap_or(if is_tls { 8883 } else { 1883 }),
             credentials: secrets.read(folder)?,
-            ca: self.ca.map(|path| read_beside(folder, &path)).transpose()?,
+            ca: self.ca.map(|path| read_certificates(folder, &path)).transpose()?,
             topic: prefix("topic", self.topic.as_deref().unwrap_or("butterflyvit"))?,
             discovery: match self.discovery {
                 None => Some("homeassistant".to_owned()),

@@ -17,7 +17,7 @@ use super::config::MqttConfig;
 use super::pictures::Picture;
 use super::speaker::{Heard, Speaker};
 use super::topics::{OFFLINE, ONLINE, Topics};
-use crate::cameras::secrets::trust;
+use crate::cameras::secrets::{no_tls, trust};
 use crate::repeats::REPEATS;
 use crate::sentence::sentence;
 
@@ -195,7 +195,7 @@ fn failure(error: ConnectionError, is_up: bool, has_credentials: bool) -> Failur
         _ if too_large => {
             format!("a message has more than {MOST_PACKET_BYTES} bytes; no pictures are taken for a while")
         }
-        ConnectionError::Tls(TlsError::Io(error)) => format!("TLS: {error}"),
+        ConnectionError::Tls(TlsError::Io(error)) => no_tls(&error),
         ConnectionError::Tls(error) => format!("TLS: {error}"),
         ConnectionError::Io(error) | ConnectionError::MqttState(StateError::Io(error)) if is_up => {
             format!("the connection broke: {error}")
