@@ -221,15 +221,21 @@ impl Examples {
         (self.shared.index().bytes, self.shared.budget)
     }
 
-    /// Keeps a picture, and says whether it is new; the same picture under the same label is kept once.
+    /// Keeps `kept` of a picture, and says whether it is new; the same picture under the same label is kept once.
     ///
     /// # Errors
     /// [`ExampleError::OtherLabel`]; [`ExampleError::Full`]; [`ExampleError::TooMany`]; and those of names and disk.
-    pub async fn add(&self, set: &str, label: &str, picture: Bytes) -> Result<(Example, bool), ExampleError> {
+    pub async fn add(
+        &self,
+        set: &str,
+        label: &str,
+        picture: Bytes,
+        kept: Bytes,
+    ) -> Result<(Example, bool), ExampleError> {
         check_set(set)?;
         check_label(label)?;
         let (set, label) = (set.to_owned(), label.to_owned());
-        self.change(move |shared| shared.add(&set, label, &picture)).await
+        self.change(move |shared| shared.add(&set, label, id_of(&picture), &kept)).await
     }
 
     /// Gives an example another label, or a frame its first one.
@@ -342,12 +348,11 @@ impl Shared {
         Ok(())
     }
 
-    fn add(&self, set: &str, label: String, picture: &[u8]) -> Result<(Example, bool), ExampleError> {
-        let id = id_of(picture);
+    fn add(&self, set: &str, label: String, id: String, kept: &[u8]) -> Result<(Example, bool), ExampleError> {
         if self.find_unsure(set, &id).is_some() {
             return self.relabel(set, &id, label).map(|example| (example, true));
         }
-        let example = Example { id, label, bytes: picture.len() as u64 };
+        let example = Example { id, label, bytes: kept.len() as u64 };
         {
             let index = self.index();
             let known = index.sets.get(set);
@@ -364,7 +369,7 @@ impl Shared {
             }
         }
         self.make_room(example.bytes)?;
-        upload::put(&self.path(set, &example), picture)?;
+        upload::put(&self.path(set, &example), kept)?;
         let mut index = self.index();
         index.bytes += example.bytes;
         index.sets.entry(set.to_owned()).or_default().insert(example.id.clone(), example.clone());
@@ -517,22 +522,29 @@ mod tests {
         let open = || Examples::open(root.path().to_owned(), 25, 0).unwrap();
         let examples = open();
         let bytes = |text: &'static str| Bytes::from_static(text.as_bytes());
-        let (first, is_new) = examples.add("door", "open", bytes("0123456789")).await.unwrap();
+        let (first, is_new) = examples.add("door", "open", bytes("0123456789"), bytes("0123456789")).await.unwrap();
         assert!(is_new && first.label == "open" && first.bytes == 10);
-        let again = examples.add("door", "open", bytes("0123456789")).await.unwrap();
+        let again = examples.add("door", "open", bytes("0123456789"), bytes("0123456789")).await.unwrap();
         assert_eq!(again, (first.clone(), false));
-        let other = examples.add("door", "closed", bytes("0123456789")).await.unwrap_err();
+        let other = examples.add("door", "closed", bytes("0123456789"), bytes("0123456789")).await.unwrap_err();
         assert!(matches!(other, ExampleError::OtherLabel { ref label, .. } if label == "open"), "{other}");
-        let (second, _) = examples.add("door", "half open, ?*", bytes("9876543210")).await.unwrap();
+        let (second, _) =
+            examples.add("door", "half open, ?*", bytes("9876543210"), bytes("9876543210")).await.unwrap();
         assert!(matches!(
-            examples.add("gate", "open", bytes("too much")).await,
+            examples.add("gate", "open", bytes("too much"), bytes("too much")).await,
             Err(ExampleError::Full { used: 20, .. })
         ));
         for label in ["", ".", "..", ".hidden", "a/b", "a\nb", &"x".repeat(201)] {
-            assert!(matches!(examples.add("door", label, bytes("x")).await, Err(ExampleError::Label)), "{label}");
+            assert!(
+                matches!(examples.add("door", label, bytes("x"), bytes("x")).await, Err(ExampleError::Label)),
+                "{label}"
+            );
         }
         for set in ["", "..", "a/b"] {
-            assert!(matches!(examples.add(set, "open", bytes("x")).await, Err(ExampleError::Set(_))), "{set}");
+            assert!(
+                matches!(examples.add(set, "open", bytes("x"), bytes("x")).await, Err(ExampleError::Set(_))),
+                "{set}"
+            );
         }
 
         let moved = examples.relabel("door", &second.id, "closed").await.unwrap();
@@ -575,13 +587,16 @@ mod tests {
         let labelled = examples.relabel("door", &id_of(b"third"), "cat").await.unwrap();
         assert_eq!((&*labelled.label, examples.unsure("door").unwrap().len(), examples.bytes().0), ("cat", 1, 11));
         assert_eq!(examples.picture("door", &labelled.id).unwrap(), "third");
-        examples.add("door", "dog", Bytes::from_static(b"second")).await.unwrap();
+        examples.add("door", "dog", Bytes::from_static(b"second"), Bytes::from_static(b"second")).await.unwrap();
         assert_eq!((examples.unsure("door").unwrap().len(), examples.bytes().0), (0, 11));
         assert!(!root.path().join("door").join(UNSURE).exists());
 
         // Examples drive frames out, and not the other way round.
         examples.shared.keep_unsure("gate", Reason::Unfamiliar, 9.0, b"a frame").unwrap();
-        examples.add("door", "dog", Bytes::from_static(b"fourteen bytes")).await.unwrap();
+        examples
+            .add("door", "dog", Bytes::from_static(b"fourteen bytes"), Bytes::from_static(b"fourteen bytes"))
+            .await
+            .unwrap();
         assert_eq!((examples.unsure("gate").unwrap().len(), examples.bytes().0), (0, 25));
         let full = examples.shared.keep_unsure("gate", Reason::Unfamiliar, 10.0, b"a frame");
         assert!(matches!(full, Err(ExampleError::Full { .. })));

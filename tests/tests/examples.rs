@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use model_core::image::{DecodeLimits, RgbImage, probe};
 use reqwest::blocking::multipart::{Form, Part};
 use serde_json::{Value, json};
-use system_tests::server::{Answer, Server, image, wait_until};
+use system_tests::server::{Answer, Server, image, png, wait_until};
 
 fn serve(folder: &Path, flags: &[&str]) -> Server {
     Server::start(["--examples", folder.to_str().unwrap()].iter().chain(flags))
@@ -50,6 +51,25 @@ fn examples_are_kept_listed_relabelled_and_deleted() {
         assert_eq!(add(&server, label, body).status, 400, "{label}");
     }
     add(&server, "open", b"no picture".to_vec()).assert_refused(415, "unsupported_media_type");
+}
+
+#[test]
+fn large_pictures_are_kept_small_and_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(folder.path(), &[]);
+    let large = png(&RgbImage::from_fn(3000, 2000, |x, y| [(x / 12) as u8, (y / 8) as u8, (x * y / 7) as u8].into()));
+    let kept = add(&server, "open", large.clone()).json()[0].clone();
+    assert_eq!(kept["new"], true, "{kept}");
+    assert!(kept["bytes"].as_u64().unwrap() < 500_000, "{kept}: {} were sent", large.len());
+    let id = kept["id"].as_str().unwrap();
+    let stored = std::fs::read(folder.path().join("door/open").join(id)).unwrap();
+    assert_eq!(stored.len() as u64, kept["bytes"].as_u64().unwrap());
+    let info = probe(&stored, &DecodeLimits::default()).unwrap();
+    assert_eq!((info.width, info.height), (1024, 682));
+    assert_eq!(server.get("/teach/door").json()["used_bytes"], kept["bytes"]);
+    assert_eq!(add(&server, "open", large.clone()).json()[0]["new"], false, "told by what was sent");
+    // Half a picture has a header that is whole.
+    add(&server, "open", large[..large.len() / 2].to_vec()).assert_refused(422, "undecodable_image");
 }
 
 #[test]

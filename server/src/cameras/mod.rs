@@ -11,7 +11,6 @@ pub mod file;
 pub mod mqtt;
 pub mod secrets;
 pub mod state;
-pub mod thumbnail;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -25,7 +24,6 @@ pub use camera::{Camera, CameraView, Change, FrameResult};
 pub use file::CameraConfig;
 pub use mqtt::BrokerView;
 pub use state::Condition;
-pub use thumbnail::thumbnail;
 
 use self::file::CameraFile;
 use self::mqtt::Link;

@@ -5,6 +5,7 @@
 pub mod decode;
 mod job;
 pub mod queue;
+pub mod reduced;
 mod worker;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

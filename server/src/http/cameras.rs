@@ -23,8 +23,12 @@ use super::extract::{ApiPath, ApiQuery};
 use super::input::picture_type;
 use super::openapi::{SetName, commands, errors};
 use crate::app::{App, AppState};
-use crate::cameras::{BrokerView, CameraView, Change, Reader, thumbnail};
+use crate::cameras::{BrokerView, CameraView, Change, Reader};
 use crate::classify::Error;
+use crate::compute::reduced::Reduction;
+
+/// What a camera's frame is shown as.
+const THUMBNAIL: Reduction = Reduction { side: 320, quality: 75 };
 
 /// Errors of whoever has no key where one is needed.
 const VIEWER: &[ErrorCode] = &[ErrorCode::Unauthorized];
@@ -164,7 +168,7 @@ async fn frame(
         let full = || ApiError::new(ErrorCode::QueueFull, "other whole frames are on their way; try again later");
         app.cameras.leaving(frame).ok_or_else(full)?
     } else {
-        let made = timeout(app.limits.request_timeout, thumbnail(&app.classifier.decoder, frame)).await;
+        let made = timeout(app.limits.request_timeout, THUMBNAIL.apply(&app.classifier.decoder, frame)).await;
         made.map_err(|_| ApiError::from(Error::Deadline))?.map_err(ApiError::internal)?.into()
     };
     let headers = [(header::CONTENT_TYPE, picture_type(&picture)), (header::CACHE_CONTROL, "no-store")];

@@ -7,9 +7,11 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use model_core::image::{Crop, DecodeLimits, probe};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -21,7 +23,8 @@ use super::extract::{ApiPath, ApiQuery, RequestContext};
 use super::input::{self, FitName, ImageForm};
 use super::openapi::{ADMIN, BODY, LIFECYCLE, commands, errors};
 use crate::app::AppState;
-use crate::classify::Image;
+use crate::classify::{Error, Image};
+use crate::compute::reduced::Reduction;
 use crate::examples::{Example, ExampleError, Examples, Unsure, check_set};
 use crate::fitting::{FitStatus, Fitting, Wish};
 use crate::keys::Caller;
@@ -32,6 +35,7 @@ const KEEP: &[ErrorCode] = &[
     ErrorCode::BatchTooLarge,
     ErrorCode::ImageTooLarge,
     ErrorCode::UndecodableImage,
+    ErrorCode::DeadlineExceeded,
     ErrorCode::Conflict,
     ErrorCode::DiskFull,
 ];
@@ -170,7 +174,8 @@ async fn list(State(app): State<AppState>, set: ApiPath<String>, _: Admin) -> Re
 ///
 /// The body is read as `/classify` reads it: one image, or a form with several. The answer is a list in the request's
 /// order, in which a picture that is not kept is an error in its place; of a single picture the error is the answer. A
-/// picture that the set has under the same label already is kept once; under another label it is refused.
+/// picture that the set has under the same label already is kept once; under another label it is refused. A picture with
+/// more than 1024 pixels along the longer side is kept as a JPEG of that size.
 #[utoipa::path(
     post,
     path = "/teach/{set}/examples",
@@ -215,7 +220,7 @@ async fn add(
     let input = input::parse(&app, &headers, bytes).await?;
     let mut outcomes = Vec::with_capacity(input.images.len());
     for image in input.images {
-        outcomes.push(keep(&store, &set.0, &label, image.map_err(ApiError::from)).await);
+        outcomes.push(keep(&app, &store, (&set.0, &label), image.map_err(ApiError::from)).await);
     }
     drop(permit);
     if outcomes.len() == 1 && outcomes.iter().any(Result::is_err) {
@@ -230,16 +235,35 @@ async fn add(
     Ok((StatusCode::CREATED, Json(outcomes.collect::<Vec<_>>())).into_response())
 }
 
-async fn keep(store: &Examples, set: &str, label: &str, image: Result<Image, ApiError>) -> Result<Kept, ApiError> {
+/// Examples of larger pictures are kept as JPEGs of this size: a fifth of the side still has the pixels that a model sees.
+const KEPT: Reduction = Reduction { side: 1024, quality: 90 };
+
+async fn keep(
+    app: &AppState,
+    store: &Examples,
+    (set, label): (&str, &str),
+    image: Result<Image, ApiError>,
+) -> Result<Kept, ApiError> {
     let Image::Encoded(bytes) = image? else {
         return Err(ApiError::invalid("an example is an image file"));
     };
-    probe(&bytes, &DecodeLimits::default()).map_err(crate::classify::Error::from)?;
-    let (example, new) = store.add(set, label, bytes).await?;
+    let info = probe(&bytes, &DecodeLimits::default()).map_err(Error::from)?;
+    let mut kept = bytes.clone();
+    if info.width.max(info.height) > u32::from(KEPT.side) {
+        let reduced = KEPT.apply(&app.classifier.decoder, bytes.clone());
+        let reduced =
+            timeout(app.limits.request_timeout, reduced).await.map_err(|_| ApiError::from(Error::Deadline))?;
+        let reduced = Bytes::from(reduced.map_err(Error::from)?);
+        // A drawing may be smaller as it is.
+        if reduced.len() < bytes.len() {
+            kept = reduced;
+        }
+    }
+    let (example, new) = store.add(set, label, bytes, kept).await?;
     Ok(Kept { example, new })
 }
 
-/// The picture of an example or of an unsure frame, as it was sent.
+/// The picture of an example or of an unsure frame, as it is kept: with at most 1024 pixels along the longer side.
 #[utoipa::path(
     get,
     path = "/teach/{set}/examples/{id}",
