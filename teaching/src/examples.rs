@@ -1,8 +1,6 @@
 //! What is given to teach from.
 
 use crate::TeachError;
-use crate::fit::STRENGTHS;
-use crate::statistics::DRAWS;
 
 /// Classes of one set at most.
 pub const MOST_CLASSES: usize = 1000;
@@ -20,24 +18,6 @@ pub struct Examples<'a> {
     pub labels: &'a [usize],
     /// The names of the classes.
     pub classes: &'a [String],
-}
-
-/// Images that are compared with each other at most, and steps of a fit that are remembered, with what goes with them.
-const COMPARED: usize = 1024;
-const REMEMBERED: usize = 40;
-
-/// Bytes that teaching takes on one thread, the features included: those and a copy of them, the rows that are compared
-/// with each other, and the parameters of the last steps.
-pub fn memory(images: usize, views: usize, d_model: usize, classes: usize) -> usize {
-    let rows = images.saturating_mul(views);
-    let compared = rows.min(COMPARED);
-    let features = rows.saturating_mul(2).saturating_add(compared + DRAWS).saturating_mul(d_model);
-    let parameters = classes.saturating_mul(d_model + 1).saturating_mul(REMEMBERED);
-    let logits = images.saturating_mul(classes).saturating_mul(2 * STRENGTHS.len());
-    [compared * compared, parameters, logits]
-        .iter()
-        .fold(features, |sum, part| sum.saturating_add(*part))
-        .saturating_mul(4)
 }
 
 /// Whether so many images a class can be taught from, before any of them is looked at.

@@ -8,11 +8,11 @@ use model_core::weights::{Background, Linear, Matrix, Precision};
 use crate::examples::Examples;
 use crate::logistic::{Rows, log_sum_exp, logits};
 use crate::report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
-use crate::statistics::{Distances, fit as fit_statistics, threshold, with_room};
+use crate::statistics::{DRAWS, Distances, fit as fit_statistics, threshold, with_room};
 use crate::{Options, Taught, TeachError, folds};
 
 /// Strengths of the penalty that are tried, strongest first, on rows whose mean squared length is one.
-pub(crate) const STRENGTHS: [f64; 6] = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4];
+const STRENGTHS: [f64; 6] = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4];
 /// A weaker penalty must lower the loss by this share to be preferred.
 const WORTH: f64 = 0.01;
 /// Temperatures, between which the best one is looked for.
@@ -27,6 +27,23 @@ const MOST_LEFT_OUT: usize = 10;
 const NEAREST_SEED: u64 = 24;
 /// Seed of the draws of which the share that passes is reported.
 const PASS_SEED: u64 = 25;
+/// Images that are compared with each other at most, and steps of a fit that are remembered, with what goes with them.
+const COMPARED: usize = 1024;
+const REMEMBERED: usize = 40;
+
+/// Bytes that teaching takes on one thread, the features included: those and a copy of them, the rows that are compared
+/// with each other, and the parameters of the last steps.
+pub fn memory(images: usize, views: usize, d_model: usize, classes: usize) -> usize {
+    let rows = images.saturating_mul(views);
+    let compared = rows.min(COMPARED);
+    let features = rows.saturating_mul(2).saturating_add(compared + DRAWS).saturating_mul(d_model);
+    let parameters = classes.saturating_mul(d_model + 1).saturating_mul(REMEMBERED);
+    let logits = images.saturating_mul(classes).saturating_mul(2 * STRENGTHS.len());
+    [compared * compared, parameters, logits]
+        .iter()
+        .fold(features, |sum, part| sum.saturating_add(*part))
+        .saturating_mul(4)
+}
 
 /// Rows moved and scaled to a mean of zero and a mean squared length of one, and back.
 struct Scaling {

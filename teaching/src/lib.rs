@@ -20,8 +20,8 @@ use model_core::image::View;
 use model_core::weights::{ExpertLayerWeights, ExpertSetWeights, Familiarity, Linear};
 use serde_json::{Value, json};
 
-pub use examples::{Examples, MOST_CLASSES, MOST_IMAGES, check_counts, is_none_label, memory};
-pub use fit::teach;
+pub use examples::{Examples, MOST_CLASSES, MOST_IMAGES, check_counts, is_none_label};
+pub use fit::{memory, teach};
 pub use report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
 
 /// How to fit a classifier to examples.
