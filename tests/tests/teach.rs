@@ -101,3 +101,39 @@ fn what_cannot_be_taught_is_one_sentence_and_nothing_is_written() {
     assert!(few.contains("`lone` has 1 image"), "{few}");
     assert!(!Path::new(store[1]).join("expert-sets").exists());
 }
+
+#[test]
+fn a_folder_without_a_picture_that_can_be_read_is_one_sentence() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (folder, store) = (scratch.path().join("images"), scratch.path().join("store"));
+    for label in ["across", "up"] {
+        fs::create_dir_all(folder.join(label)).unwrap();
+        (0..3).for_each(|i| fs::write(folder.join(label).join(format!("{i}.jpg")), format!("no picture {i}")).unwrap());
+    }
+    let output = teach(&folder, &["--store", store.to_str().unwrap()]);
+    assert_eq!(String::from_utf8_lossy(&output.stderr).matches("not an image").count(), 6, "each is named");
+    let refused = refusal(&output);
+    assert!(refused.contains("`across` has 0 images"), "{refused}");
+    assert!(!store.exists());
+}
+
+#[test]
+fn labels_are_the_names_of_folders_whatever_they_are() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (folder, store) = (scratch.path().join("images"), scratch.path().join("store"));
+    let labels = ["-x; rm *", "T\u{fc}r & <b>\"it's\" 100%?", "\u{65e5}\u{672c}\u{8a9e} \u{1f642}\u{200d}"];
+    for (label, upright) in labels.into_iter().zip([true, false, true]) {
+        fs::create_dir_all(folder.join(label)).unwrap();
+        let seeds = if label == labels[2] { 10..15 } else { 0..5 };
+        seeds.for_each(|seed| {
+            fs::write(folder.join(label).join(format!("{seed}.png")), striped(upright, seed)).unwrap()
+        });
+    }
+    let output = teach(&folder, &["--store", store.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let server = Server::start(["--model-store", store.to_str().unwrap(), "--default-set", "stripes"]);
+    let listed = server.get("/sets/stripes/1").json();
+    let listed: Vec<&str> = listed["labels"].as_array().unwrap().iter().map(|label| label.as_str().unwrap()).collect();
+    assert_eq!(listed, labels);
+    assert_eq!(Answer::of(server.post("/classify").body(striped(false, 77))).label(), labels[1]);
+}
