@@ -383,6 +383,10 @@ pub struct TeachArgs {
     /// it is not there. Without it the store's only one, otherwise the embedded one for photographs.
     #[arg(long, env = "BVIT_BACKBONE", value_name = "FILE|NAME")]
     pub backbone: Option<String>,
+    /// Expert set whose experts the new one borrows, on a backbone with blocks: a file, the name of one in the store, or of an
+    /// embedded one; it is copied into the store when it is not there. Without it the only one on that backbone.
+    #[arg(long, env = "BVIT_BASE", value_name = "FILE|NAME")]
+    pub base: Option<String>,
     /// The part of each picture that the set looks at, in shares of the upright picture.
     #[arg(long, env = "BVIT_CROP", value_name = "X,Y,W,H")]
     pub crop: Option<Crop>,

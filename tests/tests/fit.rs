@@ -149,7 +149,8 @@ fn examples_become_a_set_that_is_corrected_fitted_again_and_rolled_back() {
     assert_eq!(Answer::of(server.request("DELETE", "/sets/stripes/2")).status, 200);
     assert_eq!(verdict(&server, true), ("up".to_owned(), json!(1)), "rolled back");
     for (query, words) in [
-        ("backbone=default", "has blocks"),
+        ("backbone=default", "no set on it has experts"),
+        ("base=imagenet", "no experts to borrow"),
         ("backbone=none", "there is no such backbone"),
         ("crop=1,2,30,40", "not in pixels"),
         ("fit=round", "fit"),
@@ -281,4 +282,38 @@ fn a_full_disk_refuses_examples_and_new_versions_and_loses_nothing() {
     begin(&server);
     assert_eq!(end(&server)["version"], 2);
     assert_eq!(verdict(&server, true), ("up".to_owned(), json!(2)));
+}
+
+#[test]
+fn on_a_backbone_with_blocks_a_set_borrows_the_experts_of_another() {
+    let place = Place::new();
+    let to = place.store().join("expert-sets/cifar100/1.safetensors");
+    fs::create_dir_all(to.parent().unwrap()).unwrap();
+    fs::copy(root().join("models/cifar100.safetensors"), to).unwrap();
+    let server = place.serve(&[]);
+    send(&server, 0..6);
+    let fit = |query: &str| Answer::of(server.post(&format!("/teach/stripes/fit?{query}")));
+    refused(&fit("backbone=default&base=imagenet"), 400, "invalid_request", "on another backbone");
+    refused(&fit("backbone=default&base=none"), 404, "set_not_found", "none");
+    assert_eq!(fit("backbone=default").status, 202);
+    let done = end(&server);
+    assert_eq!((&done["state"], &done["backbone"]), (&json!("done"), &json!("default")), "{done}");
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(1)));
+    assert_eq!(verdict(&server, false), ("across".to_owned(), json!(1)));
+    let sets = server.get("/sets").json()["sets"].as_array().unwrap().clone();
+    let view = |name: &str| sets.iter().find(|set| set["name"] == name).unwrap().clone();
+    assert!(view("stripes")["base"].is_string(), "{}", view("stripes"));
+    assert!(
+        view("stripes")["file_bytes"].as_u64() < view("cifar100")["file_bytes"].as_u64(),
+        "it has no experts of its own"
+    );
+    let kept = Answer::of(server.request("DELETE", "/sets/cifar100"));
+    refused(&kept, 409, "conflict", "stripes");
+    refused(&fit("base=stripes"), 400, "invalid_request", "borrows its experts itself");
+    // Without a word the next version borrows where this one does.
+    assert_eq!(fit("").status, 202);
+    assert_eq!(end(&server)["version"], 2);
+    drop(server);
+    let server = place.serve(&[]);
+    assert_eq!(verdict(&server, true), ("up".to_owned(), json!(2)), "after a restart");
 }

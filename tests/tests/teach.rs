@@ -137,3 +137,38 @@ fn labels_are_the_names_of_folders_whatever_they_are() {
     assert_eq!(listed, labels);
     assert_eq!(Answer::of(server.post("/classify").body(striped(false, 77))).label(), labels[1]);
 }
+
+#[test]
+fn on_a_backbone_with_blocks_a_set_borrows_experts() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (folder, store) = (scratch.path().join("images"), scratch.path().join("store"));
+    fs::create_dir(&folder).unwrap();
+    examples(&folder);
+    let flags = |more: &[&'static str]| [&["--store", store.to_str().unwrap(), "--backbone"], more].concat();
+    for (more, words) in [
+        (&["default", "--base", "none-such"][..], "no set `none-such`"),
+        (&["default", "--base", "imagenet"], "on another backbone"),
+        (&["photo", "--base", "cifar100"], "has no blocks"),
+    ] {
+        let refused = refusal(&teach(&folder, &flags(more)));
+        assert!(refused.contains(words), "{refused}");
+    }
+    assert!(!store.join("expert-sets").exists());
+    for version in 1..3 {
+        let output = teach(&folder, &flags(&["default"]));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(
+            (&said["version"], said["base_copied_to"].is_string()),
+            (&Value::from(version), version == 1),
+            "{said}"
+        );
+    }
+    let server = Server::start(["--model-store", store.to_str().unwrap(), "--default-set", "stripes"]);
+    for (label, upright) in [("up \u{e9}", true), ("across", false)] {
+        assert_eq!(Answer::of(server.post("/classify").body(striped(upright, 77))).label(), label);
+    }
+    // Its own borrowers lend nothing.
+    let refused = refusal(&teach(&folder, &flags(&["default", "--base", "stripes"])));
+    assert!(refused.contains("borrows its experts itself"), "{refused}");
+}

@@ -24,25 +24,18 @@ pub fn views_of(images: usize) -> usize {
 /// Runs a backbone over pictures.
 pub struct Extractor {
     backbone: Arc<Backbone>,
-    set: ExpertSet,
+    /// Through whose experts pictures go.
+    set: Arc<ExpertSet>,
     view: View,
 }
 
 impl Extractor {
+    /// `lender` is the set whose experts are borrowed, on a backbone with blocks.
+    ///
     /// # Errors
-    /// When the backbone needs experts.
-    pub fn new(backbone: Arc<Backbone>, view: View) -> anyhow::Result<Self> {
-        let d_model = backbone.config().d_model;
-        // Features come out before the head, whatever that is.
-        let weights = ExpertSetWeights {
-            config: ExpertConfig::NONE,
-            layers: Vec::new(),
-            head: Linear { weight: vec![0.0; d_model].into(), bias: vec![0.0] },
-            labels: vec!["none".to_owned()],
-            temperature: 1.0,
-            familiarity: None,
-        };
-        let set = ExpertSet::from_weights("features".to_owned(), weights, Digest::of("", &[]), &backbone)?;
+    /// When the backbone needs experts, and there are none.
+    pub fn new(backbone: Arc<Backbone>, lender: Option<Arc<ExpertSet>>, view: View) -> anyhow::Result<Self> {
+        let set = lender.map_or_else(|| without_experts(&backbone).map(Arc::new), Ok)?;
         Ok(Self { backbone, set, view })
     }
 
@@ -87,8 +80,10 @@ impl Extractor {
             inputs.push(preprocess.normalize(&cropped));
         }
         let mut features = vec![0.0; views * self.backbone.config().d_model];
-        let mut logits = vec![0.0; views];
-        let outputs = features.chunks_exact_mut(self.backbone.config().d_model).zip(logits.chunks_exact_mut(1));
+        // Features come out before the head, whatever that is.
+        let labels = self.set.labels().len();
+        let mut logits = vec![0.0; views * labels];
+        let outputs = features.chunks_exact_mut(self.backbone.config().d_model).zip(logits.chunks_exact_mut(labels));
         let rows = inputs.iter().zip(outputs).map(|(pixels, (features, logits))| Row {
             set: &self.set,
             pixels,
@@ -99,6 +94,20 @@ impl Extractor {
         session.forward(&mut rows.collect::<Vec<_>>())?;
         Ok(features)
     }
+}
+
+/// A set for a backbone without blocks.
+fn without_experts(backbone: &Backbone) -> anyhow::Result<ExpertSet> {
+    let d_model = backbone.config().d_model;
+    let weights = ExpertSetWeights {
+        config: ExpertConfig::NONE,
+        layers: Vec::new(),
+        head: Linear { weight: vec![0.0; d_model].into(), bias: vec![0.0] },
+        labels: vec!["none".to_owned()],
+        temperature: 1.0,
+        familiarity: None,
+    };
+    Ok(ExpertSet::from_weights("features".to_owned(), weights, Digest::of("", &[]), backbone)?)
 }
 
 /// RGB8 `[side, side, 3]` with left and right exchanged.

@@ -136,6 +136,9 @@ impl FitStatus {
 pub struct Wish {
     /// Name of a backbone; otherwise that of the set's current version.
     pub backbone: Option<String>,
+    /// Name of the set whose experts are borrowed, on a backbone with blocks; otherwise the lender of the set's current version,
+    /// or the only set on that backbone that can lend.
+    pub base: Option<String>,
     /// Which part of a picture matters; otherwise that of the set's current version.
     pub crop: Option<[f64; 4]>,
     pub fit: Option<Fit>,
@@ -173,6 +176,8 @@ struct Task {
     examples: Vec<Example>,
     classes: Vec<String>,
     backbone: Arc<BackboneDescriptor>,
+    /// The set whose experts are borrowed, on a backbone with blocks.
+    base: Option<Arc<SetDescriptor>>,
     /// The set's version when the fit began.
     current: Option<Arc<SetDescriptor>>,
     crop: Option<[f64; 4]>,
@@ -239,12 +244,14 @@ impl Fitting {
         drop(self.0.catalog.begin_upload().await?);
         let current = self.0.registry.lookup(set, None).ok().map(|target| target.set);
         let backbone = self.0.backbone(wish.backbone.as_deref(), current.as_deref())?;
+        let base = self.0.base(wish.base.as_deref(), current.as_deref(), &backbone)?;
         let cancel = CancellationToken::new();
         let task = Task {
             set: set.to_owned(),
             examples,
             classes,
             backbone,
+            base,
             current,
             crop: wish.crop,
             fit: wish.fit,
@@ -310,7 +317,7 @@ impl Shared {
         self.update(task, |run| run.status.progress = share);
     }
 
-    /// The backbone to fit to.
+    /// The backbone to fit to: the wanted one, that of the current version, the only one without blocks, or `photo`.
     fn backbone(
         &self,
         wanted: Option<&str>,
@@ -319,31 +326,63 @@ impl Shared {
         let mut known = self.registry.backbones();
         known.sort_by(|a, b| a.name.cmp(&b.name));
         let without_blocks: Vec<_> = known.iter().filter(|backbone| !backbone.config.has_blocks()).collect();
-        let names = || without_blocks.iter().map(|backbone| &*backbone.name).collect::<Vec<_>>().join(", ");
-        let is_wanted = |backbone: &BackboneDescriptor| match (wanted, current) {
-            (Some(wanted), _) => backbone.name == wanted,
-            (None, Some(current)) => backbone.digest == current.backbone,
-            (None, None) => without_blocks.len() == 1 && !backbone.config.has_blocks(),
+        let found = match (wanted, current, &without_blocks[..]) {
+            (Some(wanted), ..) => known.iter().find(|backbone| backbone.name == wanted),
+            (None, Some(current), _) => known.iter().find(|backbone| backbone.digest == current.backbone),
+            (None, None, [only]) => Some(*only),
+            (None, None, several) => several.iter().copied().find(|backbone| backbone.name == FOR_PHOTOGRAPHS),
         };
-        let for_photographs = || {
-            let named = |backbone: &&Arc<BackboneDescriptor>| backbone.name == FOR_PHOTOGRAPHS;
-            without_blocks.iter().copied().find(named).filter(|_| wanted.is_none() && current.is_none())
-        };
-        match known.iter().find(|backbone| is_wanted(backbone)).or_else(for_photographs) {
-            Some(backbone) if backbone.config.has_blocks() => Err(FitError::Backbone(format!(
-                "the backbone `{}` has blocks, so its sets need experts, which are not fitted here; fit to another backbone \
-                 ({}), or make the set with `butterflyvit-trainer specialise`",
-                backbone.name,
-                if without_blocks.is_empty() { "there is none".to_owned() } else { names() },
-            ))),
-            Some(backbone) => Ok(Arc::clone(backbone)),
-            None if without_blocks.is_empty() => Err(FitError::Backbone(
-                "this server has no backbone without blocks, which sets are fitted to".to_owned(),
+        found.map(Arc::clone).ok_or_else(|| {
+            let names = known.iter().map(|backbone| &*backbone.name).collect::<Vec<_>>().join(", ");
+            FitError::Backbone(match wanted {
+                Some(_) => format!("there is no such backbone; sets can be fitted to: {names}"),
+                None => format!("say which backbone the set is to be fitted to: {names}"),
+            })
+        })
+    }
+
+    /// The set that lends its experts to one on `backbone`; none where that has no blocks.
+    fn base(
+        &self,
+        wanted: Option<&str>,
+        current: Option<&SetDescriptor>,
+        backbone: &BackboneDescriptor,
+    ) -> Result<Option<Arc<SetDescriptor>>, FitError> {
+        let name = &backbone.name;
+        let refused = |reason: String| Err(FitError::Backbone(reason));
+        if !backbone.config.has_blocks() {
+            return match wanted {
+                Some(_) => {
+                    refused(format!("the backbone `{name}` has no blocks, so its sets have no experts to borrow"))
+                }
+                None => Ok(None),
+            };
+        }
+        if let Some(wanted) = wanted {
+            let base = self.registry.lookup(wanted, None)?.set;
+            return match (base.backbone == backbone.digest, base.lender) {
+                (false, _) => refused(format!("the set `{wanted}` is on another backbone than `{name}`")),
+                (true, Some(_)) => refused(format!("the set `{wanted}` borrows its experts itself, and lends none")),
+                (true, None) => Ok(Some(base)),
+            };
+        }
+        let before = current.filter(|current| current.backbone == backbone.digest).and_then(|current| current.lender);
+        if let Some(lender) = before.and_then(|digest| self.registry.lender(&digest)) {
+            return Ok(Some(lender));
+        }
+        let mut names: Vec<_> = self.registry.names().into_iter().collect();
+        names.sort_unstable();
+        let sets = names.iter().filter_map(|name| self.registry.lookup(name, None).ok()).map(|target| target.set);
+        let lending: Vec<_> = sets.filter(|set| set.backbone == backbone.digest && set.lender.is_none()).collect();
+        match &lending[..] {
+            [only] => Ok(Some(Arc::clone(only))),
+            [] => refused(format!(
+                "the backbone `{name}` has blocks, and no set on it has experts that could be borrowed"
             )),
-            None => Err(FitError::Backbone(match wanted {
-                Some(_) => format!("there is no such backbone; sets can be fitted to: {}", names()),
-                None => format!("say which backbone the set is to be fitted to: {}", names()),
-            })),
+            several => {
+                let names: Vec<_> = several.iter().map(|set| &*set.name).collect();
+                refused(format!("say which set on the backbone `{name}` lends its experts: {}", names.join(", ")))
+            }
         }
     }
 
@@ -366,7 +405,22 @@ impl Shared {
         let engine = resident.value.engine();
         let kept = self.view_of(task.current.clone()).await?;
         let view = View { crop: task.crop.unwrap_or(kept.crop), fit: task.fit.unwrap_or(kept.fit) };
-        let extractor = Extractor::new(Arc::clone(engine), view);
+        // Held until the new version is there, which borrows from it.
+        let base = match &task.base {
+            Some(base) => Some(self.registry.acquire(&base.name, Some(base.version), self.load_wait).await?),
+            None => None,
+        };
+        if let Some((lease, base)) =
+            base.as_ref().zip(task.base.as_ref()).filter(|(lease, base)| lease.descriptor.digest != base.digest)
+        {
+            let (now, then) = (lease.descriptor.digest.short(), base.digest.short());
+            return Err(FitError::Backbone(format!(
+                "the set `{}` changed meanwhile: its experts were {then} and are {now}",
+                base.name
+            )));
+        }
+        let lender = base.as_ref().map(|lease| Arc::clone(lease.value.engine()));
+        let extractor = Extractor::new(Arc::clone(engine), lender, view);
         let extractor = Arc::new(extractor.map_err(|error| FitError::Internal(sentence(&error)))?);
         let (session, _memory) = self.session(task, &extractor).await?;
         let seen = self.see(task, view, &extractor, session).await?;
@@ -376,8 +430,8 @@ impl Shared {
         let base = Base {
             backbone: engine.config().shape(),
             backbone_digest: backbone.digest,
-            experts: ExpertConfig::NONE,
-            borrowed_experts: None,
+            experts: task.base.as_ref().map_or(ExpertConfig::NONE, |base| base.experts.clone()),
+            borrowed_experts: task.base.as_ref().map(|base| base.digest),
             view,
         };
         let bytes =

@@ -58,6 +58,10 @@ struct FitQuery {
     /// Name of the backbone; otherwise that of the set's current version, and of a new set the one for photographs.
     #[param(value_type = String, required = false, example = "photo")]
     backbone: Option<String>,
+    /// Name of the set whose experts are borrowed, on a backbone with blocks; otherwise that of the set's current version, or the
+    /// only one that can lend.
+    #[param(value_type = String, required = false, example = "cifar100")]
+    base: Option<String>,
     /// The part of a picture that matters, `x,y,w,h` in shares of the upright picture; otherwise that of the current version.
     #[param(value_type = String, required = false, example = "0.25,0,0.5,1")]
     crop: Option<String>,
@@ -339,7 +343,7 @@ async fn remove(
     params(FitQuery),
     responses((status = 202, description = "It has begun.", body = FitStatus, example = json!(fit_example()))),
     extensions(
-        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::Conflict, ErrorCode::DiskFull]]))),
+        ("x-errors" = json!(errors(&[ADMIN, &[ErrorCode::InvalidRequest, ErrorCode::SetNotFound, ErrorCode::Conflict, ErrorCode::DiskFull]]))),
         ("x-codeSamples" = json!(commands(&["curl -H \"X-Api-Key: $(butterflyvit admin-key)\" -X POST http://127.0.0.1:8000/teach/door/fit"]))),
     ),
 )]
@@ -349,7 +353,7 @@ async fn fit(
     query: ApiQuery<FitQuery>,
     Admin(by): Admin,
 ) -> Result<Response, ApiError> {
-    let FitQuery { backbone, crop, fit } = query.0;
+    let FitQuery { backbone, base, crop, fit } = query.0;
     let look = input::parse_look(crop.as_deref(), fit.as_deref())?;
     let crop = match look.crop {
         Some(Crop::Pixels(_)) => {
@@ -358,7 +362,7 @@ async fn fit(
         Some(Crop::Shares(shares)) => Some(shares),
         None => None,
     };
-    let wish = Wish { backbone, crop, fit: look.fit };
+    let wish = Wish { backbone, base, crop, fit: look.fit };
     let status = fitting(&app)?.begin(&set.0, wish).await?;
     tracing::info!(by = &*by, set.name = set.0, images = status.images, "fit begun");
     Ok((StatusCode::ACCEPTED, Json(status)).into_response())

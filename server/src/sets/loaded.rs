@@ -42,7 +42,7 @@ pub struct LoadedBackbone {
 /// An expert set ready to run.
 #[derive(Debug)]
 pub struct LoadedSet {
-    set: ExpertSet,
+    set: Arc<ExpertSet>,
     /// Tokens along one side of the patch grid.
     grid_side: usize,
     num_layers: usize,
@@ -76,6 +76,11 @@ pub struct Answer {
 }
 
 impl LoadedSet {
+    /// The set itself, for work that brings its own scratch.
+    pub fn engine(&self) -> &Arc<ExpertSet> {
+        &self.set
+    }
+
     /// One per logit.
     pub fn labels(&self) -> &[String] {
         self.set.labels()
@@ -235,7 +240,7 @@ impl Source for ArtifactSource {
         let set = || {
             // The file goes before the set is packed.
             let artifact = read_expert_set(&location.read()?)?;
-            anyhow::Ok(ExpertSet::from_artifact(artifact, &backbone.backbone, lender.map(|lender| &lender.set))?)
+            anyhow::Ok(ExpertSet::from_artifact(artifact, &backbone.backbone, lender.map(|lender| &*lender.set))?)
         };
         let set = set().with_context(|| location.to_string())?;
         if set.digest() != descriptor.digest {
@@ -243,7 +248,7 @@ impl Source for ArtifactSource {
         }
         let config = backbone.config();
         let (grid_side, num_layers) = (config.grid_side(), config.num_layers);
-        Ok(Loaded { bytes: set.resident_bytes(), value: LoadedSet { set, grid_side, num_layers } })
+        Ok(Loaded { bytes: set.resident_bytes(), value: LoadedSet { set: Arc::new(set), grid_side, num_layers } })
     }
 
     fn scratch(&self, backbone: &LoadedBackbone) -> usize {

@@ -23,9 +23,9 @@ use crate::config::TeachArgs;
 use crate::fitting::features::Extractor;
 use features::extract;
 use images::Images;
-use place::{Place, Source};
+use place::{Lender, Place, Source};
 use progress::Progress;
-use report::Outcome;
+use report::{Copied, Outcome};
 
 /// Teaches a set and puts it into the store.
 ///
@@ -44,11 +44,13 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     let remote = remote.transpose()?;
     let place = Place::new(args.store.as_deref());
     let source = place.backbone(args.backbone.as_deref())?;
+    let lender = place.lender(args.base.as_deref(), &source)?;
     let images = Images::list(&args.folder)?;
     let view = View { crop: args.crop_shares()?, fit: args.fit.unwrap_or_default() };
     let progress = Progress::new();
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-    let extractor = Extractor::new(Arc::clone(&source.backbone), view)?;
+    let extractor =
+        Extractor::new(Arc::clone(&source.backbone), lender.as_ref().map(|lender| Arc::clone(&lender.set)), view)?;
     let found = extract(&extractor, &images, threads, &progress)?;
     progress.done();
     // Before anything is refused for want of images: it may be why.
@@ -72,18 +74,20 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     let base = Base {
         backbone: config.shape(),
         backbone_digest: source.backbone.digest(),
-        experts: ExpertConfig::NONE,
-        borrowed_experts: None,
+        experts: lender.as_ref().map_or(ExpertConfig::NONE, |lender| lender.descriptor.experts.clone()),
+        borrowed_experts: lender.as_ref().map(|lender| lender.descriptor.digest),
         view,
     };
-    let bytes = artifact(taught, &args.set, base, &source)?;
+    let bytes = artifact(taught, &args.set, base, &source, lender.as_ref())?;
     let (place, version, copied) = match remote {
         Some((url, remote, version)) => {
             send::upload(&remote, &args.set, version, &bytes)?;
-            (format!("{}/classify/{}", url.trim_end_matches('/'), args.set), version, None)
+            (format!("{}/classify/{}", url.trim_end_matches('/'), args.set), version, Copied::default())
         }
         None => {
-            let copied = place.copy_backbone(&source)?;
+            let backbone = place.copy_backbone(&source)?;
+            let base = lender.as_ref().map(|lender| place.copy_lender(lender)).transpose()?.flatten();
+            let copied = Copied { backbone, base };
             let (path, version) = place.put(&args.set, &bytes)?;
             (path.display().to_string(), version, copied)
         }
@@ -94,8 +98,14 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The bytes of a set that a server would load.
-fn artifact(taught: Taught, name: &str, base: Base, source: &Source) -> anyhow::Result<Vec<u8>> {
+fn artifact(
+    taught: Taught,
+    name: &str,
+    base: Base,
+    source: &Source,
+    lender: Option<&Lender>,
+) -> anyhow::Result<Vec<u8>> {
     let bytes = taught.into_artifact(name, base).to_bytes()?;
-    ExpertSet::from_artifact(read_expert_set(&bytes)?, &source.backbone, None)?;
+    ExpertSet::from_artifact(read_expert_set(&bytes)?, &source.backbone, lender.map(|lender| &*lender.set))?;
     Ok(bytes)
 }

@@ -1,6 +1,7 @@
 //! The store that a taught set goes to, and the backbone that it is taught on.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,10 +11,11 @@ use model_core::artifact::store_layout::{
     backbone_path, is_artifact, is_valid_name, parse_version, set_folder, set_path,
 };
 use model_core::artifact::{BackboneArtifact, read_backbone};
-use model_core::engine::Backbone;
+use model_core::engine::{Backbone, ExpertSet};
 use model_core::kernels::Isa;
 use model_core::weights::Background;
 
+use crate::sets::descriptor::{Location, SetDescriptor, describe_set};
 use crate::sets::{store, upload};
 
 /// The embedded backbone to teach on where nothing else is named.
@@ -22,6 +24,12 @@ const EMBEDDED_FOR_PHOTOGRAPHS: &str = "photo";
 /// A store, or a server's.
 pub(super) struct Place {
     root: Option<PathBuf>,
+}
+
+/// The set whose experts are borrowed.
+pub(super) struct Lender {
+    pub(super) set: Arc<ExpertSet>,
+    pub(super) descriptor: SetDescriptor,
 }
 
 /// The backbone to teach on.
@@ -42,7 +50,7 @@ impl Place {
     /// store without any, and for a server, the embedded one for photographs.
     ///
     /// # Errors
-    /// When there is none, or it needs experts.
+    /// When there is none.
     pub(super) fn backbone(&self, wanted: Option<&str>) -> anyhow::Result<Source> {
         let (path, wanted) = match wanted {
             Some(file) if Path::new(file).is_file() => (Some(PathBuf::from(file)), ""),
@@ -91,6 +99,84 @@ impl Place {
         }
     }
 
+    /// The set that lends its experts to one on this backbone; none where the backbone has no blocks. `wanted` names a file, one in
+    /// the store, or an embedded one; without it there must be one only.
+    ///
+    /// # Errors
+    /// When there is none, or more than one.
+    pub(super) fn lender(&self, wanted: Option<&str>, source: &Source) -> anyhow::Result<Option<Lender>> {
+        let name = &source.name;
+        if !source.backbone.config().has_blocks() {
+            if wanted.is_some() {
+                bail!("--base: the backbone `{name}` has no blocks, so its sets have no experts to borrow");
+            }
+            return Ok(None);
+        }
+        let found = match wanted {
+            Some(file) if Path::new(file).is_file() => vec![described(Path::new(file))?],
+            _ => self.sets()?.into_iter().filter(|set| wanted.is_none_or(|wanted| set.name == wanted)).collect(),
+        };
+        if let (Some(wanted), true) = (wanted, found.is_empty()) {
+            bail!(
+                "--base: there is no set `{wanted}`: neither a file of that name, nor one in the store, nor an embedded one"
+            );
+        }
+        let fits = |set: &SetDescriptor| set.backbone == source.backbone.digest();
+        let (mut lending, others): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|set| fits(set) && set.lender.is_none());
+        let Some(descriptor) = lending.pop() else {
+            match others.iter().find(|_| wanted.is_some()) {
+                Some(set) if fits(set) => {
+                    bail!("--base: the set `{}` borrows its experts itself, and lends none", set.name)
+                }
+                Some(set) => bail!("--base: the set `{}` is on another backbone than `{name}`", set.name),
+                None => {
+                    bail!("the backbone `{name}` has blocks, and there is no set on it whose experts could be borrowed")
+                }
+            }
+        };
+        if !lending.is_empty() {
+            let names: Vec<_> = lending.iter().chain([&descriptor]).map(|set| &*set.name).collect();
+            bail!("several sets on the backbone `{name}` have experts; choose one with --base: {}", names.join(", "));
+        }
+        let set = descriptor.location.read().and_then(|bytes| Ok(ExpertSet::from_bytes(&bytes, &source.backbone)?));
+        let set = Arc::new(set.with_context(|| descriptor.location.to_string())?);
+        Ok(Some(Lender { set, descriptor }))
+    }
+
+    /// The newest version of every set in the store, and the embedded ones whose names are not among them.
+    fn sets(&self) -> anyhow::Result<Vec<SetDescriptor>> {
+        let in_store = self.root.as_ref().filter(|root| root.is_dir()).map(|root| store::scan(root)).transpose()?;
+        let mut newest: BTreeMap<String, SetDescriptor> = BTreeMap::new();
+        for set in in_store.into_iter().flat_map(|contents| contents.sets) {
+            let known = newest.get(&set.name).is_some_and(|known| known.version > set.version);
+            if !known {
+                newest.insert(set.name.clone(), set);
+            }
+        }
+        for set in store::embedded()?.sets {
+            newest.entry(set.name.clone()).or_insert(set);
+        }
+        Ok(newest.into_values().collect())
+    }
+
+    /// Copies the set whose experts are borrowed into the store, unless it is there under whatever name. Returns where it went.
+    ///
+    /// # Errors
+    /// When another set has its name, or it cannot be written.
+    pub(super) fn copy_lender(&self, lender: &Lender) -> anyhow::Result<Option<PathBuf>> {
+        let (root, SetDescriptor { name, version, digest, .. }) = (self.root()?, &lender.descriptor);
+        if root.is_dir() && store::scan(root)?.sets.iter().any(|set| set.digest == *digest) {
+            return Ok(None);
+        }
+        if set_folder(root, name).exists() {
+            bail!("the store has another set `{name}`; rename the file that --base names");
+        }
+        let path = set_path(root, name, *version);
+        upload::put(&path, &lender.descriptor.location.read()?).with_context(|| path.display().to_string())?;
+        Ok(Some(path))
+    }
+
     /// Copies the backbone into the store, unless it is there under whatever name. Returns where it went.
     ///
     /// # Errors
@@ -131,14 +217,15 @@ impl Place {
     }
 }
 
+/// A set in a file of its own, which has the file's name.
+fn described(path: &Path) -> anyhow::Result<SetDescriptor> {
+    let name = path.file_stem().and_then(|stem| stem.to_str()).filter(|name| is_valid_name(name));
+    let name = name.with_context(|| format!("{}: the file name is no name of a set", path.display()))?;
+    describe_set(name, 1, &Location::File(path.to_owned()))
+}
+
 fn source(name: &str, bytes: Cow<'static, [u8]>) -> anyhow::Result<Source> {
     let BackboneArtifact { name: own, mut weights, preprocess, digest, .. } = read_backbone(&bytes)?;
-    if weights.config.has_blocks() {
-        bail!(
-            "the backbone has blocks, so a set needs experts, which `teach` does not borrow from another set yet; teach on a \
-             backbone without blocks, such as the embedded one for photographs, or use `butterflyvit-trainer specialise`"
-        );
-    }
     let backbone = Backbone::from_weights(own, &weights, preprocess, digest, Isa::from_env()?)?;
     let weights_background = weights.background.take();
     Ok(Source { backbone: Arc::new(backbone), weights_background, name: name.to_owned(), bytes })

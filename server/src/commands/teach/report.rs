@@ -18,8 +18,14 @@ pub(super) struct Outcome<'a> {
     pub(super) place: String,
     pub(super) version: u64,
     pub(super) bytes: usize,
-    /// Where the backbone was copied to.
-    pub(super) copied: Option<PathBuf>,
+    pub(super) copied: Copied,
+}
+
+/// What the set rests on and was not in the store: where it went.
+#[derive(Debug, Default)]
+pub(super) struct Copied {
+    pub(super) backbone: Option<PathBuf>,
+    pub(super) base: Option<PathBuf>,
 }
 
 impl Outcome<'_> {
@@ -36,7 +42,8 @@ impl Outcome<'_> {
             "version": self.version,
             "place": self.place,
             "bytes": self.bytes,
-            "backbone_copied_to": self.copied.as_ref().map(|path| path.display().to_string()),
+            "backbone_copied_to": self.copied.backbone.as_ref().map(|path| path.display().to_string()),
+            "base_copied_to": self.copied.base.as_ref().map(|path| path.display().to_string()),
             "left_out": self.found.left_out,
             "suspect_files": files,
             "report": self.report,
@@ -49,8 +56,10 @@ impl Outcome<'_> {
             self.report;
         writeln!(out, "{} version {}: {} classes from {images} images", self.args.set, self.version, classes.len())?;
         writeln!(out, "  {} ({} bytes)", self.place, self.bytes)?;
-        if let Some(copied) = &self.copied {
-            writeln!(out, "  {} (the backbone, copied)", copied.display())?;
+        for (what, copied) in [("backbone", &self.copied.backbone), ("base", &self.copied.base)] {
+            if let Some(path) = copied {
+                writeln!(out, "  {} (the {what}, copied)", path.display())?;
+            }
         }
         writeln!(out, "Held out in {folds} folds:")?;
         writeln!(out, "  right               {}", percent(accuracy))?;
