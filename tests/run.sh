@@ -126,18 +126,27 @@ step_fuzz() {
     CARGO_PROFILE_RELEASE_OPT_LEVEL=1 fuzz/run 10
 }
 
-# Debian has a kubectl that knows these kustomizations from version 13 on.
+# What kustomize makes of the manifests. The kubectl of Debian 12 is too old for folders in kustomizations: there the files
+# themselves are checked, without their patches, and the step says so.
 step_manifests() {
     need_venv
     has kubectl || missing+=(kubernetes-client)
     install_missing
     python_packages target/venv tests/clients/requirements.txt
     diff deploy/k8s/monitoring/rules.yaml <(deploy/k8s/monitoring/make-rules)
-    for folder in deploy/k8s deploy/k8s/store deploy/k8s/monitoring; do
-        heading "$folder"
-        kubectl kustomize "$folder" >target/manifests.yaml
-        target/venv/bin/kubernetes-validate --strict --no-warn target/manifests.yaml
-    done
+    if kubectl version --client --output json | grep -q kustomizeVersion; then
+        for folder in deploy/k8s deploy/k8s/store deploy/k8s/monitoring; do
+            heading "$folder"
+            kubectl kustomize "$folder" >target/manifests.yaml
+            target/venv/bin/kubernetes-validate --strict --no-warn target/manifests.yaml
+        done
+    else
+        heading "deploy/k8s, file by file: this kubectl is too old to build the kustomizations"
+        for file in deploy/k8s/base/*.yaml deploy/k8s/store/claim.yaml deploy/k8s/monitoring/*.yaml; do
+            case $file in */kustomization.yaml) continue ;; esac
+            target/venv/bin/kubernetes-validate --strict --no-warn "$file"
+        done
+    fi
 }
 
 step_soak() {
