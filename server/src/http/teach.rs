@@ -280,7 +280,7 @@ async fn show(State(app): State<AppState>, path: ApiPath<(String, String)>, _: A
     let (set, id) = path.0;
     let store = examples(&app)?.clone();
     let bytes = app.bulk.run(move || store.picture(&set, &id)).await??;
-    // A picture never changes: its id is the digest of its bytes.
+    // A picture never changes: its id is the digest of what was sent.
     let headers = [
         (header::CONTENT_TYPE, input::picture_type(&bytes)),
         (header::CACHE_CONTROL, "private, max-age=86400, immutable"),
