@@ -481,7 +481,10 @@ impl Shared {
         loop {
             let maker = Arc::clone(extractor);
             let session = self.thread.run(move || maker.session(views)).await?;
-            let bytes = session.resident_bytes().saturating_add(teaching::memory(images, views, d_model, classes));
+            // The first batch makes the scratch grow to what the base's experts need.
+            let experts = task.base.as_ref().map_or(&ExpertConfig::NONE, |base| &base.experts);
+            let scratch = session.resident_bytes() + Session::growth(&task.backbone.config, views, experts);
+            let bytes = scratch.saturating_add(teaching::memory(images, views, d_model, classes));
             match self.registry.reserve_beside(&task.backbone.digest, &task.set, bytes).await {
                 Ok(memory) => return Ok((session, memory)),
                 Err(SetError::TooLarge { .. }) if views > 1 => views /= 2,
