@@ -151,14 +151,16 @@ fn a_finished_model_teaches_another() {
     assert!(error.contains("--teacher-backbone"), "{error}");
 }
 
+/// Backbone and expert set that a run wrote.
+fn artifacts(run: &Path) -> (PathBuf, PathBuf) {
+    (run.join("store/backbones/backbone.safetensors"), run.join("store/expert-sets/default/1.safetensors"))
+}
+
 #[test]
 fn training_goes_on_from_a_finished_model() {
     let root = tempfile::tempdir().unwrap();
     let data = images(root.path());
     let out = |name: &str| root.path().join(name);
-    let artifacts = |run: &Path| {
-        (run.join("store/backbones/backbone.safetensors"), run.join("store/expert-sets/default/1.safetensors"))
-    };
     let report = |data: &Path, (backbone, set): &(PathBuf, PathBuf)| -> Value {
         let files = ["--data", text(data), "--backbone", text(backbone), "--set", text(set)];
         serde_json::from_slice(&succeed(&[&["evaluate", "--json"], &files[..]].concat()).stdout).unwrap()
@@ -258,9 +260,6 @@ fn experts_of_a_seed_learn_everything_else() {
     let root = tempfile::tempdir().unwrap();
     let data = images(root.path());
     let out = |name: &str| root.path().join(name);
-    let artifacts = |run: &Path| {
-        (run.join("store/backbones/backbone.safetensors"), run.join("store/expert-sets/default/1.safetensors"))
-    };
     let (first, second) = (out("first"), out("second"));
     succeed(&train(text(&data), text(&first), &["--preset", "tiny", "--learning-rate", "0.01"]));
     let (backbone, set) = artifacts(&first);
