@@ -2,7 +2,6 @@
 //! the file, the camera and the reason.
 
 use std::collections::HashSet;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -14,15 +13,13 @@ use model_core::image::{Crop, Fit};
 use serde::Deserialize;
 
 use super::mqtt::config::{MqttConfig, MqttEntry};
-use super::secrets::{Credentials, Secrets, read_certificates};
+use super::secrets::{Credentials, Secrets, read_bounded, read_certificates};
 use crate::classify::Look;
 use crate::units::{ByteSize, parse_duration};
 use crate::verdict::MinScore;
 
 /// Most cameras of one file.
 pub const MOST_CAMERAS: usize = 64;
-/// Largest file that is read.
-const MOST_FILE_BYTES: u64 = 1 << 20;
 /// Most answers that are asked to agree.
 const MOST_ANSWERS: usize = 32;
 /// The most often that a camera may be asked.
@@ -171,15 +168,10 @@ struct Entry {
 /// A sentence that names the file, the camera and the reason.
 pub fn read(path: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<CameraFile> {
     let in_file = || path.display().to_string();
-    let text = read_text(path).with_context(in_file)?;
+    let text = read_bounded(path)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|_| anyhow!("the file is no text")))
+        .with_context(in_file)?;
     parse(&text, path.parent().unwrap_or(Path::new("")), is_set).with_context(in_file)
-}
-
-fn read_text(path: &Path) -> anyhow::Result<String> {
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MOST_FILE_BYTES + 1).read_to_string(&mut text)?;
-    ensure!(text.len() as u64 <= MOST_FILE_BYTES, "the file has more than {MOST_FILE_BYTES} bytes");
-    Ok(text)
 }
 
 fn parse(text: &str, folder: &Path, is_set: impl Fn(&str) -> bool) -> anyhow::Result<CameraFile> {
@@ -315,6 +307,14 @@ mod tests {
             (format!("[[camera]]\nname = 'a'\n{url}\nca = 'none.pem'"), "camera `a`: `ca` goes with https://"),
             ("[[camera]]\nname = 'a'\nurl = 'https://a/'\nca = 'none.pem'".to_owned(), "/nowhere/none.pem"),
             ("[[camera]]\nname = 'a'\nurl = 'https://a/'\nca = '/dev/null'".to_owned(), "/dev/null: the file holds no"),
+            (
+                "[[camera]]\nname = 'a'\nurl = 'https://a/'\nca = '/dev/zero'".to_owned(),
+                "/dev/zero: the file has more than",
+            ),
+            (
+                format!("[[camera]]\nname = 'a'\n{url}\nuser = 'me'\npassword_file = '/dev/zero'"),
+                "more than 1048576 bytes",
+            ),
             ("[[camera]]\nname = 'a'\nurl = 'ftp://a/'".to_owned(), "http:// or https://"),
             ("[[camera]]\nname = 'a'\nurl = 'http://u:p@a/'".to_owned(), "holds no user"),
             (format!("[[camera]]\nname = 'a'\n{url}\n[[camera]]\nname = 'A'\n{url}"), "two cameras are called `A`"),

@@ -1,7 +1,8 @@
 //! Who the gateway says that it is, and whom it trusts: users, passwords and certificates from files beside the cameras'.
 
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,6 +11,9 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::{CertificateError, ClientConfig, RootCertStore};
+
+/// Largest file of cameras, passwords or certificates.
+const MOST_FILE_BYTES: u64 = 1 << 20;
 
 /// Who asks a camera or a broker that wants to know.
 #[derive(Clone, PartialEq, Eq)]
@@ -64,7 +68,18 @@ impl Secrets {
 /// A sentence that names the file.
 pub fn read_beside(folder: &Path, path: &Path) -> anyhow::Result<Vec<u8>> {
     let path = folder.join(path);
-    std::fs::read(&path).with_context(|| path.display().to_string())
+    read_bounded(&path).with_context(|| path.display().to_string())
+}
+
+/// What a file holds, as long as that is at most [`MOST_FILE_BYTES`].
+///
+/// # Errors
+/// When it holds more, or cannot be read.
+pub fn read_bounded(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MOST_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    ensure!(bytes.len() as u64 <= MOST_FILE_BYTES, "the file has more than {MOST_FILE_BYTES} bytes");
+    Ok(bytes)
 }
 
 /// The file of certificates that the file in this folder names.
