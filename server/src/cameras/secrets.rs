@@ -71,7 +71,7 @@ pub fn read_beside(folder: &Path, path: &Path) -> anyhow::Result<Vec<u8>> {
     read_bounded(&path).with_context(|| path.display().to_string())
 }
 
-/// What a file holds, as long as that is at most [`MOST_FILE_BYTES`].
+/// What a file holds, as long as that is at most 1 MiB.
 ///
 /// # Errors
 /// When it holds more, or cannot be read.
