@@ -176,7 +176,8 @@ pub struct RecipeArgs {
     /// The gradient's global norm is scaled down to this.
     #[arg(long)]
     pub max_grad_norm: Option<f64>,
-    /// Angles move at this many times the learning rate; at 0 they stay where they started.
+    /// Angles move at this many times the learning rate; at 0 they stay where they started. A set that `specialise` starts
+    /// from angles of a seed keeps the seed unless this is above 0.
     #[arg(long, value_name = "FACTOR")]
     pub angle_rate: Option<f64>,
     /// Routers move at this many times the learning rate; at 0 they stay where they started.

@@ -9,6 +9,7 @@ use butterflyvit_trainer::checkpoint::Checkpoint;
 use model_core::artifact::read_expert_set;
 use model_core::image::RgbImage;
 use model_core::random::{AngleSpread, AngleStart};
+use model_core::weights::ExpertLayerWeights;
 use serde_json::Value;
 use training::quantize::angle_codes;
 
@@ -289,6 +290,27 @@ fn experts_of_a_seed_learn_everything_else() {
     assert!(header.contains(r#"\"angle_seed\":{"#) && header.contains(r#"\"router_bits\":4"#), "{header}");
     assert!(!header.contains("rotation_in"), "a seed stands for the angles");
     assert!(fs::metadata(&finished.1).unwrap().len() < fs::metadata(&set).unwrap().len());
+
+    // A set that is specialised from there keeps the seed, unless its angles are to move.
+    for (name, rate, keeps_seed) in [("kept", &[][..], true), ("moved", &["--angle-rate", "0.1"], false)] {
+        let folder = out(name);
+        let specialise = ["specialise", "--data", text(&data), "--backbone", text(&finished.0), "--out", text(&folder)];
+        let more = ["--start", text(&finished.1), "--learning-rate", "0.05"];
+        succeed(&[&specialise[..], &more, &FAST, rate].concat());
+        let set = read_expert_set(&fs::read(folder.join("store/expert-sets/default/1.safetensors")).unwrap()).unwrap();
+        let start = read_expert_set(&fs::read(&finished.1).unwrap()).unwrap();
+        assert_eq!(set.weights.config.angle_seed.is_some(), keeps_seed, "{name}");
+        if !keeps_seed {
+            let mut start = start.weights;
+            start.own_angles(&set.backbone);
+            let codes = |layers: &[ExpertLayerWeights]| layers[0].rotation_in.codes.clone();
+            let (then, now) = (codes(&start.layers), codes(&set.weights.layers));
+            // No angle moves further than its rate lets it: less than a tenth of a turn.
+            let turn = 1 << set.weights.config.angle_bits;
+            let apart = |(&then, &now): (&u16, &u16)| then.abs_diff(now).min(turn - then.abs_diff(now));
+            assert!(then != now && then.iter().zip(&now).all(|pair| apart(pair) < turn / 10), "{then:?}, {now:?}");
+        }
+    }
 
     let moving = [&start[..], &["--angle-seed", "11", "--angle-rate", "2"]].concat();
     let error = fail(&train(text(&data), text(&out("third")), &moving));

@@ -13,7 +13,7 @@ pub use encode::{Encodings, router_row};
 pub use int4::{Int4Rows, Rows};
 pub use matrix::{Matrix, Precision};
 
-use crate::config::{BackboneConfig, ExpertConfig, FloatFormat, ViTConfig};
+use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat, ViTConfig};
 
 /// `y = x W^T + b`.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -200,5 +200,23 @@ impl ExpertSetWeights {
     /// The whole model's configuration when this set runs on `backbone`.
     pub fn vit_config(&self, backbone: &BackboneConfig) -> ViTConfig {
         ViTConfig { backbone: backbone.clone(), experts: self.config.clone(), num_classes: self.labels.len() }
+    }
+
+    /// Writes down the angle codes that a seed stands for: the same experts on `backbone`, whose angles can be changed.
+    pub fn own_angles(&mut self, backbone: &BackboneShape) {
+        let config = &self.config;
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let sites = [
+                (&mut layer.rotation_in, config.stages_in, backbone.d_model),
+                (&mut layer.rotation_hidden, config.stages_hidden, backbone.d_ff),
+                (&mut layer.rotation_out, config.stages_out, backbone.d_model),
+            ];
+            for (site, (rotation, stages, features)) in sites.into_iter().enumerate() {
+                if let Some(seeded) = config.seeded_angles(l, site) {
+                    rotation.codes = seeded.codes(config.num_experts, stages, features / 2);
+                }
+            }
+        }
+        self.config.angle_seed = None;
     }
 }

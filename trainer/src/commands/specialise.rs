@@ -30,6 +30,12 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
         Some(checkpoint) => Recipe { origin, ..checkpoint.state.recipe.clone() },
         None => Recipe::specialise(start.config(&backbone), origin),
     };
+    // Angles of a seed stay where they are, unless they are to move: then the set has codes of its own.
+    match args.recipe.angle_rate {
+        Some(rate) if rate > 0.0 => recipe.model.experts.angle_seed = None,
+        None if recipe.model.experts.angle_seed.is_some() => recipe.optimizer.angle_rate = 0.0,
+        _ => {}
+    }
     args.recipe.apply(&mut recipe);
     let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
     recipe.model.num_classes = dataset.num_classes();
@@ -89,7 +95,11 @@ impl SetStart {
     fn model(&self, recipe: &Recipe, backbone: &BackboneArtifact, dataset: &Dataset) -> Result<ViT> {
         let mut weights = ViT::init(&recipe.model, recipe.seed)?.to_weights(&dataset.class_names)?.1;
         if let Self::Set(set) = self {
-            weights.layers = set.weights.layers.clone();
+            let mut start = set.weights.clone();
+            if recipe.model.experts.angle_seed.is_none() {
+                start.own_angles(&backbone.weights.config.shape());
+            }
+            weights.layers = start.layers;
         }
         let vit = ViT::from_weights(&backbone.weights, &weights)?;
         Ok(match self {

@@ -62,6 +62,13 @@ pub struct Artifacts {
 }
 
 impl Artifacts {
+    /// With every angle written down, so that it can be changed.
+    fn with_own_angles(&self) -> Self {
+        let mut changed = self.clone();
+        changed.set.weights.own_angles(&self.backbone.weights.config.shape());
+        changed
+    }
+
     fn with_layers(&self, change: impl Fn(usize, &mut ExpertLayerWeights)) -> Self {
         let mut changed = self.clone();
         changed.set.weights.layers.iter_mut().enumerate().for_each(|(l, layer)| change(l, layer));
@@ -113,6 +120,14 @@ impl Artifacts {
         changed
     }
 
+    /// Its codes, layer by layer and site by site.
+    fn own_codes(&self) -> Vec<[Vec<u16>; 3]> {
+        let codes = |layer: &ExpertLayerWeights| {
+            [&layer.rotation_in, &layer.rotation_hidden, &layer.rotation_out].map(|rotation| rotation.codes.clone())
+        };
+        self.set.weights.layers.iter().map(codes).collect()
+    }
+
     /// The codes that `start` stands for, layer by layer and site by site.
     fn start_codes(&self, start: &AngleStart) -> Result<Vec<[Vec<u16>; 3]>> {
         let bits = self.set.weights.config.angle_bits;
@@ -142,7 +157,7 @@ fn rotations(layer: &mut ExpertLayerWeights) -> [&mut AngleCodes; 3] {
 }
 
 impl Probe {
-    /// Probes `model`, whose angles started at `start`. `measure` shows the images to a model, and `pixels
+    /// Probes `model`, whose angles started at `start`; those of a seed are where they started. `measure` shows the images to a model, and `pixels
     /// [images, side, side, 3]` are some of them, normalised, whose tokens the experts' outputs are compared on.
     ///
     /// # Errors
@@ -155,8 +170,14 @@ impl Probe {
         measure: impl Fn(&Artifacts) -> Result<Tally>,
     ) -> Result<Self> {
         let accuracy = |changed: &Artifacts| Ok::<f64, anyhow::Error>(measure(changed)?.scores().top1);
-        let start = start.map(|start| model.start_codes(start)).transpose()?;
         let tally = measure(model)?;
+        let is_seeded = model.set.weights.config.angle_seed.is_some();
+        let model = &model.with_own_angles();
+        let start = match start {
+            _ if is_seeded => Some(model.own_codes()),
+            Some(start) => Some(model.start_codes(start)?),
+            None => None,
+        };
         let scores = tally.scores();
         let several = model.set.weights.config.num_experts > 1;
         let moved = start.as_ref().map(|start| moved(model, start));
@@ -391,6 +412,25 @@ mod tests {
             assert!(layer.expert_cosine.unwrap() < 0.9, "experts spread over the circle differ: {probe:?}");
             assert!((1.0..=4.0).contains(&layer.effective_experts), "{probe:?}");
         }
+    }
+
+    #[test]
+    fn angles_of_a_seed_are_taken_away_like_others() {
+        let (mut model, start) = model();
+        let generator = model_core::config::Generator::SplitMix64;
+        model.set.weights.config.angle_seed =
+            Some(model_core::config::AngleSeed { generator, seed: 3, spread_bits: 8 });
+        for layer in &mut model.set.weights.layers {
+            rotations(layer).into_iter().for_each(|rotation| rotation.codes.clear());
+        }
+        let seeded = probe(&model, &start);
+        assert_eq!((seeded.top1, seeded.angles_moved, seeded.angles_at_start), (1.0, Some(0.0), Some(1.0)));
+        assert!(seeded.wrong_expert.unwrap() < 1.0 && seeded.no_rotation < 1.0, "{seeded:?}");
+        let written = probe(&model.with_own_angles(), &start);
+        assert_eq!(
+            (written.wrong_expert, written.no_rotation, written.layers[0].expert_cosine),
+            (seeded.wrong_expert, seeded.no_rotation, seeded.layers[0].expert_cosine)
+        );
     }
 
     #[test]
