@@ -10,6 +10,7 @@ use model_core::random::AngleSpread;
 
 use crate::compare::Variant;
 use crate::data::LabelColumn;
+use crate::data::frozen_stem::Views;
 use crate::encode::{EncodeArgs, EncodingArgs};
 use crate::recipe::Recipe;
 
@@ -56,7 +57,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct ModelArgs {
-    /// A built-in configuration: paper, tiny, cifar or study [default: cifar].
+    /// A built-in configuration: paper, tiny, cifar, photo or study [default: cifar].
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
     /// A configuration from a JSON file.
@@ -340,6 +341,40 @@ pub struct StartArgs {
     pub start_run: Option<PathBuf>,
 }
 
+/// A stem that stays as it is.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Frozen stem")]
+pub struct StemArgs {
+    /// Put the new model behind the stem of this backbone, up to its last layer with the model's `d_model` channels, and
+    /// leave that stem as it is. Its outputs are computed once and kept on the disk.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["start_backbone", "start_run"])]
+    pub stem: Option<PathBuf>,
+    /// Views of every image that the stem sees: the image as it is, and varied ones. Each epoch shows one of them [default: 1].
+    #[arg(long, value_name = "N", requires = "stem", value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub views: Option<u64>,
+    /// Where the stem's outputs are kept [default: `stem` in the run folder].
+    #[arg(long, value_name = "DIR", requires = "stem")]
+    pub stem_cache: Option<PathBuf>,
+    /// Most bytes of the stem's outputs, on the disk and in memory.
+    #[arg(long, value_name = "BYTES", requires = "stem", default_value_t = 4 << 30)]
+    pub stem_cache_bytes: u64,
+}
+
+impl StemArgs {
+    /// What the stem is shown in a run with that recipe.
+    pub fn views(&self, recipe: &Recipe, settings: &crate::train::Settings) -> Views {
+        Views {
+            count: recipe.views,
+            augment: recipe.augment,
+            seed: recipe.seed,
+            folder: self.stem_cache.clone().unwrap_or_else(|| settings.out.join("stem")),
+            budget: self.stem_cache_bytes,
+            threads: settings.threads,
+            quiet: settings.quiet,
+        }
+    }
+}
+
 /// What an expert set holds of its experts.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Experts")]
@@ -378,6 +413,8 @@ pub struct TrainArgs {
     /// What to start from.
     #[command(flatten)]
     pub start: StartArgs,
+    #[command(flatten)]
+    pub stem: StemArgs,
     #[command(flatten)]
     pub experts: ExpertArgs,
     #[command(flatten)]

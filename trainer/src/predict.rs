@@ -10,7 +10,7 @@ use model_core::image::Preprocess;
 use model_core::kernels::Isa;
 use training::parameters::Quantizers;
 use training::shards::in_turn;
-use training::vit::ViT;
+use training::vit::{Output, Variation, ViT};
 
 use crate::data::Dataset;
 
@@ -42,8 +42,22 @@ impl Predictor for Candle {
     fn predict(&self, pixels: Vec<f32>, len: usize) -> Result<Prediction> {
         let side = self.vit.config().backbone.image_size;
         let pixels = Tensor::from_vec(pixels, (len, side, side, 3), &Device::Cpu)?;
-        let output = self.vit.forward(&pixels, self.quantizers)?;
-        Ok(Prediction {
+        Prediction::of(&self.vit.forward(&pixels, self.quantizers)?)
+    }
+}
+
+impl Candle {
+    /// [`Predictor::predict`] from what the stem made of the images, `[len, tokens, d_model]`.
+    pub fn predict_behind_stem(&self, tokens: Vec<f32>, len: usize) -> Result<Prediction> {
+        let backbone = &self.vit.config().backbone;
+        let tokens = Tensor::from_vec(tokens, (len, backbone.num_tokens(), backbone.d_model), &Device::Cpu)?;
+        Prediction::of(&self.vit.forward_tokens(tokens, self.quantizers, Variation::default())?)
+    }
+}
+
+impl Prediction {
+    fn of(output: &Output) -> Result<Self> {
+        Ok(Self {
             logits: output.logits.flatten_all()?.to_vec1()?,
             experts: output.routing.iter().map(|routing| routing.experts.to_vec()).collect(),
         })
@@ -121,13 +135,27 @@ pub fn for_each_shard(
     threads: usize,
     take: &mut dyn FnMut(&[u32], Prediction),
 ) -> Result<()> {
+    let answer = |shard: &[u32]| {
+        let bytes: Vec<u8> = shard.iter().flat_map(|&i| dataset.image(i as usize)).copied().collect();
+        model.predict(preprocess.normalize(&bytes), shard.len())
+    };
+    by_shards(indices, threads, answer, take)
+}
+
+/// Hands what `answer` says of every shard of `indices` to `take`, in order.
+///
+/// # Errors
+/// The first of `answer`.
+pub fn by_shards(
+    indices: &[u32],
+    threads: usize,
+    answer: impl Fn(&[u32]) -> Result<Prediction> + Sync,
+    take: &mut dyn FnMut(&[u32], Prediction),
+) -> Result<()> {
     // A window bounds the answers that wait for their turn.
     for window in indices.chunks(SHARD * threads.max(1) * 4) {
         let shards: Vec<&[u32]> = window.chunks(SHARD).collect();
-        let answers = in_turn(threads, shards.clone(), |shard| {
-            let bytes: Vec<u8> = shard.iter().flat_map(|&i| dataset.image(i as usize)).copied().collect();
-            model.predict(preprocess.normalize(&bytes), shard.len())
-        })?;
+        let answers = in_turn(threads, shards.clone(), &answer)?;
         for (shard, answer) in shards.into_iter().zip(answers) {
             take(shard, answer);
         }

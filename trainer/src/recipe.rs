@@ -39,6 +39,11 @@ pub enum Origin {
         /// [`crate::checkpoint::Checkpoint::digest`] of that run.
         checkpoint: String,
     },
+    /// A new backbone behind the frozen stem of another, with its first expert set.
+    Stem {
+        /// Digest of the backbone that the stem is of.
+        backbone: String,
+    },
     /// A new expert set on a frozen backbone.
     Specialise {
         /// Digest of the backbone.
@@ -99,6 +104,9 @@ pub struct Recipe {
     /// Variation of single images.
     pub augment: Augment,
     pub mixing: Mixing,
+    /// Views of every image that a frozen stem is shown once, the image as it is among them; 0 where there is none.
+    #[serde(default)]
+    pub views: u64,
     /// Stochastic depth: the probability that the last block's branches are left out, less for earlier ones.
     #[serde(default)]
     pub drop_path: f64,
@@ -140,6 +148,7 @@ impl Recipe {
             label_smoothing: 0.1,
             augment: Augment { crop_padding: 4, reflect: true, flip: true, operations: 1, magnitude: 0.6, erase: 0.1 },
             mixing: Mixing { probability: 0.5, ..Mixing::NONE },
+            views: 0,
             drop_path: 0.0,
             router_noise: 0.0,
             distillation: None,
@@ -169,11 +178,12 @@ impl Recipe {
         Ok(ViT::init_kind(&self.model, self.feed_forward, self.angle_spread, self.seed)?)
     }
 
-    /// Whether training leaves the parameter of that name where it is: the backbone of a specialised set, and what has
-    /// a rate of 0.
+    /// Whether training leaves the parameter of that name where it is: the backbone of a specialised set, a frozen stem, and
+    /// what has a rate of 0.
     pub fn is_frozen(&self, name: &str) -> bool {
         let specialises = matches!(self.origin, Origin::Specialise { .. });
-        specialises && !is_expert_set_parameter(name) || self.optimizer.rate_factor(name) == 0.0
+        let is_stem = matches!(self.origin, Origin::Stem { .. }) && name.starts_with("stem.");
+        specialises && !is_expert_set_parameter(name) || is_stem || self.optimizer.rate_factor(name) == 0.0
     }
 
     /// The roundings that training makes, after [`Recipe::float_epochs`].
@@ -182,7 +192,9 @@ impl Recipe {
             (FeedForwardKind::DenseExperts | FeedForwardKind::LowRankExperts | FeedForwardKind::Dense, _) => {
                 Quantizers::NONE
             }
-            (_, Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. }) => Quantizers::ALL,
+            (_, Origin::Scratch | Origin::Continue { .. } | Origin::Run { .. } | Origin::Stem { .. }) => {
+                Quantizers::ALL
+            }
             (_, Origin::Specialise { .. }) => Quantizers::EXPERTS,
         };
         match self.activations {
@@ -207,6 +219,12 @@ impl Recipe {
             Ok(())
         };
         ensure!(self.epochs > 0, "epochs is 0");
+        let behind_stem = matches!(self.origin, Origin::Stem { .. });
+        ensure!(
+            behind_stem == (self.views > 0),
+            "views is {}; a frozen stem sees at least one, others none",
+            self.views
+        );
         ensure!(self.batch_size > 0 && self.shard_size > 0, "a batch and a shard have at least one image");
         ensure!(
             self.learning_rate > 0.0 && self.learning_rate.is_finite(),
@@ -245,6 +263,11 @@ impl Recipe {
             ensure!(value >= 0.0 && value.is_finite(), "losses.{name} is {value}; it must be a number from 0");
         }
         ensure!((0.0..=1.0).contains(&self.final_rate), "final_rate is {}; it must be in 0..=1", self.final_rate);
+        self.validate_variation()
+    }
+
+    /// [`Recipe::validate`] for how images are varied.
+    fn validate_variation(&self) -> Result<()> {
         for (value, name) in
             [(self.mixing.probability, "mixing.probability"), (self.mixing.cutmix_share, "mixing.cutmix_share")]
         {
@@ -305,7 +328,9 @@ pub fn angle_start(training: &Value, config: &ViTConfig) -> Result<Option<AngleS
     );
     recipe.model.validate()?;
     match recipe.origin {
-        Origin::Scratch | Origin::Continue { .. } => Ok(recipe.init_model()?.angle_start().cloned()),
+        Origin::Scratch | Origin::Continue { .. } | Origin::Stem { .. } => {
+            Ok(recipe.init_model()?.angle_start().cloned())
+        }
         Origin::Run { .. } | Origin::Specialise { .. } => Ok(None),
     }
 }

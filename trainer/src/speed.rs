@@ -11,7 +11,7 @@ use model_core::config::{FeedForwardKind, ViTConfig};
 use serde::Serialize;
 use training::matmul::{Mat, Write, matmul};
 use training::optimizer::AdamW;
-use training::step::{Batch, gradients};
+use training::step::{Batch, Inputs, gradients};
 
 use crate::recipe::Recipe;
 
@@ -134,7 +134,8 @@ fn synthetic(config: &ViTConfig, len: usize) -> Batch {
     let pixels = len * config.backbone.image_size.pow(2) * 3;
     let mut targets = vec![0.0; len * config.num_classes];
     targets.chunks_exact_mut(config.num_classes).enumerate().for_each(|(i, row)| row[i % row.len()] = 1.0);
-    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, ..Batch::default() }
+    let pixels = (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect();
+    Batch { inputs: Inputs::Pixels(pixels), targets, len, ..Batch::default() }
 }
 
 impl std::fmt::Display for Speed {

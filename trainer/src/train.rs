@@ -15,17 +15,18 @@ use model_core::image::Preprocess;
 use model_core::random::AngleStart;
 use training::optimizer::AdamW;
 use training::parameters::Quantizers;
-use training::step::{Batch, StepStats, gradients};
+use training::step::{Batch, Inputs, StepStats, gradients};
 use training::vit::ViT;
 
 use crate::checkpoint::{Checkpoint, State, Values};
 use crate::data::Dataset;
+use crate::data::frozen_stem::StemOutputs;
 use crate::data::loader::{Loader, Plan, Position, StochasticDepth, batches_per_epoch};
 use crate::data::split::{HeldOut, hold_out};
 use crate::diary::{Diary, Line, StepLine, Validation};
 use crate::evaluate::Tally;
 use crate::files::create_folder;
-use crate::predict::{Candle, for_each_shard};
+use crate::predict::{Candle, by_shards, for_each_shard};
 use crate::recipe::Recipe;
 use crate::teacher::Teacher;
 
@@ -61,6 +62,7 @@ pub struct Run {
     parts: HeldOut,
     preprocess: Preprocess,
     teacher: Option<Arc<Teacher>>,
+    stem: Option<Arc<StemOutputs>>,
     quantizers: Quantizers,
     vit: ViT,
     angle_start: Option<AngleStart>,
@@ -121,9 +123,15 @@ impl Run {
             parts,
             preprocess,
             teacher,
+            stem: None,
             angle_start: vit.angle_start().cloned(),
             vit,
         })
+    }
+
+    /// The same run on what a frozen stem made of its images.
+    pub fn behind(self, stem: StemOutputs) -> Self {
+        Self { stem: Some(Arc::new(stem)), ..self }
     }
 
     /// Puts the run where `checkpoint` was.
@@ -212,13 +220,15 @@ impl Run {
     fn step(&mut self, loader: &mut Loader, rate: f64) -> Result<(StepStats, f64)> {
         let mut batch = loader.next_batch();
         debug_assert_eq!(batch.position, self.position);
-        if let (Some(teacher), Some(distillation)) = (&self.teacher, &self.recipe.distillation) {
+        if let (Some(teacher), Some(distillation), Inputs::Pixels(pixels)) =
+            (&self.teacher, &self.recipe.distillation, &batch.inputs)
+        {
             let (share, threads) = (distillation.share, self.settings.threads);
-            teacher.teach(&batch.pixels, &self.preprocess, &mut batch.targets, share, threads)?;
+            teacher.teach(pixels, &self.preprocess, &mut batch.targets, share, threads)?;
         }
         let len = batch.labels.len();
         let batch = Batch {
-            pixels: batch.pixels,
+            inputs: batch.inputs,
             targets: batch.targets,
             len,
             branch_scales: batch.branch_scales,
@@ -284,7 +294,8 @@ impl Run {
             },
             router_noise: self.recipe.router_noise > 0.0,
         };
-        Loader::start(self.dataset.clone(), self.parts.train.clone().into(), plan, self.position)
+        let (stem, dataset) = (self.stem.clone(), self.dataset.clone());
+        Loader::start_behind(stem, dataset, self.parts.train.clone().into(), plan, self.position)
     }
 
     /// The model with the averaged weights, apart from the one in training.
@@ -307,7 +318,14 @@ impl Run {
             let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
             tally.add(&labels, &answer);
         };
-        for_each_shard(&model, dataset, indices, &self.preprocess, self.settings.threads, &mut take)?;
+        let threads = self.settings.threads;
+        match &self.stem {
+            None => for_each_shard(&model, dataset, indices, &self.preprocess, threads, &mut take)?,
+            Some(stem) => {
+                let answer = |shard: &[u32]| model.predict_behind_stem(stem.tokens(0, shard), shard.len());
+                by_shards(indices, threads, answer, &mut take)?;
+            }
+        }
         let scores = tally.scores();
         self.validation = Some(Validation {
             step: self.optimizer.step,

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use butterflyvit_trainer::checkpoint::Checkpoint;
-use model_core::artifact::read_expert_set;
-use model_core::image::RgbImage;
-use model_core::random::{AngleSpread, AngleStart};
-use model_core::weights::ExpertLayerWeights;
+use model_core::artifact::{read_backbone, read_expert_set, write_backbone};
+use model_core::config::{Activation, BackboneConfig, StemLayer, SubstrateConfig};
+use model_core::image::{Preprocess, RgbImage};
+use model_core::random::{AngleSpread, AngleStart, SplitMix64};
+use model_core::weights::{BackboneWeights, ExpertLayerWeights, Linear, Norm, StemWeights};
 use serde_json::Value;
 use training::quantize::angle_codes;
 
@@ -505,4 +506,81 @@ fn unusable_data_is_explained() {
     assert!(error.contains("class empty has no usable image"), "{error}");
     let error = fail(&train(text(&root.path().join("nowhere")), text(&out), &["--preset", "tiny"]));
     assert!(error.contains("is not a folder"), "{error}");
+}
+
+/// A backbone that is a stem of two layers, whose outputs have steps.
+fn stem_alone(path: &Path) {
+    let layer = |channels| StemLayer { norm: false, activation: Activation::Relu6, ..StemLayer::conv3(channels, 2) };
+    let config = BackboneConfig {
+        image_size: 8,
+        stem: vec![layer(8), layer(16)],
+        d_model: 16,
+        d_ff: 1,
+        num_layers: 0,
+        num_heads: 1,
+        substrates: SubstrateConfig::default(),
+    };
+    let mut random = SplitMix64::at(3, 0);
+    let stem = config.stem_inputs().map(|(layer, _, channels)| {
+        let weights = layer.channels * layer.window_len(channels);
+        let conv = Linear { weight: random.uniforms(weights, 0.4).into(), bias: vec![0.1; layer.channels] };
+        StemWeights { conv, norm: None, step: Some(0.02) }
+    });
+    let weights = BackboneWeights {
+        stem: stem.collect(),
+        config: config.clone(),
+        pos_embed: Vec::new(),
+        blocks: Vec::new(),
+        norm: Norm::default(),
+        background: None,
+    };
+    fs::write(path, write_backbone("eyes", &weights, &Preprocess::default(), &Value::Null).unwrap()).unwrap();
+}
+
+#[test]
+fn a_model_learns_behind_a_frozen_stem() {
+    let root = tempfile::tempdir().unwrap();
+    let data = images(root.path());
+    let (eyes, run, cache) = (root.path().join("eyes.safetensors"), root.path().join("run"), root.path().join("cache"));
+    stem_alone(&eyes);
+    let behind = ["--preset", "tiny", "--learning-rate", "0.01", "--stem", text(&eyes), "--stem-cache", text(&cache)];
+    let views = ["--views", "3", "--crop-padding", "1"];
+    let stopped = [&behind[..], &views, &["--limit-seconds", "0"]].concat();
+    succeed(&train(text(&data), text(&run), &stopped));
+    let written = || {
+        let files = fs::read_dir(&cache).unwrap().map(|file| file.unwrap());
+        files.map(|file| (file.path(), file.metadata().unwrap().modified().unwrap())).collect::<BTreeMap<_, _>>()
+    };
+    let before = written();
+    // 60 images of 2 x 2 tokens of 16 features.
+    let sizes = before.keys().map(|path| fs::metadata(path).unwrap().len());
+    assert!(sizes.eq([60 * 4 * 16 * 2; 3]), "{before:?}");
+
+    let resume = ["train", "--data", text(&data), "--out", text(&run), "--resume", "--quiet"];
+    assert!(fail(&resume).contains("give --stem again"));
+    succeed(&[&resume[..], &behind[4..]].concat());
+    assert_eq!(written(), before, "nothing is computed twice");
+    let (backbone, set) = artifacts(&run);
+    let stem = |path: &Path| read_backbone(&fs::read(path).unwrap()).unwrap().weights.stem;
+    assert_eq!(stem(&backbone), stem(&eyes), "the stem keeps its weights and steps");
+    let evaluate = ["evaluate", "--json", "--data", text(&data), "--backbone", text(&backbone), "--set", text(&set)];
+    let report: Value = serde_json::from_slice(&succeed(&evaluate).stdout).unwrap();
+    assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
+    let export = ["export", "--run", text(&run), "--store", text(root.path())];
+    assert!(fail(&export).contains("--backbone is missing"));
+    succeed(&[&export[..], &["--backbone", text(&eyes)]].concat());
+    assert_eq!(fs::read(root.path().join("backbones/backbone.safetensors")).unwrap(), fs::read(&backbone).unwrap());
+
+    let other = root.path().join("other");
+    let refused = |more: &[&str]| fail(&train(text(&data), text(&other), &[&behind[..], more].concat()));
+    assert!(refused(&["--stem-cache-bytes", "1000"]).contains("more than --stem-cache-bytes 1000"));
+    let teacher = ["--teacher-backbone", text(&backbone), "--teacher-set", text(&set)];
+    assert!(refused(&teacher).contains("a teacher looks at pixels"));
+    let (path, _) = before.first_key_value().unwrap();
+    fs::write(path, [0; 100]).unwrap();
+    let error = refused(&views);
+    assert!(error.contains(text(path)) && error.contains("it is damaged, delete it"), "{error}");
+    let narrow = ["--preset", "study", "--stem", text(&eyes)];
+    let error = fail(&train(text(&data), text(&other), &narrow));
+    assert!(error.contains("no layer of the stem of eyes has the model's 64 channels; there are {8, 16}"), "{error}");
 }

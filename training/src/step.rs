@@ -11,11 +11,25 @@ use crate::parameters::Quantizers;
 use crate::shards::in_turn;
 use crate::vit::{Output, Variation, ViT};
 
+/// What a model is shown.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Inputs {
+    /// Normalised, `[batch, side, side, 3]`.
+    Pixels(Vec<f32>),
+    /// What the convolutions of a frozen stem made of images, `[batch, tokens, d_model]`.
+    Tokens(Vec<f32>),
+}
+
+impl Default for Inputs {
+    fn default() -> Self {
+        Self::Pixels(Vec::new())
+    }
+}
+
 /// Images ready for the model.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
-    /// Normalised pixels, `[batch, side, side, 3]`.
-    pub pixels: Vec<f32>,
+    pub inputs: Inputs,
     /// Soft labels `[batch, classes]`, rows summing to one.
     pub targets: Vec<f32>,
     pub len: usize,
@@ -84,10 +98,6 @@ pub fn gradients(
 }
 
 fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usize>) -> Result<Output> {
-    let pixels = vit.config().backbone.image_size.pow(2) * 3;
-    let side = vit.config().backbone.image_size;
-    let pixels = batch.pixels[images.start * pixels..images.end * pixels].to_vec();
-    let pixels = Tensor::from_vec(pixels, (images.len(), side, side, 3), &Device::Cpu)?;
     let branches = 2 * vit.config().backbone.num_layers;
     let scales = match &batch.branch_scales[..] {
         [] => None,
@@ -102,7 +112,21 @@ fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usiz
         layer: 0,
     });
     let variation = Variation { branch_scales: scales.as_ref(), router_noise: noise };
-    vit.forward_varied(&pixels, quantizers, variation)
+    let backbone = &vit.config().backbone;
+    let of = |values: &[f32], len: usize| values[images.start * len..images.end * len].to_vec();
+    match &batch.inputs {
+        Inputs::Pixels(pixels) => {
+            let (count, side) = (images.len(), backbone.image_size);
+            let pixels = Tensor::from_vec(of(pixels, side * side * 3), (count, side, side, 3), &Device::Cpu)?;
+            vit.forward_varied(&pixels, quantizers, variation)
+        }
+        Inputs::Tokens(values) => {
+            let (tokens, d_model) = (backbone.num_tokens(), backbone.d_model);
+            let values = of(values, tokens * d_model);
+            let tokens = Tensor::from_vec(values, (images.len(), tokens, d_model), &Device::Cpu)?;
+            vit.forward_tokens(tokens, quantizers, variation)
+        }
+    }
 }
 
 /// The share of the batch's gradient and statistics that comes from `images`.

@@ -8,7 +8,7 @@ use training::ops::{self, Activations};
 use training::optimizer::{AdamW, AdamWConfig};
 use training::parameters::{Quantizers, is_expert_set_parameter};
 use training::quantize::router_snapped;
-use training::step::{Batch, gradients};
+use training::step::{Batch, Inputs, gradients};
 use training::vit::{Variation, ViT};
 
 fn tiny() -> ViTConfig {
@@ -21,12 +21,18 @@ fn batch(config: &ViTConfig, len: usize) -> Batch {
     for i in 0..len {
         targets[i * config.num_classes + i % config.num_classes] = 1.0;
     }
-    Batch { pixels: (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect(), targets, len, ..Batch::default() }
+    let pixels = (0..pixels).map(|i| (i as f32 * 0.37).sin()).collect();
+    Batch { inputs: Inputs::Pixels(pixels), targets, len, ..Batch::default() }
+}
+
+fn pixels(vit: &ViT, batch: &Batch) -> Tensor {
+    let side = vit.config().backbone.image_size;
+    let Inputs::Pixels(pixels) = &batch.inputs else { panic!("pixels") };
+    Tensor::from_slice(pixels, (batch.len, side, side, 3), &Device::Cpu).unwrap()
 }
 
 fn logits(vit: &ViT, batch: &Batch, quantizers: Quantizers) -> Vec<f32> {
-    let side = vit.config().backbone.image_size;
-    let pixels = Tensor::from_vec(batch.pixels.clone(), (batch.len, side, side, 3), &Device::Cpu).unwrap();
+    let pixels = pixels(vit, batch);
     vit.forward(&pixels, quantizers).unwrap().logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -338,8 +344,7 @@ fn a_frozen_backbone_stays_out_of_the_gradient_and_does_not_change_the_rest() {
 fn a_scale_of_zero_leaves_a_branch_out() {
     let config = ViTConfig::preset("tiny").unwrap();
     let vit = ViT::init(&config, 5).unwrap();
-    let Batch { pixels, .. } = batch(&config, 2);
-    let pixels = Tensor::from_vec(pixels, (2, 8, 8, 3), &Device::Cpu).unwrap();
+    let pixels = pixels(&vit, &batch(&config, 2));
     let logits = |vit: &ViT, scales: [[f32; 4]; 2]| {
         let scales = Tensor::new(&scales, &Device::Cpu).unwrap();
         let variation = Variation { branch_scales: Some(&scales), ..Variation::default() };

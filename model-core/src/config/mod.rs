@@ -418,6 +418,24 @@ impl ViTConfig {
                 experts: experts(64, 2, 3, 2, 4),
                 num_classes: 100,
             },
+            // Behind the stem of a finished backbone, which takes the place of the layer here.
+            "photo" => Self {
+                backbone: BackboneConfig {
+                    image_size: 128,
+                    stem: vec![StemLayer::patch(192, 32)],
+                    d_model: 192,
+                    d_ff: 768,
+                    num_layers: 3,
+                    num_heads: 6,
+                    substrates: SubstrateConfig {
+                        shared: true,
+                        packing: TernaryPacking::FiveTrits,
+                        scales: FloatFormat::F16,
+                    },
+                },
+                experts: ExpertConfig { router_bits: 4, router_scales: FloatFormat::F16, ..experts(64, 2, 3, 2, 4) },
+                num_classes: 100,
+            },
             // For `compare`: small enough that several variants and seeds finish within hours on one core.
             "study" => Self {
                 backbone: BackboneConfig {
@@ -436,8 +454,9 @@ impl ViTConfig {
         })
     }
 
-    /// Names that [`ViTConfig::preset`] knows: the paper's, one for tests, the shipped one, and one for `compare`.
-    pub const PRESETS: [&'static str; 4] = ["paper", "tiny", "cifar", "study"];
+    /// Names that [`ViTConfig::preset`] knows: the paper's, one for tests, the shipped one, one for behind a finished
+    /// stem, and one for `compare`.
+    pub const PRESETS: [&'static str; 5] = ["paper", "tiny", "cifar", "photo", "study"];
 }
 
 #[cfg(test)]

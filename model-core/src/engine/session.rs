@@ -165,6 +165,14 @@ impl Session {
     pub fn forward(&mut self, rows: &mut [Row<'_>]) -> Result<(), ModelError> {
         self.pass.forward(&mut self.caller, rows)
     }
+
+    /// What the stem alone makes of one image: normalised `pixels [image_size, image_size, 3]` to `tokens [tokens, d_model]`.
+    ///
+    /// # Errors
+    /// When a slice has the wrong length.
+    pub fn stem(&mut self, pixels: &[f32], tokens: &mut [f32]) -> Result<(), ModelError> {
+        self.pass.stem(&mut self.caller, pixels, tokens)
+    }
 }
 
 impl Pass {
@@ -252,6 +260,14 @@ impl Pass {
         let Some(block) = backbone.blocks.first() else { return };
         let experts = |set: usize| &rows[sets[set]].set.layers[0];
         Moe { substrates: &block.substrates, experts, spans }.plan(threads, &mut self.moe);
+    }
+
+    fn stem(&mut self, loops: &mut dyn Loops, pixels: &[f32], tokens: &mut [f32]) -> Result<(), ModelError> {
+        let config = self.backbone.config();
+        expect_len("pixels", pixels.len(), config.image_size.pow(2) * 3)?;
+        expect_len("tokens", tokens.len(), config.num_tokens() * config.d_model)?;
+        self.backbone.stem.forward(|_| pixels, loops, (&mut self.stem, &self.stem_threads), (1, tokens));
+        Ok(())
     }
 
     fn run_stem(&mut self, backbone: &Backbone, loops: &mut dyn Loops, rows: &[Row<'_>]) {

@@ -14,6 +14,7 @@ use super::shared::{drive, open_train, starting_point, take, teacher};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{StartArgs, TrainArgs};
 use crate::data::Dataset;
+use crate::data::frozen_stem::{FrozenStem, StemOutputs};
 use crate::recipe::{Origin, Recipe, angle_start};
 use crate::store::{Store, load_backbone, load_set};
 use crate::train::{Ended, Run, averaged};
@@ -36,6 +37,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         }
         None => Recipe::scratch(args.model.resolve()?.0),
     };
+    let stem = frozen_stem(args, &mut recipe)?;
     let start = Start::load(&args.start)?;
     if let Some(start) = &start {
         start.enter(&mut recipe, checkpoint.is_none());
@@ -57,14 +59,44 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     }
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;
-    let (vit, preprocess) = match &start {
-        Some(start) => (start.model(&recipe, &dataset)?, start.preprocess().clone()),
-        None => (recipe.init_model()?, dataset.preprocess()),
+    let (vit, preprocess) = match (&start, &stem) {
+        (Some(start), _) => (start.model(&recipe, &dataset)?, start.preprocess().clone()),
+        (None, Some(stem)) => {
+            let vit = recipe.init_model()?;
+            stem.begin(&vit)?;
+            (vit, stem.preprocess.clone())
+        }
+        (None, None) => (recipe.init_model()?, dataset.preprocess()),
     };
-    let run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
+    let outputs = match &stem {
+        Some(stem) => Some(StemOutputs::prepare(stem, &dataset, &args.stem.views(&recipe, &settings))?),
+        None => None,
+    };
+    let mut run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
+    if let Some(outputs) = outputs {
+        run = run.behind(outputs);
+    }
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
-        export_backbone(checkpoint, &Store::new(args.run.out.join("store")), &args.names, &Encodings::default())
+        let store = Store::new(args.run.out.join("store"));
+        export_backbone(checkpoint, &store, &args.names, &Encodings::default(), stem.as_ref())
     })
+}
+
+/// The stem that the run is behind, entered in the recipe.
+fn frozen_stem(args: &TrainArgs, recipe: &mut Recipe) -> Result<Option<FrozenStem>> {
+    let Some(path) = &args.stem.stem else {
+        ensure!(!matches!(recipe.origin, Origin::Stem { .. }), "the run is behind a frozen stem; give --stem again");
+        return Ok(None);
+    };
+    ensure!(
+        args.teacher.teacher_backbone.is_none(),
+        "a teacher looks at pixels, and a run behind a frozen stem has none"
+    );
+    let stem = FrozenStem::of(&load_backbone(path)?, recipe.model.backbone.d_model)?;
+    stem.enter(&mut recipe.model.backbone);
+    recipe.origin = Origin::Stem { backbone: stem.digest.to_string() };
+    recipe.views = args.stem.views.unwrap_or(recipe.views).max(1);
+    Ok(Some(stem))
 }
 
 /// The trained model that `train` starts from.

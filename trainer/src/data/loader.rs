@@ -9,9 +9,11 @@ use std::thread;
 
 use model_core::image::Preprocess;
 use rand::Rng;
+use training::step::Inputs;
 
 use super::Dataset;
 use super::augment::Augment;
+use super::frozen_stem::StemOutputs;
 use super::random::{Purpose, beta, rng, shuffle};
 
 /// Batches made ahead; enough to hide the odd slow one.
@@ -88,8 +90,7 @@ pub struct Position {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     pub position: Position,
-    /// `[batch, side, side, 3]`, normalised.
-    pub pixels: Vec<f32>,
+    pub inputs: Inputs,
     /// `[batch, classes]`, mixed and smoothed; every row sums to one.
     pub targets: Vec<f32>,
     /// `[batch]`, the label with the larger share.
@@ -114,6 +115,18 @@ pub fn batches_per_epoch(images: usize, batch_size: usize) -> u64 {
 impl Loader {
     /// Starts making the batches of `indices` from `start` on.
     pub fn start(dataset: Arc<Dataset>, indices: Arc<[u32]>, plan: Plan, start: Position) -> Self {
+        Self::start_behind(None, dataset, indices, plan, start)
+    }
+
+    /// [`Loader::start`] with what a stem made of the images in place of their pixels. The stem saw the images varied;
+    /// the batches are mixed only.
+    pub fn start_behind(
+        stem: Option<Arc<StemOutputs>>,
+        dataset: Arc<Dataset>,
+        indices: Arc<[u32]>,
+        plan: Plan,
+        start: Position,
+    ) -> Self {
         let (sender, batches) = sync_channel(AHEAD);
         let produce = move || {
             let per_epoch = batches_per_epoch(indices.len(), plan.batch_size);
@@ -121,7 +134,7 @@ impl Loader {
             loop {
                 let order = epoch_order(&indices, plan.seed, position.epoch);
                 while position.batch < per_epoch {
-                    if sender.send(make_batch(&dataset, &order, &plan, position)).is_err() {
+                    if sender.send(make_batch(&dataset, stem.as_deref(), &order, &plan, position)).is_err() {
                         return;
                     }
                     position.batch += 1;
@@ -149,19 +162,27 @@ fn epoch_order(indices: &[u32], seed: u64, epoch: u64) -> Vec<u32> {
     order
 }
 
-fn make_batch(dataset: &Dataset, order: &[u32], plan: &Plan, position: Position) -> Batch {
-    let size = plan.batch_size.min(order.len());
-    let members = &order[position.batch as usize * size..][..size];
+/// Images of a batch, varied and normalised, `[batch, side, side, 3]`.
+fn pixels(dataset: &Dataset, members: &[u32], plan: &Plan, epoch: u64) -> Vec<f32> {
     let image_len = dataset.image_bytes();
-
-    let mut images = vec![0; size * image_len];
+    let mut images = vec![0; members.len() * image_len];
     for (&index, out) in members.iter().zip(images.chunks_exact_mut(image_len)) {
-        let mut rng = rng(plan.seed, Purpose::Image, position.epoch, u64::from(index));
+        let mut rng = rng(plan.seed, Purpose::Image, epoch, u64::from(index));
         plan.augment.apply(dataset.image(index as usize), dataset.side, &mut rng, out);
     }
-    let mut pixels = plan.preprocess.normalize(&images);
+    plan.preprocess.normalize(&images)
+}
+
+fn make_batch(dataset: &Dataset, stem: Option<&StemOutputs>, order: &[u32], plan: &Plan, position: Position) -> Batch {
+    let size = plan.batch_size.min(order.len());
+    let members = &order[position.batch as usize * size..][..size];
+    let (mut values, side, channels) = match stem {
+        None => (pixels(dataset, members, plan, position.epoch), dataset.side, 3),
+        Some(stem) => (stem.tokens(stem.view_of(position.epoch), members), stem.grid, stem.d_model),
+    };
+    let image_len = side * side * channels;
     // Partners are read from here, so that nobody receives an image that was already mixed.
-    let unmixed = (plan.mixing.probability > 0.0).then(|| pixels.clone());
+    let unmixed = (plan.mixing.probability > 0.0).then(|| values.clone());
 
     let classes = dataset.num_classes();
     let mut targets = vec![plan.label_smoothing / classes as f32; size * classes];
@@ -173,8 +194,8 @@ fn make_batch(dataset: &Dataset, order: &[u32], plan: &Plan, position: Position)
         let mut share = 1.0;
         if let Some(unmixed) = &unmixed {
             let mut rng = rng(plan.seed, Purpose::Mix, position.epoch, u64::from(index));
-            let own = &mut pixels[i * image_len..][..image_len];
-            share = mix(own, &unmixed[partner * image_len..][..image_len], dataset.side, &plan.mixing, &mut rng);
+            let own = &mut values[i * image_len..][..image_len];
+            share = mix(own, &unmixed[partner * image_len..][..image_len], side, &plan.mixing, &mut rng);
         }
         let row = &mut targets[i * classes..][..classes];
         row[label] += (1.0 - plan.label_smoothing) * share;
@@ -193,10 +214,11 @@ fn make_batch(dataset: &Dataset, order: &[u32], plan: &Plan, position: Position)
         let seed = |&index: &u32| rng(plan.seed, Purpose::Route, position.epoch, u64::from(index)).random::<u64>();
         noise_seeds.extend(members.iter().map(seed));
     }
-    Batch { position, pixels, targets, labels, branch_scales, noise_seeds }
+    let inputs = if stem.is_some() { Inputs::Tokens(values) } else { Inputs::Pixels(values) };
+    Batch { position, inputs, targets, labels, branch_scales, noise_seeds }
 }
 
-/// Mixes `partner` into `own` (or does not), and returns the share of `own` that is left.
+/// Mixes `partner` into `own` (or does not), both `[side, side, channels]`, and returns the share of `own` that is left.
 fn mix(own: &mut [f32], partner: &[f32], side: usize, mixing: &Mixing, rng: &mut impl Rng) -> f32 {
     if rng.random::<f64>() >= mixing.probability {
         return 1.0;
@@ -211,8 +233,9 @@ fn mix(own: &mut [f32], partner: &[f32], side: usize, mixing: &Mixing, rng: &mut
     let (y, x) = (rng.random_range(0..side), rng.random_range(0..side));
     let rows = y.saturating_sub(half)..(y + half).min(side);
     let columns = x.saturating_sub(half)..(x + half).min(side);
+    let channels = own.len() / (side * side);
     for row in rows.clone() {
-        let span = (row * side + columns.start) * 3..(row * side + columns.end) * 3;
+        let span = (row * side + columns.start) * channels..(row * side + columns.end) * channels;
         own[span.clone()].copy_from_slice(&partner[span]);
     }
     1.0 - (rows.len() * columns.len()) as f32 / (side * side) as f32
@@ -245,6 +268,11 @@ mod tests {
         }
     }
 
+    fn pixels(batch: &Batch) -> &[f32] {
+        let Inputs::Pixels(pixels) = &batch.inputs else { panic!("there is no stem") };
+        pixels
+    }
+
     fn loader(plan: Plan, start: Position) -> Loader {
         let dataset = dataset(10);
         let indices = (0..dataset.len() as u32).collect();
@@ -271,7 +299,7 @@ mod tests {
         let mut loader = loader(plain, Position::default());
         let mut epoch = || -> Vec<u32> {
             let batches = [loader.next_batch(), loader.next_batch()];
-            batches.iter().flat_map(|b| b.pixels.chunks_exact(48).map(|p| (p[0] * 255.0).round() as u32)).collect()
+            batches.iter().flat_map(|b| pixels(b).chunks_exact(48).map(|p| (p[0] * 255.0).round() as u32)).collect()
         };
         let (first, second) = (epoch(), epoch());
         assert_ne!(first, second);

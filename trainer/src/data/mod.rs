@@ -11,6 +11,7 @@
 pub mod augment;
 pub mod cifar;
 pub mod folder;
+pub mod frozen_stem;
 pub mod idx;
 pub mod loader;
 pub mod random;

@@ -44,8 +44,12 @@ impl Stem {
 
     /// `[batch, side, side, 3] -> [batch, tokens, d_model]`, tokens row by row.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
-        let x = self.forward_each(pixels, |_, _| Ok(()))?.flatten(1, 2)?;
-        self.pos_embed.iter().try_fold(x, |x, embedding| x.broadcast_add(embedding))
+        self.embed(self.forward_each(pixels, |_, _| Ok(()))?.flatten(1, 2)?)
+    }
+
+    /// Adds the position embedding to what the convolutions made, `[batch, tokens, d_model]`.
+    pub fn embed(&self, tokens: Tensor) -> Result<Tensor> {
+        self.pos_embed.iter().try_fold(tokens, |x, embedding| x.broadcast_add(embedding))
     }
 
     /// `[batch, side, side, 3] -> [batch, side', side', d_model]`; shows `visit` the output of every layer.

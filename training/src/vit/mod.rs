@@ -114,11 +114,19 @@ impl ViT {
 
     /// [`ViT::forward`] with the variations of training.
     pub fn forward_varied(&self, pixels: &Tensor, quantizers: Quantizers, variation: Variation<'_>) -> Result<Output> {
+        self.forward_blocks(self.stem.forward(pixels)?, quantizers, variation)
+    }
+
+    /// [`ViT::forward_varied`] from what the stem's convolutions made of the pixels, `[batch, tokens, d_model]`.
+    pub fn forward_tokens(&self, tokens: Tensor, quantizers: Quantizers, variation: Variation<'_>) -> Result<Output> {
+        self.forward_blocks(self.stem.embed(tokens)?, quantizers, variation)
+    }
+
+    fn forward_blocks(&self, mut x: Tensor, quantizers: Quantizers, variation: Variation<'_>) -> Result<Output> {
         let scaled = |y: Tensor, branch: usize| match variation.branch_scales {
             Some(scales) => y.broadcast_mul(&scales.narrow(1, branch, 1)?.unsqueeze(2)?),
             None => Ok(y),
         };
-        let mut x = self.stem.forward(pixels)?;
         let mut routing = Vec::with_capacity(self.blocks.len());
         for (layer, block) in self.blocks.iter().enumerate() {
             let y = block.attention.forward(&block.norm1.forward(&x)?)?;
