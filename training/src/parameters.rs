@@ -40,6 +40,11 @@ impl Parameters {
         Ok(if self.frozen.contains(name) { var.as_detached_tensor() } else { var.as_tensor().clone() })
     }
 
+    /// The substrate `part` (`up` or `down`) of the layer `name`; one that all layers share has no layer in its name.
+    pub fn substrate(&self, name: &str, part: &str) -> Result<Tensor> {
+        self.get(&format!("moe.{part}")).or_else(|_| self.get(&format!("{name}.{part}")))
+    }
+
     /// The variable of that name.
     pub fn var(&self, name: &str) -> Result<&Var> {
         self.vars.get(name).ok_or_else(|| candle_core::Error::Msg(format!("no parameter is named {name}")).bt())

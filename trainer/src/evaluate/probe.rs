@@ -291,14 +291,14 @@ fn expert_cosines(model: &Artifacts, pixels: &Tensor) -> Result<Vec<Option<f64>>
 /// What every expert of `layer` makes of every one of `rows [tokens, d_model]`: `[tokens * experts, d_model]`.
 fn all_outputs(vit: &ViT, layer: usize, rows: &Tensor) -> Result<Tensor> {
     let config = &vit.config().experts;
-    let parameter = |part: &str| vit.parameters().get(&format!("blocks.{layer}.moe.{part}"));
+    let (parameters, name) = (vit.parameters(), format!("blocks.{layer}.moe"));
     let experts: Vec<u16> = (0..rows.dim(0)?).flat_map(|_| 0..config.num_experts as u16).collect();
     let experts = Arc::new(experts);
     let rotate = |x: &Tensor, site: &str| -> Result<Tensor> {
-        Ok(ops::rotate_rows(x, &parameter(site)?, experts.clone(), AngleGrid::Continuous)?)
+        Ok(ops::rotate_rows(x, &parameters.get(&format!("{name}.{site}"))?, experts.clone(), AngleGrid::Continuous)?)
     };
     let product = |x: &Tensor, part: &str| -> Result<Tensor> {
-        Ok(ops::ternary_linear(x, &parameter(part)?, false, Activations::Float)?)
+        Ok(ops::ternary_linear(x, &parameters.substrate(&name, part)?, false, Activations::Float)?)
     };
     let h = rotate(&product(&rotate(rows, "rotation_in")?, "up")?, "rotation_hidden")?;
     let o = product(&ops::gelu(&h)?, "down")?;
@@ -355,8 +355,11 @@ mod tests {
     /// A random model whose angles are spread over the circle, and where they started. Its head's biases are such that it
     /// answers with every class.
     fn model() -> (Artifacts, AngleStart) {
-        let config = ViTConfig::preset("tiny").unwrap();
-        let vit = ViT::init_kind(&config, FeedForwardKind::Butterfly, AngleSpread::Uniform, 4).unwrap();
+        model_of(&ViTConfig::preset("tiny").unwrap())
+    }
+
+    fn model_of(config: &ViTConfig) -> (Artifacts, AngleStart) {
+        let vit = ViT::init_kind(config, FeedForwardKind::Butterfly, AngleSpread::Uniform, 4).unwrap();
         let labels: Vec<String> = (0..5).map(|class| class.to_string()).collect();
         let (backbone, set) = vit.to_weights(&labels).unwrap();
         let bytes = write_backbone("b", &backbone, &Preprocess::default(), &Value::Null).unwrap();
@@ -412,6 +415,16 @@ mod tests {
             assert!(layer.expert_cosine.unwrap() < 0.9, "experts spread over the circle differ: {probe:?}");
             assert!((1.0..=4.0).contains(&layer.effective_experts), "{probe:?}");
         }
+    }
+
+    #[test]
+    fn blocks_may_share_their_substrates() {
+        let mut config = ViTConfig::preset("tiny").unwrap();
+        config.backbone.substrates.shared = true;
+        let (model, start) = model_of(&config);
+        let probe = probe(&model, &start);
+        assert_eq!((probe.top1, probe.angles_moved), (1.0, Some(0.0)));
+        assert!(probe.layers.iter().all(|layer| layer.expert_cosine.unwrap() < 0.9), "{probe:?}");
     }
 
     #[test]

@@ -34,15 +34,13 @@ impl ButterflyMoe {
     /// The layer whose parameters start with `name`.
     pub fn new(parameters: &Parameters, name: &str, kind: FeedForwardKind, config: &ExpertConfig) -> Result<Self> {
         let get = |part: &str| parameters.get(&format!("{name}.{part}"));
-        // Substrates that all layers share have no layer in their names.
-        let substrate = |part: &str| parameters.get(&format!("moe.{part}")).or_else(|_| get(part));
         Ok(Self {
             angle_bits: config.angle_bits,
             router: Router::new(parameters, name, config)?,
-            up: substrate("up")?,
+            up: parameters.substrate(name, "up")?,
             down: match kind {
                 FeedForwardKind::ButterflyTied => Down::Tied(get("down_scale")?),
-                _ => Down::Own(substrate("down")?),
+                _ => Down::Own(parameters.substrate(name, "down")?),
             },
             gains: if kind == FeedForwardKind::ButterflyGains { Some(get("gains")?) } else { None },
             rotation_in: get("rotation_in")?,
