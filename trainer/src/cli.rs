@@ -331,13 +331,13 @@ pub struct NameArgs {
 #[derive(Debug, Args)]
 pub struct StartArgs {
     /// Start from this backbone instead of random weights; its shapes, too, are the new model's.
-    #[arg(long, value_name = "FILE", requires = "start_set", conflicts_with_all = ["preset", "config"])]
+    #[arg(long, value_name = "FILE", requires = "start_set", conflicts_with_all = ["preset", "config", "stem"])]
     pub start_backbone: Option<PathBuf>,
     /// The expert set to start from. Its head is kept where its labels are the data's.
     #[arg(long, value_name = "FILE", requires = "start_backbone")]
     pub start_set: Option<PathBuf>,
     /// Start from the latent parameters in this run folder's checkpoint, which know more than the codes they round to.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["preset", "config", "start_backbone", "start_set"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["preset", "config", "stem", "start_backbone", "start_set"])]
     pub start_run: Option<PathBuf>,
 }
 
@@ -347,7 +347,7 @@ pub struct StartArgs {
 pub struct StemArgs {
     /// Put the new model behind the stem of this backbone, up to its last layer with the model's `d_model` channels, and
     /// leave that stem as it is. Its outputs are computed once and kept on the disk.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["start_backbone", "start_run"])]
+    #[arg(long, value_name = "FILE")]
     pub stem: Option<PathBuf>,
     /// Views of every image that the stem sees: the image as it is, and varied ones. Each epoch shows one of them [default: 1].
     #[arg(long, value_name = "N", requires = "stem", value_parser = clap::value_parser!(u64).range(1..=64))]
@@ -461,6 +461,8 @@ pub struct CompareArgs {
     pub data: DataArgs,
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub stem: StemArgs,
     /// The loop; --out is the folder of all runs.
     #[command(flatten)]
     pub run: LoopArgs,

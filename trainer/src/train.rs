@@ -130,8 +130,8 @@ impl Run {
     }
 
     /// The same run on what a frozen stem made of its images.
-    pub fn behind(self, stem: StemOutputs) -> Self {
-        Self { stem: Some(Arc::new(stem)), ..self }
+    pub fn behind(self, stem: Arc<StemOutputs>) -> Self {
+        Self { stem: Some(stem), ..self }
     }
 
     /// Puts the run where `checkpoint` was.

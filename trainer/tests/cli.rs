@@ -513,7 +513,7 @@ fn stem_alone(path: &Path) {
     let layer = |channels| StemLayer { norm: false, activation: Activation::Relu6, ..StemLayer::conv3(channels, 2) };
     let config = BackboneConfig {
         image_size: 8,
-        stem: vec![layer(8), layer(16)],
+        stem: vec![layer(8), StemLayer { groups: 8, ..layer(8) }, StemLayer::patch(16, 1)],
         d_model: 16,
         d_ff: 1,
         num_layers: 0,
@@ -570,6 +570,18 @@ fn a_model_learns_behind_a_frozen_stem() {
     assert!(fail(&export).contains("--backbone is missing"));
     succeed(&[&export[..], &["--backbone", text(&eyes)]].concat());
     assert_eq!(fs::read(root.path().join("backbones/backbone.safetensors")).unwrap(), fs::read(&backbone).unwrap());
+
+    let compared = root.path().join("compared");
+    let variants =
+        ["compare", "--data", text(&data), "--out", text(&compared), "--variants", "butterfly,dense", "--seeds=1"];
+    succeed(&[&variants[..], &behind, &views, &FAST].concat());
+    let table = fs::read_to_string(compared.join("table.md")).unwrap();
+    for variant in ["| butterfly | integer |", "| dense | float |"] {
+        let row = table.lines().find(|line| line.starts_with(variant)).unwrap_or_else(|| panic!("{table}"));
+        let top1: f64 = row.split('|').nth(4).unwrap().trim().parse().unwrap();
+        assert!(top1 > 80.0, "{row}");
+    }
+    assert_eq!(written().len(), 4, "the views of before, and one of the test images");
 
     let other = root.path().join("other");
     let refused = |more: &[&str]| fail(&train(text(&data), text(&other), &[&behind[..], more].concat()));

@@ -10,14 +10,15 @@ use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use serde_json::{Value, json};
 
-use super::shared::{drive, measure, open_options, open_train, teacher};
+use super::shared::{drive, frozen_stem, measure, open_options, open_train, teacher};
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{CompareArgs, threads};
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
+use crate::data::frozen_stem::{FrozenStem, StemOutputs, Views};
 use crate::data::{self, Dataset, Part};
-use crate::evaluate::Report;
+use crate::evaluate::{Report, Tally};
 use crate::files::write_atomically;
-use crate::predict::{Candle, Integer, Predictor};
+use crate::predict::{Candle, Integer, Predictor, by_shards};
 use crate::recipe::Recipe;
 use crate::terminal::{print, say};
 use crate::train::{Ended, Run, Settings, averaged};
@@ -25,6 +26,7 @@ use crate::train::{Ended, Run, Settings, averaged};
 /// `compare`: variants of one recipe, each with every seed.
 pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let mut base = Recipe::scratch(args.model.resolve()?.0);
+    let stem = frozen_stem(&args.stem, &args.teacher, &mut base)?;
     args.recipe.apply(&mut base);
     let side = base.model.backbone.image_size;
     let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
@@ -32,14 +34,31 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let teacher = teacher(&args.teacher, &mut base)?;
     let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
     crate::files::create_folder(&args.run.out)?;
-    compare::write_memory(&args.run.out, &base.model)?;
+    compare::write_memory(&args.run.out, &base.model, stem.as_ref().map(|stem| &stem.weights[..]))?;
+    let behind = match &stem {
+        None => None,
+        Some(stem) => {
+            let views = args.stem.views(&base, &args.run.settings());
+            let outputs = |dataset: &Dataset, count| {
+                StemOutputs::prepare(stem, dataset, &Views { count, ..views.clone() }).map(Arc::new)
+            };
+            Some(Behind { stem, train: outputs(&dataset, base.views)?, test: outputs(&test, 1)? })
+        }
+    };
+    let preprocess = stem.as_ref().map_or_else(|| dataset.preprocess(), |stem| stem.preprocess.clone());
     let train = |folder: &str, recipe: Recipe| -> Result<Trained> {
         say(folder);
         let out = args.run.out.join(folder);
         let checkpoint = out.join(checkpoint::FILE_NAME).exists().then(|| Checkpoint::load(&out)).transpose()?;
         let vit = recipe.init_model()?;
         let settings = Settings { out: out.clone(), ..args.run.settings() };
-        let run = Run::new(recipe, settings, vit, dataset.clone(), dataset.preprocess(), teacher.clone())?;
+        if let Some(behind) = &behind {
+            behind.stem.begin(&vit)?;
+        }
+        let mut run = Run::new(recipe, settings, vit, dataset.clone(), preprocess.clone(), teacher.clone())?;
+        if let Some(behind) = &behind {
+            run = run.behind(behind.train.clone());
+        }
         let mut finished = None;
         let ended = drive(run, checkpoint, &out, stop, |checkpoint| {
             finished = Some(checkpoint.clone());
@@ -59,13 +78,20 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
             recipe.learning_rate = rates.get(&variant).copied().unwrap_or(recipe.learning_rate);
             let (ended, finished) = train(&format!("{}-seed-{seed}", variant.name()), recipe)?;
             let Some(checkpoint) = finished else { return Ok(ended) };
-            outcomes.push(measure_run(variant, &checkpoint, &test, threads(args.run.threads))?);
+            outcomes.push(measure_run(variant, &checkpoint, &test, behind.as_ref(), threads(args.run.threads))?);
             // After every run, so that a long comparison can be watched.
             let table = compare::write(&args.run.out, &outcomes)?;
             print(&table)?;
         }
     }
     Ok(Ended::Finished)
+}
+
+/// The stem that all runs are behind, and what it made of the images.
+struct Behind<'a> {
+    stem: &'a FrozenStem,
+    train: Arc<StemOutputs>,
+    test: Arc<StemOutputs>,
 }
 
 /// How a run ended, and its last checkpoint if it is done.
@@ -106,20 +132,43 @@ fn choose_rates(args: &CompareArgs, base: &Recipe, train: &impl Fn(&str, Recipe)
 }
 
 /// Measures a finished run on the test part: through an artifact and the integer engine where it can be served.
-fn measure_run(variant: Variant, checkpoint: &Checkpoint, test: &Dataset, threads: usize) -> Result<Outcome> {
+fn measure_run(
+    variant: Variant,
+    checkpoint: &Checkpoint,
+    test: &Dataset,
+    behind: Option<&Behind<'_>>,
+    threads: usize,
+) -> Result<Outcome> {
     let state = &checkpoint.state;
     let recipe = &state.recipe;
     let vit = averaged(recipe, &checkpoint.parameters, &checkpoint.average)?;
     let model: Box<dyn Predictor> = if recipe.is_servable() {
-        let (backbone, set) = vit.to_weights(&state.labels)?;
+        let (mut backbone, set) = vit.to_weights(&state.labels)?;
+        if let Some(behind) = behind {
+            backbone.stem.clone_from(&behind.stem.weights);
+        }
         let backbone = read_backbone(&write_backbone("run", &backbone, &state.preprocess, &Value::Null)?)?;
         let bound_to = (&backbone.weights.config, backbone.digest);
         let set = read_expert_set(&write_expert_set("run", &set, bound_to, &Value::Null)?)?;
         Box::new(Integer::new(&backbone, &set)?)
     } else {
-        Box::new(Candle { vit, quantizers: recipe.quantizers() })
+        Box::new(Candle { vit: vit.clone(), quantizers: recipe.quantizers() })
     };
-    let tally = measure(&*model, &recipe.model, test, test.len(), &state.preprocess, threads)?;
+    let tally = match behind.filter(|_| !recipe.is_servable()) {
+        None => measure(&*model, &recipe.model, test, test.len(), &state.preprocess, threads)?,
+        // The stem's integers are in its outputs; its float path would be another stem.
+        Some(behind) => {
+            let candle = Candle { vit, quantizers: recipe.quantizers() };
+            let answer = |shard: &[u32]| candle.predict_behind_stem(behind.test.tokens(0, shard), shard.len());
+            let mut tally = Tally::new(&recipe.model);
+            let all: Vec<u32> = (0..test.len() as u32).collect();
+            by_shards(&all, threads, answer, &mut |shard, answer| {
+                let labels: Vec<u16> = shard.iter().map(|&i| test.labels[i as usize]).collect();
+                tally.add(&labels, &answer);
+            })?;
+            tally
+        }
+    };
     let scores = tally.scores();
     let routed = scores.routing_agreement.is_some();
     let report = Report::new(&tally, &state.labels, "", 0, 1.0);

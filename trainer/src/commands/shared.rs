@@ -12,13 +12,15 @@ use training::parameters::Quantizers;
 use training::vit::ViT;
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::cli::{DataArgs, TeacherArgs};
+use crate::cli::{DataArgs, StemArgs, TeacherArgs};
+use crate::data::frozen_stem::FrozenStem;
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::diary;
 use crate::evaluate::Tally;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
-use crate::recipe::Recipe;
+use crate::recipe::{Origin, Recipe};
+use crate::store::load_backbone;
 use crate::teacher::Teacher;
 use crate::terminal::say;
 use crate::train::{Ended, Run, Settings};
@@ -103,6 +105,20 @@ pub(super) fn teacher(args: &TeacherArgs, recipe: &mut Recipe) -> Result<Option<
     let before = recipe.distillation.as_ref().map(|distillation| distillation.share);
     recipe.distillation = Some(teacher.distillation(args.distil.or(before).unwrap_or(0.5)));
     Ok(Some(Arc::new(teacher)))
+}
+
+/// The stem that runs with this recipe are behind, entered in it.
+pub(super) fn frozen_stem(args: &StemArgs, teacher: &TeacherArgs, recipe: &mut Recipe) -> Result<Option<FrozenStem>> {
+    let Some(path) = &args.stem else {
+        ensure!(!matches!(recipe.origin, Origin::Stem { .. }), "the run is behind a frozen stem; give --stem again");
+        return Ok(None);
+    };
+    ensure!(teacher.teacher_backbone.is_none(), "a teacher looks at pixels, and a run behind a frozen stem has none");
+    let stem = FrozenStem::of(&load_backbone(path)?, recipe.model.backbone.d_model)?;
+    stem.enter(&mut recipe.model.backbone);
+    recipe.origin = Origin::Stem { backbone: stem.digest.to_string() };
+    recipe.views = args.views.unwrap_or(recipe.views).max(1);
+    Ok(Some(stem))
 }
 
 /// The checkpoint to go on from; refuses to overwrite one by accident.

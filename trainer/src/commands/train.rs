@@ -10,11 +10,11 @@ use model_core::weights::Encodings;
 use training::vit::ViT;
 
 use super::export::export_backbone;
-use super::shared::{drive, open_train, starting_point, take, teacher};
+use super::shared::{drive, frozen_stem, open_train, starting_point, take, teacher};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{StartArgs, TrainArgs};
 use crate::data::Dataset;
-use crate::data::frozen_stem::{FrozenStem, StemOutputs};
+use crate::data::frozen_stem::StemOutputs;
 use crate::recipe::{Origin, Recipe, angle_start};
 use crate::store::{Store, load_backbone, load_set};
 use crate::train::{Ended, Run, averaged};
@@ -37,7 +37,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         }
         None => Recipe::scratch(args.model.resolve()?.0),
     };
-    let stem = frozen_stem(args, &mut recipe)?;
+    let stem = frozen_stem(&args.stem, &args.teacher, &mut recipe)?;
     let start = Start::load(&args.start)?;
     if let Some(start) = &start {
         start.enter(&mut recipe, checkpoint.is_none());
@@ -69,7 +69,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         (None, None) => (recipe.init_model()?, dataset.preprocess()),
     };
     let outputs = match &stem {
-        Some(stem) => Some(StemOutputs::prepare(stem, &dataset, &args.stem.views(&recipe, &settings))?),
+        Some(stem) => Some(Arc::new(StemOutputs::prepare(stem, &dataset, &args.stem.views(&recipe, &settings))?)),
         None => None,
     };
     let mut run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
@@ -80,23 +80,6 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         let store = Store::new(args.run.out.join("store"));
         export_backbone(checkpoint, &store, &args.names, &Encodings::default(), stem.as_ref())
     })
-}
-
-/// The stem that the run is behind, entered in the recipe.
-fn frozen_stem(args: &TrainArgs, recipe: &mut Recipe) -> Result<Option<FrozenStem>> {
-    let Some(path) = &args.stem.stem else {
-        ensure!(!matches!(recipe.origin, Origin::Stem { .. }), "the run is behind a frozen stem; give --stem again");
-        return Ok(None);
-    };
-    ensure!(
-        args.teacher.teacher_backbone.is_none(),
-        "a teacher looks at pixels, and a run behind a frozen stem has none"
-    );
-    let stem = FrozenStem::of(&load_backbone(path)?, recipe.model.backbone.d_model)?;
-    stem.enter(&mut recipe.model.backbone);
-    recipe.origin = Origin::Stem { backbone: stem.digest.to_string() };
-    recipe.views = args.stem.views.unwrap_or(recipe.views).max(1);
-    Ok(Some(stem))
 }
 
 /// The trained model that `train` starts from.

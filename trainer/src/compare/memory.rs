@@ -6,6 +6,7 @@ use model_core::config::ViTConfig;
 use model_core::engine::{Backbone, ExpertSet};
 use model_core::footprint::{components, runtime_compression};
 use model_core::image::Preprocess;
+use model_core::weights::StemWeights;
 use serde::Serialize;
 use serde_json::Value;
 use training::vit::ViT;
@@ -32,14 +33,15 @@ pub(super) struct ExpertMemory {
 /// Doubling from few to many.
 const NUMBERS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 
-/// Writes and loads a random model of this shape for every number of experts.
-pub(super) fn by_number_of_experts(config: &ViTConfig) -> Result<Vec<ExpertMemory>> {
+/// Writes and loads a random model of this shape, behind `stem` where there is one, for every number of experts.
+pub(super) fn by_number_of_experts(config: &ViTConfig, stem: Option<&[StemWeights]>) -> Result<Vec<ExpertMemory>> {
     let labels: Vec<String> = (0..config.num_classes).map(|class| format!("class {class}")).collect();
     let measure = |num_experts| {
         let mut config = config.clone();
         config.experts.num_experts = num_experts;
         config.experts.top_k = config.experts.top_k.min(num_experts);
-        let (backbone, set) = ViT::init(&config, 1)?.to_weights(&labels)?;
+        let (mut backbone, set) = ViT::init(&config, 1)?.to_weights(&labels)?;
+        backbone.stem = stem.map_or(backbone.stem, <[StemWeights]>::to_vec);
         let backbone_file = write_backbone("random", &backbone, &Preprocess::default(), &Value::Null)?;
         let digest = read_backbone(&backbone_file)?.digest;
         let set_file = write_expert_set("random", &set, (&config.backbone, digest), &Value::Null)?;
@@ -74,7 +76,7 @@ mod tests {
     #[test]
     fn measured_bytes_grow_with_the_experts_and_agree_with_the_accounting() {
         let config = ViTConfig::preset("tiny").unwrap();
-        let points = by_number_of_experts(&config).unwrap();
+        let points = by_number_of_experts(&config, None).unwrap();
         assert_eq!(points.iter().map(|p| p.num_experts).collect::<Vec<_>>(), NUMBERS);
         for pair in points.windows(2) {
             assert!(pair[0].set_file_bytes < pair[1].set_file_bytes, "{pair:?}");

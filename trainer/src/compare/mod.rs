@@ -12,6 +12,7 @@ use clap::ValueEnum;
 use model_core::config::{FeedForwardKind, ViTConfig};
 use model_core::footprint::{layer_bytes, runtime_compression};
 use model_core::random::AngleSpread;
+use model_core::weights::StemWeights;
 use serde::{Deserialize, Serialize};
 use training::ops::Activations;
 
@@ -321,9 +322,10 @@ fn differences(rows: &[Row]) -> std::result::Result<String, std::fmt::Error> {
     Ok(table)
 }
 
-/// Writes `memory.json` and `memory-experts.png` into `folder`: what 8 to 256 experts of this shape take.
-pub fn write_memory(folder: &Path, config: &ViTConfig) -> Result<()> {
-    let points = memory::by_number_of_experts(config)?;
+/// Writes `memory.json` and `memory-experts.png` into `folder`: what 8 to 256 experts of this shape take,
+/// behind `stem` where there is one.
+pub fn write_memory(folder: &Path, config: &ViTConfig, stem: Option<&[StemWeights]>) -> Result<()> {
+    let points = memory::by_number_of_experts(config, stem)?;
     write_atomically(&folder.join("memory.json"), serde_json::to_string_pretty(&points)?.as_bytes())?;
     pictures::memory_against_experts(&folder.join("memory-experts.png"), &points)
 }

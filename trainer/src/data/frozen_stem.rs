@@ -81,7 +81,8 @@ impl FrozenStem {
         }
         /// Of zero a substrate would have no scale, and everything before it no gradient.
         const NEARLY_SILENT: f64 = 0.01;
-        let is_last_of_branch = |name: &str| name.ends_with(".attention.proj.weight") || name.ends_with("moe.down");
+        let last = [".attention.proj.weight", "moe.down", "moe.down_out", "moe.down_scale"];
+        let is_last_of_branch = |name: &str| last.iter().any(|last| name.ends_with(last));
         for (name, var) in parameters.all().iter().filter(|(name, _)| is_last_of_branch(name)) {
             parameters.set(name, &(var.as_tensor() * NEARLY_SILENT)?.flatten_all()?.to_vec1::<f32>()?)?;
         }
