@@ -47,7 +47,7 @@ fn files_of_both_versions_keep_their_digests() {
         let header = Header::from_bytes(&file(&format!("{name}.safetensors"))).unwrap();
         assert_eq!(header.digest.to_string(), digest.as_str().unwrap(), "{name}");
     }
-    // And those that ship, which are of version 1.
+    // And those that ship.
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
     for name in ["default-backbone", "cifar100"] {
         Header::read(&models.join(format!("{name}.safetensors"))).unwrap();

@@ -107,6 +107,7 @@ fn the_example_sets_serve_beside_the_default_one() {
     for (set, name, label) in [
         ("cifar100", "test-00.png", "hamster"),
         ("cifar100-coarse", "test-00.png", "small_mammals"),
+        ("cifar100-photo", "test-00.png", "hamster"),
         ("fashion-mnist", "fashion/test-00.png", "Ankle boot"),
         ("fashion-mnist", "fashion/test-02.png", "Trouser"),
     ] {
