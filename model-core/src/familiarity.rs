@@ -6,6 +6,7 @@
 //! four bits of the file; sums are double.
 
 use crate::artifact::ArtifactError;
+use crate::projection::Projection;
 use crate::weights::{self, Covariance, Int4Rows, Rows};
 
 /// Mean and whitening of a backbone's background.
@@ -36,6 +37,8 @@ enum Whitening {
 #[derive(Debug, Clone)]
 pub struct Familiarity {
     measure: Measure,
+    /// What is measured of the features.
+    projection: Option<Projection>,
     relative: bool,
     threshold: f32,
 }
@@ -147,7 +150,7 @@ impl Even {
     }
 
     /// The smallest squared distance of features from a mean.
-    fn nearest(&self, features: &[f32], Scratch { x, taken, along }: &mut Scratch) -> f64 {
+    fn nearest(&self, features: &[f32], Scratch { x, taken, along, .. }: &mut Scratch) -> f64 {
         x.clear();
         x.extend(scaled(features));
         along.clear();
@@ -290,6 +293,8 @@ pub struct Scratch {
     taken: Vec<f64>,
     /// Products with the rows of a factor.
     along: Vec<f64>,
+    /// What a projection makes of features.
+    projected: Vec<f32>,
 }
 
 fn squared(x: impl Iterator<Item = f64>) -> f64 {
@@ -344,7 +349,7 @@ impl Familiarity {
         }
         if let (Covariance::Even { scale, factor }, Rows::Int4(means)) = (covariance, means) {
             let even = Even::new(*scale, means, factor).ok_or_else(|| not_positive("familiarity.factor"))?;
-            return Ok(Self { measure: Measure::Even(even), relative: false, threshold: *threshold });
+            return Ok(Self { measure: Measure::Even(even), projection: None, relative: false, threshold: *threshold });
         }
         let means = means.to_f32();
         let (base, factor, d_model) = match covariance {
@@ -376,7 +381,12 @@ impl Familiarity {
         let (means, factor) = (rows(&means), rows(factor));
         let inner = inner_cholesky(&factor, d_model).ok_or_else(|| not_positive("familiarity.factor"))?;
         let measure = Measure::Whitened(Whitened { base, means, factor, inner });
-        Ok(Self { measure, relative: *relative, threshold: *threshold })
+        Ok(Self { measure, projection: None, relative: *relative, threshold: *threshold })
+    }
+
+    /// The same, measured on what a projection makes of the features.
+    pub fn of_projected(self, projection: Option<Projection>) -> Self {
+        Self { projection, ..self }
     }
 
     /// The smallest squared distance of features `[d_model]` from a mean, less their distance from the background if the
@@ -391,7 +401,17 @@ impl Familiarity {
         let far = background.filter(|_| self.relative).map_or(0.0, |far| far.distance_in(features, scratch));
         let nearest = match &self.measure {
             Measure::Whitened(whitened) => whitened.nearest(features, background, scratch),
-            Measure::Even(even) => even.nearest(features, scratch),
+            Measure::Even(even) => match self.projection {
+                None => even.nearest(features, scratch),
+                Some(projection) => {
+                    let mut projected = std::mem::take(&mut scratch.projected);
+                    projected.resize(projection.features(), 0.0);
+                    projection.apply(features, &mut projected);
+                    let nearest = even.nearest(&projected, scratch);
+                    scratch.projected = projected;
+                    nearest
+                }
+            },
         };
         nearest - far
     }

@@ -12,8 +12,8 @@ use serde::Serialize;
 use crate::artifact::{Contents, CovarianceForm, Encoding, FamiliarityConfig, TensorSize};
 use crate::config::{BackboneShape, ExpertConfig, FeedForwardKind, TernaryPacking, ViTConfig};
 use crate::engine::storage;
-use crate::kernels::TernaryStorage;
 use crate::kernels::gemm::float::panels_len;
+use crate::kernels::{Int8Rows, TernaryStorage};
 
 const F32_BYTES: u64 = 4;
 
@@ -31,6 +31,8 @@ fn resident_bytes(tensor: &TensorSize) -> u64 {
     let is_weight = name.ends_with(".weight");
     let is_int8 = name.contains(".attention.") || (name.starts_with("stem.") && !name.starts_with("stem.0."));
     match tensor.encoding {
+        // A head of few classes is not padded.
+        Encoding::Int8 if name == "head.weight" && rows <= Int8Rows::MOST as u64 => elements + rows * F32_BYTES,
         Encoding::Float(_) | Encoding::Int8 if is_weight && (is_int8 || tensor.encoding == Encoding::Int8) => {
             padded_rows * cols.next_multiple_of(INTEGER_PANEL) + padded_rows * F32_BYTES
         }
@@ -373,6 +375,7 @@ mod tests {
             backbone_digest: Digest::of("", &[]),
             borrowed_experts: None,
             labels: (0..config.num_classes).map(|i| format!("{i:03}")).collect(),
+            projection: None,
             temperature: 1.0,
             familiarity: None,
             view: View::default(),

@@ -30,6 +30,7 @@ pub mod familiarity;
 pub mod footprint;
 pub mod image;
 pub mod kernels;
+pub mod projection;
 pub mod random;
 pub mod random_weights;
 pub mod routing_map;

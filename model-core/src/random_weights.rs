@@ -70,6 +70,7 @@ pub fn expert_set_weights(config: &ViTConfig, random: &mut SplitMix64) -> Expert
         layers: (0..backbone.num_layers).map(|_| layer(random)).collect(),
         head: linear(random, config.num_classes, backbone.d_model),
         labels: (0..config.num_classes).map(|i| format!("class {i}")).collect(),
+        projection: None,
         temperature: 1.0,
         familiarity: None,
     }

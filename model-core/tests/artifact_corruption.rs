@@ -10,6 +10,10 @@ use std::sync::Mutex;
 use common::{Files, files, minute_config};
 use counting::{Counting, measure};
 use model_core::artifact::{read_backbone, read_expert_set};
+use model_core::config::FloatFormat;
+use model_core::projection::Projection;
+use model_core::random::SplitMix64;
+use model_core::weights::{Covariance, Familiarity, Int4Rows, Matrix, Precision, Rows};
 use proptest::prelude::*;
 
 #[global_allocator]
@@ -40,7 +44,28 @@ fn samples() -> Vec<Vec<u8>> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/artifacts");
     let recipe = ["v1_backbone", "v1_set", "v2_backbone", "v2_set", "v2_borrower", "v2_seeded"];
     let recipe = recipe.map(|name| std::fs::read(folder.join(format!("{name}.safetensors"))).unwrap());
-    [backbone, expert_set].into_iter().chain(recipe).collect()
+    let folded = folded(&recipe[3]);
+    [backbone, expert_set, folded].into_iter().chain(recipe).collect()
+}
+
+/// The set with a head and four-bit statistics of fewer features than its backbone has.
+fn folded(set: &[u8]) -> Vec<u8> {
+    let (mut artifact, features) = (read_expert_set(set).unwrap(), 5);
+    let (weights, mut random) = (&mut artifact.weights, SplitMix64::at(5, 0));
+    let classes = weights.labels.len();
+    let head = random.uniforms(classes * features, 1.0);
+    weights.head.weight = Matrix::encode(&head, classes, Precision::Int8);
+    weights.projection = Some(Projection::Folded { features });
+    let mut rows = |count: usize| Int4Rows::encode(&random.uniforms(count * features, 1.0), features);
+    weights.familiarity = Some(Familiarity {
+        format: FloatFormat::F32,
+        relative: false,
+        means: Rows::Int4(rows(classes)),
+        covariance: Covariance::Even { scale: 0.25, factor: rows(2) },
+        threshold: 9.0,
+        pass_share: 0.0,
+    });
+    artifact.to_bytes().unwrap()
 }
 
 /// Bytes in front of the data section.

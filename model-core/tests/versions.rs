@@ -12,8 +12,9 @@ use model_core::error::ModelError;
 use model_core::familiarity::{self, Background, Familiarity};
 use model_core::image::Fit;
 use model_core::kernels::Isa;
+use model_core::projection::Projection;
 use model_core::random::SplitMix64;
-use model_core::weights::{self, Covariance, Int4Rows, Precision, Rows};
+use model_core::weights::{self, Covariance, Int4Rows, Matrix, Precision, Rows};
 use serde_json::Value;
 
 fn file(name: &str) -> Vec<u8> {
@@ -289,6 +290,46 @@ fn four_bit_statistics_are_read_as_they_were_written() {
     let Rows::Int4(means) = &mut huge.means else { unreachable!() };
     means.scale[0] = f32::MAX;
     assert!(Familiarity::new(&huge, None).unwrap_err().to_string().contains("familiarity.factor"));
+}
+
+#[test]
+fn a_projection_is_read_as_it_was_written_and_measured_on() {
+    let mut artifact = even_set();
+    let (d_model, features) = (artifact.backbone.d_model, 5);
+    let projection = Projection::Folded { features };
+    let mut random = SplitMix64::at(9, 0);
+    let classes = artifact.weights.labels.len();
+    let head = random.uniforms(classes * features, 1.0);
+    artifact.weights.head.weight = Matrix::encode(&head, classes, Precision::Int8);
+    artifact.weights.projection = Some(projection);
+    let Some(statistics) = &mut artifact.weights.familiarity else { unreachable!() };
+    statistics.means = Rows::Int4(Int4Rows::encode(&random.uniforms(3 * features, 2.0), features));
+    let factor = Int4Rows::encode(&random.uniforms(2 * features, 1.0), features);
+    statistics.covariance = Covariance::Even { scale: 0.25, factor };
+    let bytes = artifact.to_bytes().unwrap();
+    let got = read_expert_set(&bytes).unwrap();
+    assert_eq!((&got.weights, got.to_bytes().unwrap()), (&artifact.weights, bytes));
+
+    let x = random.uniforms(d_model, 3.0);
+    let mut z = vec![0.0; features];
+    projection.apply(&x, &mut z);
+    let plain = Familiarity::new(got.weights.familiarity.as_ref().unwrap(), None).unwrap();
+    let expected = plain.distance(&z, None);
+    assert_eq!(plain.of_projected(Some(projection)).distance(&x, None), expected);
+
+    // Not fewer features than there are, and no statistics of all of them.
+    for features in [0, d_model, usize::MAX] {
+        let mut wide = artifact.clone();
+        wide.weights.projection = Some(Projection::Folded { features });
+        let error = wide.to_bytes().unwrap_err().to_string();
+        assert!(error.contains("projection.features"), "{error}");
+    }
+    let mut diagonal = artifact;
+    let statistics = diagonal.weights.familiarity.as_mut().unwrap();
+    statistics.means = statistics.means.to_f32().into_owned().into();
+    statistics.covariance = Covariance::Diagonal { diagonal: vec![1.0; features], factor: Vec::new() };
+    let error = diagonal.to_bytes().unwrap_err().to_string();
+    assert!(error.contains("`projection`") && error.contains("`even`"), "{error}");
 }
 
 #[test]

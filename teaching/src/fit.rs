@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use model_core::projection::Projection;
 use model_core::weights::{Background, Linear, Matrix, Precision};
 
 use crate::examples::Examples;
@@ -36,7 +37,10 @@ const REMEMBERED: usize = 40;
 pub fn memory(images: usize, views: usize, d_model: usize, classes: usize) -> usize {
     let rows = images.saturating_mul(views);
     let compared = rows.min(COMPARED);
-    let features = rows.saturating_mul(2).saturating_add(compared + DRAWS).saturating_mul(d_model);
+    // Projected features beside those that they are made of, or a copy of these.
+    let projected = Options::default().features.min(d_model);
+    let width = if projected < d_model { d_model.saturating_add(2 * projected) } else { 2 * d_model };
+    let features = rows.saturating_mul(width).saturating_add((compared + 2 * DRAWS).saturating_mul(d_model));
     let parameters = classes.saturating_mul(d_model + 1).saturating_mul(REMEMBERED);
     let logits = images.saturating_mul(classes).saturating_mul(2 * STRENGTHS.len());
     [compared * compared, parameters, logits]
@@ -91,6 +95,12 @@ pub fn teach(
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Taught, TeachError> {
     examples.check()?;
+    let projection = (options.features < examples.d_model).then_some(Projection::Folded { features: options.features });
+    let projected = projection.map(|projection| projected(examples.features, examples.d_model, projection));
+    let examples = &match (projection, &projected) {
+        (Some(projection), Some(features)) => Examples { features, d_model: projection.features(), ..*examples },
+        _ => *examples,
+    };
     let all: Vec<usize> = (0..examples.labels.len()).collect();
     let smallest = (0..examples.classes.len()).map(|c| examples.labels.iter().filter(|&&l| l == c).count()).min();
     let count = options.folds.clamp(2, 10).min(smallest.unwrap_or(2).max(2));
@@ -108,7 +118,7 @@ pub fn teach(
     let own = |image: usize| Some(examples.labels[image]) != none;
     let mut distances: Vec<f64> = held.iter().filter(|h| own(h.image)).map(|h| h.distance).collect();
     let measure = Distances::new(&statistics)?;
-    let drawn = |seed| background.map(|background| measure.of_draws(background, seed)).unwrap_or_default();
+    let drawn = |seed| background.map(|background| measure.of_draws(background, projection, seed)).unwrap_or_default();
     let limit = with_room(threshold(&mut distances, options.known_share), &drawn(NEAREST_SEED));
     statistics.threshold = limit as f32;
     let refused = Share::new(distances.iter().filter(|&&distance| distance > limit).count(), distances.len());
@@ -126,11 +136,22 @@ pub fn teach(
     progress(1.0);
     Ok(Taught {
         head: head(&scaling, parameters, examples.d_model),
+        projection,
         temperature: temperature as f32,
         familiarity: statistics,
         labels: examples.classes.to_vec(),
         report,
     })
+}
+
+/// What a projection makes of rows of features.
+pub(crate) fn projected(rows: &[f32], d_model: usize, projection: Projection) -> Vec<f32> {
+    let features = projection.features();
+    let mut projected = vec![0.0; rows.len() / d_model.max(1) * features];
+    for (row, projected) in rows.chunks_exact(d_model.max(1)).zip(projected.chunks_exact_mut(features.max(1))) {
+        projection.apply(row, projected);
+    }
+    projected
 }
 
 /// How many images of a class lie within `limit` of the others when these are all that there is.

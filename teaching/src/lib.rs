@@ -17,6 +17,7 @@ mod statistics;
 use model_core::artifact::{Digest, ExpertSetArtifact};
 use model_core::config::{BackboneShape, ExpertConfig};
 use model_core::image::View;
+use model_core::projection::Projection;
 use model_core::weights::{ExpertLayerWeights, ExpertSetWeights, Familiarity, Linear};
 use serde_json::{Value, json};
 
@@ -35,19 +36,23 @@ pub struct Options {
     pub rank: usize,
     /// Share of the set's own images that must not be called unknown.
     pub known_share: f64,
+    /// Features that the set sees of a backbone that has more: each costs a byte and a half a class.
+    pub features: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { folds: 5, threads: 1, rank: 16, known_share: 0.95 }
+        Self { folds: 5, threads: 1, rank: 16, known_share: 0.95, features: 320 }
     }
 }
 
 /// What was fitted, and what it is worth.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Taught {
-    /// `[classes, d_model]`, in int8.
+    /// `[classes, features]`, in int8.
     pub head: Linear,
+    /// What the set sees of the backbone's features, unless it is all of them.
+    pub projection: Option<Projection>,
     pub temperature: f32,
     pub familiarity: Familiarity,
     pub labels: Vec<String>,
@@ -71,20 +76,21 @@ pub struct Base {
 
 impl Taught {
     /// The expert set, without a digest, which [`ExpertSetArtifact::to_bytes`] computes. What it says of itself is short:
-    /// the report without the images it names.
+    /// the report without the images it names, in numbers of four digits.
     pub fn into_artifact(self, name: &str, base: Base) -> ExpertSetArtifact {
-        let report = json!({
+        let report = short(json!({
             "images": self.report.images,
             "accuracy": self.report.accuracy,
             "calibration": self.report.calibration,
             "confusions": self.report.confusions,
             "unknown": self.report.unknown,
-        });
+        }));
         let weights = ExpertSetWeights {
             config: base.experts,
             layers: Vec::<ExpertLayerWeights>::new(),
             head: self.head,
             labels: self.labels,
+            projection: self.projection,
             temperature: self.temperature,
             familiarity: Some(self.familiarity),
         };
@@ -101,6 +107,21 @@ impl Taught {
             training: Value::Null,
             digest: Digest::of("", &[]),
         }
+    }
+}
+
+/// The same with numbers of four digits behind the point, or of four that count where they are small or large.
+fn short(value: Value) -> Value {
+    match value {
+        Value::Array(values) => values.into_iter().map(short).collect(),
+        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, short(value))).collect(),
+        Value::Number(number) if number.is_f64() => {
+            let value = number.as_f64().unwrap_or_default();
+            let digits =
+                if (0.01..10.0).contains(&value.abs()) { format!("{value:.4}") } else { format!("{value:.3e}") };
+            digits.parse::<f64>().map_or(Value::Number(number), Value::from)
+        }
+        other => other,
     }
 }
 

@@ -2,9 +2,11 @@
 
 use model_core::config::FloatFormat;
 use model_core::familiarity;
+use model_core::projection::Projection;
 use model_core::random::SplitMix64;
 use model_core::weights::{Background, Covariance, Familiarity, Int4Rows, Rows};
 
+use crate::fit::projected;
 use crate::spread::{Differences, Spread};
 use crate::{Examples, TeachError};
 
@@ -63,9 +65,14 @@ impl Distances {
         self.0.distance(features, None)
     }
 
-    /// Of draws from a background, by a generator with that seed.
-    pub(crate) fn of_draws(&self, background: &Background, seed: u64) -> Vec<f64> {
-        draws(background, seed).chunks_exact(background.mean.len().max(1)).map(|row| self.of(row)).collect()
+    /// Of draws from a background, by a generator with that seed, as a projection shows them.
+    pub(crate) fn of_draws(&self, background: &Background, projection: Option<Projection>, seed: u64) -> Vec<f64> {
+        let (mut rows, mut features) = (draws(background, seed), background.mean.len());
+        if let Some(projection) = projection {
+            rows = projected(&rows, features, projection);
+            features = projection.features();
+        }
+        rows.chunks_exact(features.max(1)).map(|row| self.of(row)).collect()
     }
 }
 

@@ -9,9 +9,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{files, minute_config};
-use model_core::artifact::read_backbone;
+use model_core::artifact::{read_backbone, read_expert_set};
 use model_core::config::{AngleSeed, FloatFormat, Generator, StemLayer, SubstrateConfig, TernaryPacking, ViTConfig};
 use model_core::image::RgbImage;
+use model_core::projection::Projection;
 use serde::Deserialize;
 
 /// What `FORMAT.md` promises.
@@ -117,6 +118,7 @@ fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
     (odd.experts.stages_in, odd.experts.stages_hidden, odd.experts.stages_out) = (0, 0, 0);
 
     for (name, config) in [
+        ("folded", tiny.clone()),
         ("packed", packed),
         ("odd", odd),
         ("minute", minute_config()),
@@ -124,7 +126,10 @@ fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
         ("without an out rotation", without_out_rotation),
         ("strided", strided),
     ] {
-        let files = files(&config, 11);
+        let mut files = files(&config, 11);
+        if name == "folded" {
+            files.expert_set = folded(&files.expert_set);
+        }
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("backbone"), &files.backbone).unwrap();
         std::fs::write(folder.path().join("set"), &files.expert_set).unwrap();
@@ -141,6 +146,17 @@ fn a_reader_written_from_the_format_document_reproduces_pixels_and_logits() {
             assert!(error < TOLERANCE, "{name}, {width}x{height}: off by {error}");
         }
     }
+}
+
+/// The set with a head that sees fewer features than the backbone has.
+fn folded(set: &[u8]) -> Vec<u8> {
+    let mut artifact = read_expert_set(set).unwrap();
+    let features = artifact.backbone.d_model * 2 / 3;
+    let mut rows = artifact.weights.head.weight.to_f32().into_owned();
+    rows.truncate(artifact.weights.labels.len() * features);
+    artifact.weights.head.weight = rows.into();
+    artifact.weights.projection = Some(Projection::Folded { features });
+    artifact.to_bytes().unwrap()
 }
 
 /// What the recipe `make.py` says that its files give.

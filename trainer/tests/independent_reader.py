@@ -160,6 +160,16 @@ def rotate(v, angles):
     return v
 
 
+def fold(features, projection):
+    """The features that a set sees in place of all of them."""
+    assert projection["form"] == "folded"
+    folded = np.zeros(projection["features"])
+    for i, value in enumerate(features):
+        negative = splitmix64(0, i // 64) >> i % 64 & 1
+        folded[i % len(folded)] += -value if negative else value
+    return folded
+
+
 class Model:
     """The forward pass of section 5, in float64."""
 
@@ -169,7 +179,7 @@ class Model:
         assert backbone["kind"] == "backbone" and experts["kind"] == "expert_set"
         self.config, self.experts, self.preprocessing = backbone["config"], experts["config"], backbone["preprocess"]
         self.labels, self.temperature = experts["labels"], experts["temperature"]
-        self.familiarity = experts.get("familiarity")
+        self.familiarity, self.projection = experts.get("familiarity"), experts.get("projection")
         self.check(experts, digest)
         self.lent = self.own
         if experts.get("borrowed_experts"):
@@ -285,7 +295,8 @@ class Model:
         for block in range(self.config["num_layers"]):
             x = x + self.attention(self.norm(x, f"blocks.{block}.norm1"), block)
             x = x + self.moe(self.norm(x, f"blocks.{block}.norm2"), block)
-        return self.norm(x, "norm").mean(0)
+        features = self.norm(x, "norm").mean(0)
+        return features if self.projection is None else fold(features, self.projection)
 
     def logits(self, features):
         return self.linear(features, "head", self.own) / self.temperature

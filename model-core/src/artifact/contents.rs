@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::digest::Digest;
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat};
 use crate::image::{Preprocess, View};
+use crate::projection::Projection;
 use crate::weights::Precision;
 
 /// Most bytes of a name or label.
@@ -41,6 +42,8 @@ pub struct ExpertSetHeader {
     pub borrowed_experts: Option<Digest>,
     /// One label per row of the head.
     pub labels: Vec<String>,
+    /// What head and statistics see of the features, unless it is all of them.
+    pub projection: Option<Projection>,
     /// What logits are divided by.
     pub temperature: f32,
     /// What the statistics for unknown images look like, if there are any.
@@ -60,6 +63,13 @@ pub enum Contents {
     Backbone(Box<BackboneHeader>),
     /// One task's head and labels, with experts and routers or the digest of the set that lends them.
     ExpertSet(Box<ExpertSetHeader>),
+}
+
+impl ExpertSetHeader {
+    /// Columns of the head and of the statistics.
+    pub fn features(&self) -> usize {
+        self.projection.map_or(self.backbone.d_model, Projection::features)
+    }
 }
 
 impl Contents {

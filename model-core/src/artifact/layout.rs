@@ -467,7 +467,7 @@ pub(super) fn visit_expert_set(
     header: &ExpertSetHeader,
     mut visit: impl FnMut(Slot<'_>) -> Result<(), ArtifactError>,
 ) -> Result<(), ArtifactError> {
-    let BackboneShape { d_model, d_ff, .. } = header.backbone;
+    let (BackboneShape { d_model, d_ff, .. }, features) = (header.backbone, header.features());
     let experts = weights.config.num_experts;
     let mut walk = Walk { visit: &mut visit };
     for (i, layer) in weights.layers.iter_mut().enumerate() {
@@ -489,9 +489,9 @@ pub(super) fn visit_expert_set(
             }
         }
     }
-    walk.linear("head", &[weights.labels.len(), d_model], &mut weights.head)?;
+    walk.linear("head", &[weights.labels.len(), features], &mut weights.head)?;
     match (&header.familiarity, &mut weights.familiarity) {
-        (Some(config), Some(statistics)) => walk.familiarity(config, d_model, statistics),
+        (Some(config), Some(statistics)) => walk.familiarity(config, features, statistics),
         _ => Ok(()),
     }
 }
@@ -534,7 +534,7 @@ pub(super) fn empty_backbone(header: &BackboneHeader) -> BackboneWeights {
 
 /// Weights with the right number of layers, none when experts are borrowed, and no values.
 pub(super) fn empty_expert_set(header: &ExpertSetHeader) -> ExpertSetWeights {
-    let ExpertSetHeader { config, encoding, backbone, borrowed_experts, labels, temperature, familiarity, .. } = header;
+    let ExpertSetHeader { config, encoding, backbone, borrowed_experts, labels, projection, temperature, .. } = header;
     let num_layers = if borrowed_experts.is_some() { 0 } else { backbone.num_layers };
     let covariance = |form| match form {
         CovarianceForm::Packed => Covariance::Packed(Vec::new()),
@@ -547,8 +547,9 @@ pub(super) fn empty_expert_set(header: &ExpertSetHeader) -> ExpertSetWeights {
         layers: vec![ExpertLayerWeights::default(); num_layers],
         head: empty_linear(encoding.head),
         labels: labels.clone(),
+        projection: *projection,
         temperature: *temperature,
-        familiarity: familiarity.as_ref().map(|config| Familiarity {
+        familiarity: header.familiarity.as_ref().map(|config| Familiarity {
             format: config.format.float(),
             relative: config.relative,
             means: match config.format {

@@ -32,6 +32,7 @@ use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, 
 
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig};
 use crate::image::{Preprocess, View};
+use crate::projection::Projection;
 use crate::weights::{BackboneWeights, Covariance, ExpertSetWeights, Familiarity, Rows};
 
 /// A backbone as read from a file.
@@ -279,8 +280,9 @@ pub fn write_expert_set(
         backbone_digest,
         borrowed_experts: None,
         labels: weights.labels.clone(),
+        projection: weights.projection,
         temperature: weights.temperature,
-        familiarity: weights.familiarity.as_ref().map(|f| familiarity_config(f, backbone_config.d_model)),
+        familiarity: familiarity_config(weights, backbone_config.d_model),
         view: View::default(),
         report: Value::Null,
         card: None,
@@ -300,8 +302,9 @@ impl ExpertSetArtifact {
             backbone_digest: self.backbone_digest,
             borrowed_experts: self.borrowed_experts,
             labels: weights.labels.clone(),
+            projection: weights.projection,
             temperature: weights.temperature,
-            familiarity: weights.familiarity.as_ref().map(|f| familiarity_config(f, self.backbone.d_model)),
+            familiarity: familiarity_config(weights, self.backbone.d_model),
             view: self.view,
             report: self.report.clone(),
             card: self.card.clone(),
@@ -327,16 +330,17 @@ fn expert_set_bytes(
     assemble(&document, tensors)
 }
 
-/// What the document says of these statistics.
-fn familiarity_config(statistics: &Familiarity, d_model: usize) -> FamiliarityConfig {
-    let Familiarity { format, relative, means, covariance, threshold, pass_share } = statistics;
-    let rows = |values: &[f32]| values.len() / d_model.max(1);
-    FamiliarityConfig {
+/// What the document says of the statistics.
+fn familiarity_config(weights: &ExpertSetWeights, d_model: usize) -> Option<FamiliarityConfig> {
+    let Familiarity { format, relative, means, covariance, threshold, pass_share } = weights.familiarity.as_ref()?;
+    let features = weights.projection.map_or(d_model, Projection::features).max(1);
+    let rows = |values: &[f32]| values.len() / features;
+    Some(FamiliarityConfig {
         format: match means {
             Rows::Float(_) => (*format).into(),
             Rows::Int4(_) => StatisticsFormat::Int4,
         },
-        means: means.len() / d_model.max(1),
+        means: means.len() / features,
         covariance: match covariance {
             Covariance::Packed(_) => CovarianceForm::Packed,
             Covariance::Diagonal { factor, .. } => CovarianceForm::Diagonal { rank: rows(factor) },
@@ -344,13 +348,13 @@ fn familiarity_config(statistics: &Familiarity, d_model: usize) -> FamiliarityCo
                 CovarianceForm::Background { scale: *scale, rank: rows(factor) }
             }
             Covariance::Even { scale, factor } => {
-                CovarianceForm::Even { scale: *scale, rank: factor.codes.len() / d_model.max(1) }
+                CovarianceForm::Even { scale: *scale, rank: factor.codes.len() / features }
             }
         },
         relative: *relative,
         threshold: *threshold,
         pass_share: *pass_share,
-    }
+    })
 }
 
 fn check_count(tensor: &str, expected: usize, got: usize) -> Result<(), ArtifactError> {

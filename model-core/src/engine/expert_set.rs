@@ -10,6 +10,7 @@ use crate::config::{BackboneConfig, ExpertConfig};
 use crate::error::{ModelError, expect_len};
 use crate::familiarity::Familiarity;
 use crate::image::View;
+use crate::projection::Projection;
 use crate::weights::{ExpertSetWeights, Precision};
 
 /// One task's experts, routers, head and labels, packed for one [`Backbone`]. Angles and router weights stay
@@ -25,6 +26,8 @@ pub struct ExpertSet {
     pub(super) layers: Arc<[ExpertLayer]>,
     borrowed_experts: Option<Digest>,
     pub(super) head: PackedLayer,
+    /// What the head sees of the pooled features.
+    pub(super) projection: Option<Projection>,
     pub(super) temperature: f32,
     familiarity: Option<Familiarity>,
     view: View,
@@ -98,14 +101,16 @@ impl ExpertSet {
         backbone: &Backbone,
         (layers, borrowed_experts): (Arc<[ExpertLayer]>, Option<Digest>),
     ) -> Result<Self, ModelError> {
-        let (head, classes, d_model) = (&weights.head, weights.labels.len(), backbone.config().d_model);
+        let (head, classes) = (&weights.head, weights.labels.len());
+        let features = weights.projection.map_or(backbone.config().d_model, Projection::features);
         let head = match head.weight.precision() {
-            Precision::Int8 => PackedLayer::int8(backbone.isa(), head, classes, d_model)?,
-            Precision::F32 | Precision::F16 => PackedLayer::f32(backbone.isa(), head, classes, d_model)?,
+            Precision::Int8 => PackedLayer::head(backbone.isa(), head, classes, features)?,
+            Precision::F32 | Precision::F16 => PackedLayer::f32(backbone.isa(), head, classes, features)?,
         };
         let statistics = weights.familiarity.as_ref();
         let familiarity =
             statistics.map(|statistics| Familiarity::new(statistics, backbone.background())).transpose()?;
+        let familiarity = familiarity.map(|familiarity| familiarity.of_projected(weights.projection));
         Ok(Self {
             name,
             digest,
@@ -115,6 +120,7 @@ impl ExpertSet {
             layers,
             borrowed_experts,
             head,
+            projection: weights.projection,
             temperature: weights.temperature,
             familiarity,
             view: View::default(),

@@ -1,6 +1,6 @@
 //! A layer `y = x W^T + b` of the backbone or head as the engine holds it, and the per-thread buffers that the layer needs.
 
-use crate::kernels::{Isa, KernelError, PackedF32, PackedInt8, quantize_rows};
+use crate::kernels::{Int8Rows, Isa, KernelError, PackedF32, PackedInt8, quantize_rows};
 use crate::weights::{self, Matrix};
 
 /// A layer as held in memory.
@@ -8,6 +8,8 @@ use crate::weights::{self, Matrix};
 pub(super) enum PackedLayer {
     /// int8 weights and activations: qkv, projection, and all of the stem but its first layer.
     Int8(PackedInt8),
+    /// A head of few classes, whose rows are not padded.
+    Rows(Int8Rows),
     /// f32 throughout: what sees pixels.
     F32(PackedF32),
 }
@@ -52,6 +54,16 @@ impl PackedLayer {
         }))
     }
 
+    /// An int8 head: of few classes as rows, which [`PackedInt8`] would pad to a panel.
+    pub(super) fn head(isa: Isa, layer: &weights::Linear, rows: usize, cols: usize) -> Result<Self, KernelError> {
+        match &layer.weight {
+            Matrix::Int8 { codes, scale } if scale.len() == rows && rows <= Int8Rows::MOST => {
+                Ok(Self::Rows(Int8Rows::new(isa, codes, scale, &layer.bias, cols)?))
+            }
+            _ => Self::int8(isa, layer, rows, cols),
+        }
+    }
+
     pub(super) fn f32(isa: Isa, layer: &weights::Linear, rows: usize, cols: usize) -> Result<Self, KernelError> {
         Ok(Self::F32(PackedF32::pack(isa, &layer.weight.to_f32(), &layer.bias, rows, cols)?))
     }
@@ -59,6 +71,7 @@ impl PackedLayer {
     pub(super) fn heap_bytes(&self) -> usize {
         match self {
             Self::Int8(layer) => layer.resident_bytes(),
+            Self::Rows(layer) => layer.resident_bytes(),
             Self::F32(layer) => layer.resident_bytes(),
         }
     }
@@ -67,6 +80,10 @@ impl PackedLayer {
     pub(super) fn forward(&self, x: &[f32], quantized: &mut Quantized, out: &mut [f32]) -> Result<(), KernelError> {
         match self {
             Self::Int8(layer) => {
+                let (codes, steps) = quantized.rows(layer.isa(), x, layer.cols())?;
+                layer.matmul(codes, steps, out)
+            }
+            Self::Rows(layer) => {
                 let (codes, steps) = quantized.rows(layer.isa(), x, layer.cols())?;
                 layer.matmul(codes, steps, out)
             }

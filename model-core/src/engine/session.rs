@@ -78,6 +78,8 @@ struct ThreadScratch {
     /// As `rows`, for what comes out.
     out: Vec<f32>,
     quantized: Quantized,
+    /// What a head sees of the features, `[d_model]` at most.
+    projected: Vec<f32>,
     attention: AttentionScratch,
 }
 
@@ -90,12 +92,13 @@ impl ThreadScratch {
             rows: vec![0.0; rows * config.d_model],
             out: vec![0.0; out * config.d_model],
             quantized: Quantized::new(config.d_model),
+            projected: vec![0.0; config.d_model],
             attention: AttentionScratch::new(block_tokens(config), config.head_dim()),
         }
     }
 
     fn bytes(&self) -> usize {
-        let rows = (self.rows.capacity() + self.out.capacity()) * size_of::<f32>();
+        let rows = (self.rows.capacity() + self.out.capacity() + self.projected.capacity()) * size_of::<f32>();
         let buffers = self.quantized.heap_bytes() + self.attention.heap_bytes();
         size_of::<Self>() + rows + buffers
     }
@@ -361,7 +364,8 @@ impl Pass {
     fn run_head(&mut self, backbone: &Backbone, loops: &mut dyn Loops, rows: &mut [Row<'_>]) {
         let (isa, d_model, tokens) = (backbone.isa(), backbone.config().d_model, backbone.config().num_tokens());
         // SAFETY: outside of loops the caller's number is its own, and `loops` is borrowed exclusively.
-        let ThreadScratch { rows: normed, out: pooled, quantized, .. } = unsafe { self.threads.of(loops.own()) };
+        let ThreadScratch { rows: normed, out: pooled, quantized, projected, .. } =
+            unsafe { self.threads.of(loops.own()) };
         let pooled = &mut pooled[..d_model];
         for (image, &row) in self.order.iter().enumerate() {
             pooled.fill(0.0);
@@ -387,7 +391,15 @@ impl Pass {
             if let Some(features) = &mut row.features {
                 features.copy_from_slice(pooled);
             }
-            row.set.head.forward(pooled, quantized, row.logits).expect(LENGTHS);
+            let seen = match row.set.projection {
+                None => &*pooled,
+                Some(projection) => {
+                    let projected = &mut projected[..projection.features()];
+                    projection.apply(pooled, projected);
+                    &*projected
+                }
+            };
+            row.set.head.forward(seen, quantized, row.logits).expect(LENGTHS);
             row.logits.iter_mut().for_each(|logit| *logit /= row.set.temperature);
         }
     }

@@ -24,7 +24,7 @@ pub mod softmax;
 
 pub use depthwise::PackedDepthwise;
 pub use error::KernelError;
-pub use gemm::{PackedF32, PackedInt8, PackedPointwise, PackedTernary, TernaryStorage};
+pub use gemm::{Int8Rows, PackedF32, PackedInt8, PackedPointwise, PackedTernary, TernaryStorage};
 pub use isa::Isa;
 pub use quantize::quantize_rows;
 pub use requantize::Requantize;

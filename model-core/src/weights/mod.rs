@@ -14,6 +14,7 @@ pub use int4::{Int4Rows, Rows};
 pub use matrix::{Matrix, Precision};
 
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, FloatFormat, ViTConfig};
+use crate::projection::Projection;
 
 /// `y = x W^T + b`.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -141,10 +142,12 @@ pub struct ExpertSetWeights {
     pub config: ExpertConfig,
     /// One per transformer block; none where experts are borrowed.
     pub layers: Vec<ExpertLayerWeights>,
-    /// `[classes, d_model]`, over the mean-pooled tokens.
+    /// `[classes, features]`, over the mean-pooled tokens.
     pub head: Linear,
     /// `[classes]`, in the order of the head's rows.
     pub labels: Vec<String>,
+    /// What makes the features that head and statistics see of those of the backbone; without it they are the same.
+    pub projection: Option<Projection>,
     /// What logits are divided by.
     pub temperature: f32,
     /// What tells images of the set's kind from others.

@@ -43,6 +43,11 @@ impl Extractor {
         &self.backbone
     }
 
+    /// Identity of the set through whose experts pictures go.
+    pub fn experts(&self) -> Digest {
+        self.set.digest()
+    }
+
     /// Scratch of one thread that looks at each picture in so many ways.
     pub fn session(&self, views: usize) -> Session {
         Session::new(&self.backbone, views, 1)
@@ -104,6 +109,7 @@ fn without_experts(backbone: &Backbone) -> anyhow::Result<ExpertSet> {
         layers: Vec::new(),
         head: Linear { weight: vec![0.0; d_model].into(), bias: vec![0.0] },
         labels: vec!["none".to_owned()],
+        projection: None,
         temperature: 1.0,
         familiarity: None,
     };

@@ -190,7 +190,15 @@ impl Import<'_> {
 /// A set without experts.
 fn set_of(head: Linear, labels: &[String]) -> ExpertSetWeights {
     let config = ExpertConfig::NONE;
-    ExpertSetWeights { config, layers: Vec::new(), head, labels: labels.to_vec(), temperature: 1.0, familiarity: None }
+    ExpertSetWeights {
+        config,
+        layers: Vec::new(),
+        head,
+        labels: labels.to_vec(),
+        projection: None,
+        temperature: 1.0,
+        familiarity: None,
+    }
 }
 
 #[cfg(test)]

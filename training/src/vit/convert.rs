@@ -70,7 +70,10 @@ impl ViT {
             insert_experts(&mut p, l, layer, &config)?;
         }
         let scaled = |values: &[f32]| values.iter().map(|value| value / set.temperature).collect::<Vec<_>>();
-        let (weight, bias) = (scaled(&set.head.weight.to_f32()), scaled(&set.head.bias));
+        let (mut weight, bias) = (scaled(&set.head.weight.to_f32()), scaled(&set.head.bias));
+        if let Some(projection) = set.projection {
+            weight = projection.unfold(&weight, backbone.config.d_model);
+        }
         insert_linear(&mut p, "head", &Linear { weight: weight.into(), bias })?;
         Self::assemble(config, FeedForwardKind::Butterfly, p)
     }
@@ -128,6 +131,7 @@ impl ViT {
             layers: (0..b.num_layers).map(|l| experts(p, &format!("blocks.{l}.moe"), b, e)).collect::<Result<_>>()?,
             head: linear(p, "head")?,
             labels: labels.to_vec(),
+            projection: None,
             temperature: 1.0,
             familiarity: None,
         };

@@ -54,9 +54,26 @@ fn expert_set(header: &ExpertSetHeader) -> Result<(), ArtifactError> {
     }
     labels(&header.labels)?;
     number("temperature", header.temperature, 0.01..=100.0)?;
-    header.familiarity.as_ref().map_or(Ok(()), |statistics| known(statistics, header.backbone.d_model))?;
+    projection(header)?;
+    header.familiarity.as_ref().map_or(Ok(()), |statistics| known(statistics, header.features()))?;
     looks_at(&header.view)?;
     model_card(header.card.as_ref())
+}
+
+/// Fewer features than there are; statistics of other forms than `even` are of all features.
+fn projection(header: &ExpertSetHeader) -> Result<(), ArtifactError> {
+    let Some(projection) = header.projection else { return Ok(()) };
+    let (features, d_model) = (projection.features(), header.backbone.d_model);
+    if features == 0 || features >= d_model {
+        let reason = format!("{features} is not in 1..{d_model}, which is `d_model`");
+        return Err(ArtifactError::Field { field: "projection.features", reason });
+    }
+    let even = |statistics: &FamiliarityConfig| matches!(statistics.covariance, CovarianceForm::Even { .. });
+    if header.familiarity.as_ref().is_some_and(|statistics| !even(statistics)) {
+        let reason = "statistics of projected features have the covariance `even`".to_owned();
+        return Err(ArtifactError::Field { field: "projection", reason });
+    }
+    Ok(())
 }
 
 fn text(field: &'static str, text: &str) -> Result<(), ArtifactError> {

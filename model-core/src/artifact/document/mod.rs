@@ -14,6 +14,7 @@ use super::digest::Digest;
 use super::error::ArtifactError;
 use crate::config::{BackboneConfig, BackboneShape, ExpertConfig, MAX_SIZE};
 use crate::image::{Preprocess, View};
+use crate::projection::Projection;
 
 /// The version of `FORMAT.md` that is written.
 pub const FORMAT_VERSION: u32 = 2;
@@ -45,6 +46,8 @@ pub(super) enum Document {
         backbone_digest: Digest,
         borrowed_experts: Option<Digest>,
         labels: Vec<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        projection: Option<Projection>,
         temperature: f32,
         familiarity: Option<FamiliarityConfig>,
         view: View,
@@ -100,6 +103,7 @@ impl Document {
                 backbone_digest: header.backbone_digest,
                 borrowed_experts: header.borrowed_experts,
                 labels: header.labels,
+                projection: header.projection,
                 temperature: header.temperature,
                 familiarity: header.familiarity,
                 view: header.view,
@@ -124,6 +128,7 @@ impl Document {
                 backbone_digest,
                 borrowed_experts,
                 labels,
+                projection,
                 temperature,
                 familiarity,
                 view,
@@ -140,6 +145,7 @@ impl Document {
                     backbone_digest,
                     borrowed_experts,
                     labels,
+                    projection,
                     temperature,
                     familiarity,
                     view,

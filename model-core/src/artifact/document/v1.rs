@@ -102,6 +102,7 @@ impl Document {
                     backbone_digest,
                     borrowed_experts: None,
                     labels,
+                    projection: None,
                     temperature: 1.0,
                     familiarity: None,
                     view: View::default(),

@@ -40,15 +40,7 @@ impl PackedInt8 {
     /// [`KernelError`] when lengths do not match, a code is -128, a value is not finite, or `cols` exceeds [`MAX_COLS`].
     pub fn pack_codes(isa: Isa, codes: &[i8], scale: &[f32], bias: &[f32], cols: usize) -> Result<Self, KernelError> {
         let rows = scale.len();
-        if cols > MAX_COLS {
-            return Err(KernelError::InnerDimension { max: MAX_COLS, got: cols });
-        }
-        expect_len("int8 weight", codes.len(), rows.saturating_mul(cols))?;
-        expect_len("int8 bias", bias.len(), rows)?;
-        expect_finite("int8 bias", bias)?;
-        if let Some(index) = codes.iter().position(|&code| code == i8::MIN) {
-            return Err(KernelError::NotSymmetric { index });
-        }
+        check_codes(codes, rows, bias, cols)?;
         Ok(Self {
             packed: pack_int8(isa, codes, rows, cols),
             scale: Scales::new(scale, false, PANEL)?,
@@ -90,6 +82,79 @@ impl PackedInt8 {
     /// [`KernelError::Length`] when a slice does not match `m`.
     pub fn matmul_i32(&self, lhs: &[i8], m: usize, out: &mut [i32]) -> Result<(), KernelError> {
         super::matmul(&self.packed, lhs, m, &mut Sink::Dots(out))
+    }
+}
+
+/// The same layer as its rows stand in the file, without padding: a head of few classes, for one activation row at a time.
+#[derive(Debug, Clone)]
+pub struct Int8Rows {
+    isa: Isa,
+    /// `[rows, cols]`.
+    codes: Box<[i8]>,
+    scale: Box<[f32]>,
+    bias: Box<[f32]>,
+    cols: usize,
+}
+
+impl Int8Rows {
+    /// Rows up to which the padding to a panel is worth more than its speed.
+    pub const MOST: usize = 2 * PANEL;
+
+    /// Rows of `codes` `[rows, cols]` in -127..=127 with a `scale` and a `bias` each; `isa` is what activations are to be
+    /// quantised by.
+    ///
+    /// # Errors
+    /// As [`PackedInt8::pack_codes`].
+    pub fn new(isa: Isa, codes: &[i8], scale: &[f32], bias: &[f32], cols: usize) -> Result<Self, KernelError> {
+        check_codes(codes, scale.len(), bias, cols)?;
+        expect_finite("int8 scale", scale)?;
+        Ok(Self { isa, codes: codes.into(), scale: scale.into(), bias: bias.into(), cols })
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The instruction set that activations are quantised by.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Bytes on the heap.
+    pub fn resident_bytes(&self) -> usize {
+        size_of_val(&*self.codes) + size_of_val(&*self.scale) + size_of_val(&*self.bias)
+    }
+
+    /// As [`PackedInt8::matmul`], to the last bit.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] when a slice does not match `m = steps.len()`.
+    pub fn matmul(&self, lhs: &[i8], steps: &[f32], out: &mut [f32]) -> Result<(), KernelError> {
+        let (rows, m) = (self.scale.len(), steps.len());
+        expect_len("activation codes", lhs.len(), m.saturating_mul(self.cols))?;
+        expect_len("product", out.len(), m.saturating_mul(rows))?;
+        for ((lhs, step), out) in lhs.chunks_exact(self.cols.max(1)).zip(steps).zip(out.chunks_exact_mut(rows.max(1))) {
+            let weights = self.codes.chunks_exact(self.cols.max(1)).zip(self.scale.iter().zip(&self.bias));
+            for (out, (codes, (scale, bias))) in out.iter_mut().zip(weights) {
+                let dot: i32 = lhs.iter().zip(codes).map(|(&a, &w)| i32::from(a) * i32::from(w)).sum();
+                *out = dot as f32 * step * scale + bias;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What holds of every layer of int8 codes.
+fn check_codes(codes: &[i8], rows: usize, bias: &[f32], cols: usize) -> Result<(), KernelError> {
+    if cols > MAX_COLS {
+        return Err(KernelError::InnerDimension { max: MAX_COLS, got: cols });
+    }
+    expect_len("int8 weight", codes.len(), rows.saturating_mul(cols))?;
+    expect_len("int8 bias", bias.len(), rows)?;
+    expect_finite("int8 bias", bias)?;
+    match codes.iter().position(|&code| code == i8::MIN) {
+        Some(index) => Err(KernelError::NotSymmetric { index }),
+        None => Ok(()),
     }
 }
 
@@ -135,6 +200,12 @@ mod tests {
                 packed.matmul(&lhs, &steps, &mut out).unwrap();
                 prop_assert_eq!(&out_dots, &dots, "{} {}x{}x{}", isa, m, n, k);
                 prop_assert_eq!(&out, &y, "{} {}x{}x{}", isa, m, n, k);
+                if k > 0 {
+                    let (codes, scale) = scalar::quantize_weight(&weight, n, k);
+                    out.fill(f32::NAN);
+                    Int8Rows::new(isa, &codes, &scale, &bias, k).unwrap().matmul(&lhs, &steps, &mut out).unwrap();
+                    prop_assert_eq!(&out, &y, "rows, {}x{}x{}", m, n, k);
+                }
             }
         }
     }

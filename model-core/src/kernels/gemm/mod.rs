@@ -61,7 +61,7 @@ pub mod scalar;
 pub mod ternary;
 
 pub use float::PackedF32;
-pub use int8::PackedInt8;
+pub use int8::{Int8Rows, PackedInt8};
 pub use pointwise::PackedPointwise;
 pub use ternary::{PackedTernary, TernaryStorage};
 
