@@ -238,6 +238,22 @@ impl Examples {
         self.change(move |shared| shared.add(&set, label, id_of(&picture), &kept)).await
     }
 
+    /// The example that a picture is already, or becomes because it was a frame without a label.
+    ///
+    /// # Errors
+    /// [`ExampleError::OtherLabel`], and those of names and disk.
+    pub async fn recognise(
+        &self,
+        set: &str,
+        label: &str,
+        picture: Bytes,
+    ) -> Result<Option<(Example, bool)>, ExampleError> {
+        check_set(set)?;
+        check_label(label)?;
+        let (set, label) = (set.to_owned(), label.to_owned());
+        self.change(move |shared| shared.recognise(&set, &label, &id_of(&picture))).await
+    }
+
     /// Gives an example another label, or a frame its first one.
     ///
     /// # Errors
@@ -348,25 +364,24 @@ impl Shared {
         Ok(())
     }
 
+    fn recognise(&self, set: &str, label: &str, id: &str) -> Result<Option<(Example, bool)>, ExampleError> {
+        if self.find_unsure(set, id).is_some() {
+            return self.relabel(set, id, label.to_owned()).map(|example| Some((example, true)));
+        }
+        match self.find(set, id) {
+            Ok(known) if known.label == label => Ok(Some((known, false))),
+            Ok(Example { id, label, .. }) => Err(ExampleError::OtherLabel { id, label }),
+            Err(_) => Ok(None),
+        }
+    }
+
     fn add(&self, set: &str, label: String, id: String, kept: &[u8]) -> Result<(Example, bool), ExampleError> {
-        if self.find_unsure(set, &id).is_some() {
-            return self.relabel(set, &id, label).map(|example| (example, true));
+        if let Some(known) = self.recognise(set, &label, &id)? {
+            return Ok(known);
         }
         let example = Example { id, label, bytes: kept.len() as u64 };
-        {
-            let index = self.index();
-            let known = index.sets.get(set);
-            if let Some(other) = known.and_then(|examples| examples.get(&example.id)) {
-                let Example { id, label, .. } = other.clone();
-                return if label == example.label {
-                    Ok((example, false))
-                } else {
-                    Err(ExampleError::OtherLabel { id, label })
-                };
-            }
-            if known.is_some_and(|examples| examples.len() >= MOST_EXAMPLES) {
-                return Err(ExampleError::TooMany);
-            }
+        if self.index().sets.get(set).is_some_and(|examples| examples.len() >= MOST_EXAMPLES) {
+            return Err(ExampleError::TooMany);
         }
         self.make_room(example.bytes)?;
         upload::put(&self.path(set, &example), kept)?;

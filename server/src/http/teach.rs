@@ -11,7 +11,7 @@ use bytes::Bytes;
 use model_core::image::{Crop, DecodeLimits, probe};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -223,8 +223,10 @@ async fn add(
     let Received { bytes, permit, .. } = receive(&app, context.client, &headers, body).await?;
     let input = input::parse(&app, &headers, bytes).await?;
     let mut outcomes = Vec::with_capacity(input.images.len());
+    // Of all pictures together.
+    let deadline = Instant::now() + app.limits.request_timeout;
     for image in input.images {
-        outcomes.push(keep(&app, &store, (&set.0, &label), image.map_err(ApiError::from)).await);
+        outcomes.push(keep(&app, &store, (&set.0, &label), image.map_err(ApiError::from), deadline).await);
     }
     drop(permit);
     if outcomes.len() == 1 && outcomes.iter().any(Result::is_err) {
@@ -247,6 +249,7 @@ async fn keep(
     store: &Examples,
     (set, label): (&str, &str),
     image: Result<Image, ApiError>,
+    deadline: Instant,
 ) -> Result<Kept, ApiError> {
     let Image::Encoded(bytes) = image? else {
         return Err(ApiError::invalid("an example is an image file"));
@@ -254,9 +257,12 @@ async fn keep(
     let info = probe(&bytes, &DecodeLimits::default()).map_err(Error::from)?;
     let mut kept = bytes.clone();
     if info.width.max(info.height) > u32::from(KEPT.side) {
+        // Before it is made smaller for nothing.
+        if let Some((example, new)) = store.recognise(set, label, bytes.clone()).await? {
+            return Ok(Kept { example, new });
+        }
         let reduced = KEPT.apply(&app.classifier.decoder, bytes.clone());
-        let reduced =
-            timeout(app.limits.request_timeout, reduced).await.map_err(|_| ApiError::from(Error::Deadline))?;
+        let reduced = timeout_at(deadline, reduced).await.map_err(|_| ApiError::from(Error::Deadline))?;
         let reduced = Bytes::from(reduced.map_err(Error::from)?);
         // A drawing may be smaller as it is.
         if reduced.len() < bytes.len() {
