@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use model_core::artifact::read_expert_set;
 use reqwest::blocking::multipart::{Form, Part};
 use serde_json::{Value, json};
 use system_tests::disk::SmallDisk;
@@ -316,4 +317,62 @@ fn on_a_backbone_with_blocks_a_set_borrows_the_experts_of_another() {
     drop(server);
     let server = place.serve(&[]);
     assert_eq!(verdict(&server, true), ("up".to_owned(), json!(2)), "after a restart");
+}
+
+/// The set of the store's `cifar100` under another name and with an identity of its own.
+fn twin(name: &str) -> Vec<u8> {
+    let file = fs::read(root().join("models/cifar100.safetensors")).unwrap();
+    let mut artifact = read_expert_set(&file).unwrap();
+    artifact.name = name.to_owned();
+    artifact.to_bytes().unwrap()
+}
+
+#[test]
+fn a_base_lends_whatever_its_newer_versions_borrow_and_may_go_while_a_fit_runs() {
+    let place = Place::new();
+    let put = |name: &str, version: u64, bytes: &[u8]| {
+        let to = place.store().join(format!("expert-sets/{name}/{version}.safetensors"));
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::write(to, bytes).unwrap();
+    };
+    put("cifar100", 1, &fs::read(root().join("models/cifar100.safetensors")).unwrap());
+    let server = place.serve(&[]);
+    send(&server, 0..14);
+    let fit = |query: &str| Answer::of(server.post(&format!("/teach/stripes/fit?{query}")));
+    let base = json!({ "set": "cifar100", "version": 1 });
+    let begun = fit("backbone=default");
+    assert_eq!((begun.status, &begun.json()["base"]), (202, &base), "{}", begun.text);
+    assert_eq!(end(&server)["base"], base);
+
+    // A newer version of the base that borrows itself hides nothing.
+    let borrower = fs::read(place.store().join("expert-sets/stripes/1.safetensors")).unwrap();
+    let upload = |path: &str, bytes: Vec<u8>| Answer::of(server.request("PUT", path).body(bytes));
+    assert_eq!(upload("/sets/cifar100/2", borrower).status, 201);
+    for query in ["base=cifar100", ""] {
+        let begun = fit(query);
+        assert_eq!((begun.status, &begun.json()["base"]), (202, &base), "{query}: {}", begun.text);
+        assert_eq!(end(&server)["state"], "done");
+    }
+
+    // A base that goes or changes while the fit runs: a sentence, and what was there stays.
+    for replace in [false, true] {
+        assert_eq!(upload("/sets/twin/1", twin("twin")).status, 201);
+        // A part of the pictures of which no features are kept, so that the fit takes its time.
+        let begun = fit(&format!("base=twin&crop=0,0,0.9,0.{}", if replace { 8 } else { 9 }));
+        assert_eq!((begun.status, &begun.json()["base"]["set"]), (202, &json!("twin")), "{}", begun.text);
+        let answer = match replace {
+            true => upload("/sets/twin/1", twin("another")),
+            false => Answer::of(server.request("DELETE", "/sets/twin")),
+        };
+        assert!([200, 201].contains(&answer.status), "{}", answer.text);
+        let failed = end(&server);
+        assert_eq!((&failed["state"], &failed["version"]), (&json!("failed"), &Value::Null), "{failed}");
+        let reason = failed["reason"].as_str().unwrap();
+        assert!(reason.contains("twin") || reason.contains("experts"), "{reason}");
+        assert_eq!(verdict(&server, true), ("up".to_owned(), json!(3)));
+        assert_eq!(server.get("/teach/stripes").json()["examples"].as_array().unwrap().len(), 28);
+        Answer::of(server.request("DELETE", "/sets/twin"));
+    }
+    assert_eq!(fit("").status, 202);
+    assert_eq!(end(&server)["version"], 4);
 }

@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use model_core::artifact::read_expert_set;
 use serde_json::Value;
 use system_tests::fixtures::striped;
-use system_tests::server::{Answer, Server, binary};
+use system_tests::server::{Answer, Server, binary, root};
 
 fn examples(folder: &Path) {
     for (label, upright) in [("up \u{e9}", true), ("across", false)] {
@@ -168,6 +169,21 @@ fn on_a_backbone_with_blocks_a_set_borrows_experts() {
     for (label, upright) in [("up \u{e9}", true), ("across", false)] {
         assert_eq!(Answer::of(server.post("/classify").body(striped(upright, 77))).label(), label);
     }
+    // With another set that could lend, the next version borrows where this one does, and a new set must choose.
+    let base = fs::read(root().join("models/cifar100.safetensors")).unwrap();
+    let mut twin = read_expert_set(&base).unwrap();
+    twin.name = "twin".to_owned();
+    let path = store.join("expert-sets/twin/1.safetensors");
+    fs::create_dir(path.parent().unwrap()).unwrap();
+    fs::write(path, twin.to_bytes().unwrap()).unwrap();
+    let output = teach(&folder, &flags(&["default"]));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let third = read_expert_set(&fs::read(store.join("expert-sets/stripes/3.safetensors")).unwrap()).unwrap();
+    assert_eq!(third.borrowed_experts, Some(read_expert_set(&base).unwrap().digest));
+    let mut fresh = Command::new(binary());
+    fresh.arg("teach").arg(&folder).args(["--set", "fresh", "--json"]).args(flags(&["default"]));
+    let refused = refusal(&fresh.output().unwrap());
+    assert!(refused.contains("choose one with --base: cifar100, twin"), "{refused}");
     // Its own borrowers lend nothing.
     let refused = refusal(&teach(&folder, &flags(&["default", "--base", "stripes"])));
     assert!(refused.contains("borrows its experts itself"), "{refused}");

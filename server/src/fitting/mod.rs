@@ -6,7 +6,7 @@
 
 pub mod features;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -104,6 +104,8 @@ pub struct FitStatus {
     pub images: usize,
     /// Name of the backbone that it is fitted to, or null.
     pub backbone: Option<String>,
+    /// The set whose experts it borrows, on a backbone with blocks: its name and version, or null.
+    pub base: Option<FitBase>,
     /// Version of the set that came of it, or null.
     pub version: Option<u64>,
     /// Why there is none, or null.
@@ -115,6 +117,13 @@ pub struct FitStatus {
     pub report: Option<Value>,
 }
 
+/// The set that lends its experts to one that is fitted.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct FitBase {
+    pub set: String,
+    pub version: u64,
+}
+
 impl FitStatus {
     fn none(set: &str) -> Self {
         Self {
@@ -123,6 +132,7 @@ impl FitStatus {
             progress: 0.0,
             images: 0,
             backbone: None,
+            base: None,
             version: None,
             reason: None,
             left_out: Vec::new(),
@@ -262,6 +272,7 @@ impl Fitting {
             state: FitState::Running,
             images: task.examples.len(),
             backbone: Some(task.backbone.name.clone()),
+            base: task.base.as_ref().map(|base| FitBase { set: base.name.clone(), version: base.version }),
             ..FitStatus::none(set)
         };
         {
@@ -358,22 +369,25 @@ impl Shared {
                 None => Ok(None),
             };
         }
+        let mut lending = self.registry.lending(&backbone.digest);
         if let Some(wanted) = wanted {
-            let base = self.registry.lookup(wanted, None)?.set;
-            return match (base.backbone == backbone.digest, base.lender) {
-                (false, _) => refused(format!("the set `{wanted}` is on another backbone than `{name}`")),
-                (true, Some(_)) => refused(format!("the set `{wanted}` borrows its experts itself, and lends none")),
-                (true, None) => Ok(Some(base)),
-            };
+            if let Some(base) = lending.into_iter().find(|set| set.name == wanted) {
+                return Ok(Some(base));
+            }
+            let newest = self.registry.lookup(wanted, None)?.set;
+            return refused(if newest.backbone == backbone.digest {
+                format!("the set `{wanted}` borrows its experts itself, and lends none")
+            } else {
+                format!("the set `{wanted}` is on another backbone than `{name}`")
+            });
         }
         let before = current.filter(|current| current.backbone == backbone.digest).and_then(|current| current.lender);
         if let Some(lender) = before.and_then(|digest| self.registry.lender(&digest)) {
             return Ok(Some(lender));
         }
-        let mut names: Vec<_> = self.registry.names().into_iter().collect();
-        names.sort_unstable();
-        let sets = names.iter().filter_map(|name| self.registry.lookup(name, None).ok()).map(|target| target.set);
-        let lending: Vec<_> = sets.filter(|set| set.backbone == backbone.digest && set.lender.is_none()).collect();
+        // The same experts under two names are one choice.
+        let mut seen = HashSet::new();
+        lending.retain(|set| seen.insert(set.digest));
         match &lending[..] {
             [only] => Ok(Some(Arc::clone(only))),
             [] => refused(format!(

@@ -138,7 +138,7 @@ fn fitting(app: &AppState) -> Result<&Fitting, ApiError> {
 
 fn fit_example() -> Value {
     json!({
-        "set": "door", "state": "done", "progress": 1.0, "images": 60, "backbone": "photo", "version": 1, "reason": null,
+        "set": "door", "state": "done", "progress": 1.0, "images": 60, "backbone": "photo", "base": null, "version": 1, "reason": null,
         "left_out": [], "report": { "images": 60, "folds": 5 },
     })
 }

@@ -44,7 +44,7 @@ pub fn run(args: &TeachArgs) -> anyhow::Result<ExitCode> {
     let remote = remote.transpose()?;
     let place = Place::new(args.store.as_deref());
     let source = place.backbone(args.backbone.as_deref())?;
-    let lender = place.lender(args.base.as_deref(), &source)?;
+    let lender = place.lender(args.base.as_deref(), &args.set, &source)?;
     let images = Images::list(&args.folder)?;
     let view = View { crop: args.crop_shares()?, fit: args.fit.unwrap_or_default() };
     let progress = Progress::new();

@@ -1,7 +1,7 @@
 //! The store that a taught set goes to, and the backbone that it is taught on.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -99,12 +99,13 @@ impl Place {
         }
     }
 
-    /// The set that lends its experts to one on this backbone; none where the backbone has no blocks. `wanted` names a file, one in
-    /// the store, or an embedded one; without it there must be one only.
+    /// The set that lends its experts to `set`, on this backbone; none where the backbone has no blocks. `wanted` names a file, one
+    /// in the store, or an embedded one; without it, it is the lender of the newest version of `set`, and of a new set the only one
+    /// that there is.
     ///
     /// # Errors
     /// When there is none, or more than one.
-    pub(super) fn lender(&self, wanted: Option<&str>, source: &Source) -> anyhow::Result<Option<Lender>> {
+    pub(super) fn lender(&self, wanted: Option<&str>, set: &str, source: &Source) -> anyhow::Result<Option<Lender>> {
         let name = &source.name;
         if !source.backbone.config().has_blocks() {
             if wanted.is_some() {
@@ -112,18 +113,35 @@ impl Place {
             }
             return Ok(None);
         }
+        let fits = |set: &SetDescriptor| set.backbone == source.backbone.digest();
         let found = match wanted {
             Some(file) if Path::new(file).is_file() => vec![described(Path::new(file))?],
-            _ => self.sets()?.into_iter().filter(|set| wanted.is_none_or(|wanted| set.name == wanted)).collect(),
+            Some(wanted) => self.sets()?.into_iter().filter(|known| known.name == wanted).collect(),
+            None => {
+                let mut found = self.sets()?;
+                let newest = found.iter().filter(|known| known.name == set).max_by_key(|known| known.version);
+                let before = newest.filter(|newest| fits(newest)).and_then(|newest| newest.lender);
+                if let Some(at) = before.and_then(|digest| found.iter().position(|known| known.digest == digest)) {
+                    return loaded(found.swap_remove(at), source).map(Some);
+                }
+                found
+            }
         };
         if let (Some(wanted), true) = (wanted, found.is_empty()) {
             bail!(
                 "--base: there is no set `{wanted}`: neither a file of that name, nor one in the store, nor an embedded one"
             );
         }
-        let fits = |set: &SetDescriptor| set.backbone == source.backbone.digest();
-        let (mut lending, others): (Vec<_>, Vec<_>) =
-            found.into_iter().partition(|set| fits(set) && set.lender.is_none());
+        let (lending, others): (Vec<_>, Vec<_>) = found.into_iter().partition(|set| fits(set) && set.lender.is_none());
+        // Of each name the newest version, and the same experts once.
+        let mut newest: BTreeMap<String, SetDescriptor> = BTreeMap::new();
+        for set in lending {
+            if newest.get(&set.name).is_none_or(|known| known.version < set.version) {
+                newest.insert(set.name.clone(), set);
+            }
+        }
+        let mut seen = HashSet::new();
+        let mut lending: Vec<_> = newest.into_values().filter(|set| seen.insert(set.digest)).collect();
         let Some(descriptor) = lending.pop() else {
             match others.iter().find(|_| wanted.is_some()) {
                 Some(set) if fits(set) => {
@@ -139,25 +157,16 @@ impl Place {
             let names: Vec<_> = lending.iter().chain([&descriptor]).map(|set| &*set.name).collect();
             bail!("several sets on the backbone `{name}` have experts; choose one with --base: {}", names.join(", "));
         }
-        let set = descriptor.location.read().and_then(|bytes| Ok(ExpertSet::from_bytes(&bytes, &source.backbone)?));
-        let set = Arc::new(set.with_context(|| descriptor.location.to_string())?);
-        Ok(Some(Lender { set, descriptor }))
+        loaded(descriptor, source).map(Some)
     }
 
-    /// The newest version of every set in the store, and the embedded ones whose names are not among them.
+    /// Every version of every set in the store, and the embedded ones whose names are not among them.
     fn sets(&self) -> anyhow::Result<Vec<SetDescriptor>> {
         let in_store = self.root.as_ref().filter(|root| root.is_dir()).map(|root| store::scan(root)).transpose()?;
-        let mut newest: BTreeMap<String, SetDescriptor> = BTreeMap::new();
-        for set in in_store.into_iter().flat_map(|contents| contents.sets) {
-            let known = newest.get(&set.name).is_some_and(|known| known.version > set.version);
-            if !known {
-                newest.insert(set.name.clone(), set);
-            }
-        }
-        for set in store::embedded()?.sets {
-            newest.entry(set.name.clone()).or_insert(set);
-        }
-        Ok(newest.into_values().collect())
+        let mut sets = in_store.map(|contents| contents.sets).unwrap_or_default();
+        let names: HashSet<String> = sets.iter().map(|set| set.name.clone()).collect();
+        sets.extend(store::embedded()?.sets.into_iter().filter(|set| !names.contains(&set.name)));
+        Ok(sets)
     }
 
     /// Copies the set whose experts are borrowed into the store, unless it is there under whatever name. Returns where it went.
@@ -215,6 +224,13 @@ impl Place {
     fn root(&self) -> anyhow::Result<&Path> {
         self.root.as_deref().context("there is no store to write to")
     }
+}
+
+/// A set that lends its experts, as it is described.
+fn loaded(descriptor: SetDescriptor, source: &Source) -> anyhow::Result<Lender> {
+    let set = descriptor.location.read().and_then(|bytes| Ok(ExpertSet::from_bytes(&bytes, &source.backbone)?));
+    let set = Arc::new(set.with_context(|| descriptor.location.to_string())?);
+    Ok(Lender { set, descriptor })
 }
 
 /// A set in a file of its own, which has the file's name.

@@ -517,6 +517,17 @@ impl<S: Source> Registry<S> {
         self.inner.lock().lender(digest).map(|(_, slot)| Arc::clone(&slot.descriptor))
     }
 
+    /// Sets on a backbone that can lend their experts: of each name the newest version with experts of its own, whatever
+    /// newer ones borrow.
+    pub fn lending(&self, backbone: &Digest) -> Vec<Arc<SetDescriptor>> {
+        let state = self.inner.lock();
+        let newest = state.names.values().filter_map(|name| {
+            let mut versions = name.versions.values().rev().map(|slot| &slot.descriptor);
+            versions.find(|set| set.backbone == *backbone && set.lender.is_none())
+        });
+        newest.map(Arc::clone).collect()
+    }
+
     /// Whether a set could ever be resident, with nothing beside it but its backbone, its lender and the queue.
     ///
     /// # Errors
