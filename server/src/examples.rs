@@ -4,7 +4,8 @@
 //! A file is written whole and flushed before it has its name, so that neither a crash nor a power cut loses an example
 //! whose receipt was given, or leaves half of one. Its id is the digest of its bytes: within a set a picture is there once.
 //! Beside them lie frames that the server could not name, `ROOT/SET/.unsure/ID.REASON`, the last few of each set, to be
-//! labelled. They make way for examples when bytes are short.
+//! labelled. `ROOT/SET/.features/ID` is what a fit has computed of an example, for the next one; it goes with the example. Both make
+//! way for examples when bytes are short, features first.
 //!
 //! Every change is a closure on a pool of one thread, also when the client that asked for it has gone.
 
@@ -35,6 +36,8 @@ const ID_DIGITS: usize = 24;
 
 /// The folder of frames without a label. It is hidden, so a folder of examples by class is one without it.
 const UNSURE: &str = ".unsure";
+/// The folder of features, hidden as well.
+const FEATURES: &str = ".features";
 /// Between two frames of a set that are kept: a camera that shows something new for hours does not wear out a disk.
 const UNSURE_EVERY: Duration = Duration::from_secs(1);
 
@@ -131,6 +134,8 @@ struct Index {
     sets: BTreeMap<String, BTreeMap<String, Example>>,
     /// Frames without a label by set, the oldest first.
     unsure: BTreeMap<String, VecDeque<Unsure>>,
+    /// Bytes of the features that are kept, by set and example.
+    features: BTreeMap<(String, String), u64>,
     /// Of all of these.
     bytes: u64,
 }
@@ -214,6 +219,21 @@ impl Examples {
     /// [`ExampleError::Unknown`] when it is not there as it was listed, and those of the disk.
     pub fn read(&self, set: &str, example: &Example) -> Result<Bytes, ExampleError> {
         read(&self.shared.path(set, example), &example.id)
+    }
+
+    /// The file of the features of an example that a fit has kept. Blocking.
+    pub fn features(&self, set: &str, id: &str) -> Option<Vec<u8>> {
+        self.shared.index().features.get(&(set.to_owned(), id.to_owned()))?;
+        fs::read(self.shared.features_path(set, id)).ok()
+    }
+
+    /// Keeps the features of an example for the next fit if there is room for them; nobody is told when there is none.
+    pub async fn keep_features(&self, set: &str, id: &str, features: Vec<u8>) {
+        let (set, id) = (set.to_owned(), id.to_owned());
+        let kept = self.change(move |shared| shared.keep_features(set, id, &features)).await;
+        if let Err(error) = kept {
+            tracing::debug!(%error, "features are not kept");
+        }
     }
 
     /// Bytes that all examples take, and may take.
@@ -334,9 +354,43 @@ impl Shared {
         gone.iter().try_for_each(|frame| Ok(upload::delete(&self.unsure_path(set, frame))?))
     }
 
-    /// Deletes frames without a label, the oldest first, until so many bytes fit.
+    fn features_path(&self, set: &str, id: &str) -> PathBuf {
+        self.root.join(set).join(FEATURES).join(id)
+    }
+
+    fn keep_features(&self, set: String, id: String, features: &[u8]) -> Result<(), ExampleError> {
+        // Deleted while its features were computed.
+        self.find(&set, &id)?;
+        let bytes = features.len() as u64;
+        let old = self.index().features.get(&(set.clone(), id.clone())).copied().unwrap_or(0);
+        self.check_room(bytes.saturating_sub(old))?;
+        upload::put_lightly(&self.features_path(&set, &id), features)?;
+        let mut index = self.index();
+        index.bytes = (index.bytes + bytes).saturating_sub(old);
+        index.features.insert((set, id), bytes);
+        Ok(())
+    }
+
+    /// Deletes the features of an example, if any are kept.
+    fn forget_features(&self, set: &str, id: &str) -> Result<(), ExampleError> {
+        let key = (set.to_owned(), id.to_owned());
+        if self.index().features.contains_key(&key) {
+            upload::delete(&self.features_path(set, id))?;
+            let mut index = self.index();
+            let bytes = index.features.remove(&key).unwrap_or(0);
+            index.bytes = index.bytes.saturating_sub(bytes);
+        }
+        Ok(())
+    }
+
+    /// Deletes features, and then frames without a label, the oldest first, until so many bytes fit.
     fn make_room(&self, bytes: u64) -> Result<(), ExampleError> {
         while self.check_room(bytes).is_err() {
+            let features = self.index().features.keys().next().cloned();
+            if let Some((set, id)) = features {
+                self.forget_features(&set, &id)?;
+                continue;
+            }
             let oldest = {
                 let index = self.index();
                 let firsts = index.unsure.iter().filter_map(|(set, frames)| Some((set, frames.front()?)));
@@ -418,6 +472,7 @@ impl Shared {
             return self.forget_unsure(set, &frame);
         }
         let example = self.find(set, id)?;
+        self.forget_features(set, id)?;
         upload::delete(&self.path(set, &example))?;
         let mut index = self.index();
         index.bytes = index.bytes.saturating_sub(example.bytes);
@@ -499,8 +554,24 @@ fn scan(root: &Path) -> io::Result<Index> {
                 index.bytes += bytes - old.map_or(0, |old| old.bytes.min(bytes));
             }
         }
+        scan_features(&set, &folder.join(FEATURES), &mut index)?;
     }
     Ok(index)
+}
+
+/// The features in a folder. Those of examples that are not there are deleted.
+fn scan_features(set: &str, folder: &Path, index: &mut Index) -> io::Result<()> {
+    upload::remove_temporary(folder);
+    for (id, path) in named(folder)? {
+        if index.sets.get(set).is_some_and(|examples| examples.contains_key(&id)) {
+            let bytes = fs::metadata(path)?.len();
+            index.bytes += bytes;
+            index.features.insert((set.to_owned(), id), bytes);
+        } else if is_id(&id) {
+            upload::delete(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// The frames without a label in a folder, the oldest first.

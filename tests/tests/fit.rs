@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use model_core::artifact::read_expert_set;
 use reqwest::blocking::multipart::{Form, Part};
@@ -317,6 +317,66 @@ fn on_a_backbone_with_blocks_a_set_borrows_the_experts_of_another() {
     drop(server);
     let server = place.serve(&[]);
     assert_eq!(verdict(&server, true), ("up".to_owned(), json!(2)), "after a restart");
+}
+
+/// The files of features that fits have kept, by name, with what is in them and when they were written.
+fn kept(place: &Place) -> Vec<(PathBuf, Vec<u8>, SystemTime)> {
+    let files = fs::read_dir(place.folder.join("examples/stripes/.features")).unwrap();
+    let mut files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    files.sort();
+    let read =
+        |path: PathBuf| (path.clone(), fs::read(&path).unwrap(), fs::metadata(&path).unwrap().modified().unwrap());
+    files.into_iter().map(read).collect()
+}
+
+#[test]
+fn features_of_one_fit_serve_the_next_and_damaged_ones_are_computed_anew() {
+    let place = Place::new();
+    let server = place.serve(&[]);
+    send(&server, 0..3);
+    let fitted = |version: u64| {
+        assert_eq!(begin(&server).status, 202);
+        assert_eq!(end(&server)["version"], version);
+        fs::read(place.store().join(format!("expert-sets/stripes/{version}.safetensors"))).unwrap()
+    };
+    let used = || server.get("/teach/stripes").json()["used_bytes"].as_u64().unwrap();
+    let before = used();
+    let first = fitted(1);
+    let features = kept(&place);
+    assert_eq!(features.len(), 6);
+    assert_eq!(used() - before, features.iter().map(|(_, bytes, _)| bytes.len() as u64).sum::<u64>());
+    assert!(fitted(2) == first, "the same set from features that were kept");
+    assert!(kept(&place) == features, "none was computed anew");
+
+    let [cut, empty, changed, gone, ..] = &features[..] else { panic!("six files") };
+    fs::write(&cut.0, &cut.1[..cut.1.len() - 5]).unwrap();
+    fs::write(&empty.0, "").unwrap();
+    let mut flipped = changed.1.clone();
+    flipped[100] ^= 64;
+    fs::write(&changed.0, flipped).unwrap();
+    fs::remove_file(&gone.0).unwrap();
+    assert!(fitted(3) == first, "the same set whatever became of the features");
+    let contents = |files: &[(PathBuf, Vec<u8>, SystemTime)]| -> Vec<_> {
+        files.iter().map(|(path, bytes, _)| (path.clone(), bytes.clone())).collect()
+    };
+    assert!(contents(&kept(&place)) == contents(&features), "and they are whole again");
+    let warned = server.log_so_far().iter().filter(|line| line.contains("features of an example are damaged")).count();
+    assert_eq!(warned, 3);
+
+    // Another part of the picture has features of its own.
+    let other = Answer::of(server.post("/teach/stripes/fit?crop=0,0,0.5,0.5"));
+    assert_eq!((other.status, &end(&server)["version"]), (202, &json!(4)));
+    assert!(contents(&kept(&place)) != contents(&features));
+
+    // They go with their example, also those that a crash left without one.
+    let id = cut.0.file_name().unwrap().to_str().unwrap().to_owned();
+    assert_eq!(Answer::of(server.request("DELETE", &format!("/teach/stripes/examples/{id}"))).status, 200);
+    assert!(!cut.0.exists());
+    let (bytes, lone) = (used(), cut.0.with_file_name("0123456789abcdef01234567"));
+    drop(server);
+    fs::write(&lone, "of no example").unwrap();
+    let server = place.serve(&[]);
+    assert_eq!((lone.exists(), server.get("/teach/stripes").json()["used_bytes"].as_u64()), (false, Some(bytes)));
 }
 
 /// The set of the store's `cifar100` under another name and with an identity of its own.

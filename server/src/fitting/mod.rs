@@ -5,6 +5,7 @@
 //! at all. A fit that is cancelled, fails or dies with the server changes nothing.
 
 pub mod features;
+mod kept;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,6 +32,7 @@ use crate::sets::loaded::SetRegistry;
 use crate::sets::registry::{Reservation, SetError};
 use crate::threads::{BlockingPool, Panicked, Priority};
 use features::{Extractor, views_of};
+use kept::{Kept, Key};
 
 /// Fits that are remembered, one a set.
 const REMEMBERED: usize = 64;
@@ -521,7 +523,7 @@ impl Shared {
         let features = Vec::with_capacity(task.examples.len() * views * config.d_model);
         let mut seen = Seen { features, views, labels: Vec::new(), ids: Vec::new() };
         for (at, example) in task.examples.iter().enumerate() {
-            let (outcome, returned) = self.see_one(task, example, (&input, extractor), session).await?;
+            let (outcome, returned) = self.see_one(task, example, (&input, extractor, view), session).await?;
             session = returned;
             match outcome {
                 Ok(features) => {
@@ -546,15 +548,31 @@ impl Shared {
         &self,
         task: &Task,
         example: &Example,
-        (input, extractor): (&Input, &Arc<Extractor>),
+        (input, extractor, view): (&Input, &Arc<Extractor>, View),
         mut session: Session,
     ) -> Result<(Result<Vec<f32>, String>, Session), FitError> {
         if task.cancel.is_cancelled() {
             return Err(TeachError::Cancelled.into());
         }
         let (examples, set, wanted) = (self.examples.clone(), task.set.clone(), example.clone());
-        let bytes = match self.thread.run(move || examples.read(&set, &wanted)).await? {
-            Ok(bytes) => bytes,
+        let (reader, views) = (Arc::clone(extractor), session.max_batch());
+        let read = move || {
+            let bytes = examples.read(&set, &wanted)?;
+            let key = Key::of(&bytes, &reader, view, views);
+            let count = views * reader.backbone().config().d_model;
+            let kept = examples.features(&set, &wanted.id).map(|kept| kept::decode(&kept, &key, count));
+            if let Some(Kept::Damaged) = kept {
+                tracing::warn!(
+                    set.name = set,
+                    example = wanted.id,
+                    "the kept features of an example are damaged; they are computed anew"
+                );
+            }
+            Ok((bytes, key, kept))
+        };
+        let (bytes, key) = match self.thread.run(read).await? {
+            Ok((_, _, Some(Kept::Features(features)))) => return Ok((Ok(features), session)),
+            Ok((bytes, key, _)) => (bytes, key),
             Err(ExampleError::Unknown(_)) => {
                 return Ok((Err("it was deleted or relabelled meanwhile".to_owned()), session));
             }
@@ -570,7 +588,11 @@ impl Shared {
             let features = extractor.features(&bytes, &limits, &mut session, &|| cancel.is_cancelled());
             (features.map_err(|error| sentence(&error)), session)
         };
-        Ok(self.thread.run(work).await?)
+        let (features, session) = self.thread.run(work).await?;
+        if let Ok(features) = &features {
+            self.examples.keep_features(&task.set, &example.id, kept::encode(&key, features)).await;
+        }
+        Ok((features, session))
     }
 
     /// Head, temperature and statistics, and the examples that they come from.

@@ -98,6 +98,20 @@ pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     folder.parent().map_or(Ok(()), sync_folder)
 }
 
+/// Writes a file whole, in the place of what is there, by way of a temporary one, without waiting for the disk: for what can be
+/// made again, and whose damage shows. Blocking.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn put_lightly(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    fs::create_dir_all(folder)?;
+    let mut file =
+        tempfile::Builder::new().prefix(PREFIX).permissions(Permissions::from_mode(0o644)).tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.persist(path).map(drop).map_err(|error| error.error)
+}
+
 /// Moves a file to a place that is not taken yet, making its folder. The old folder goes with its last file. Blocking.
 ///
 /// # Errors
