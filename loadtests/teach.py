@@ -270,7 +270,7 @@ def main():
         elif arguments.what == "beside":
             beside(gateway, arguments.folders[0], arguments.rate)
         else:
-            resident(gateway, arguments.folders[0], {64: 4_000, 128: 10_000})
+            resident(gateway, arguments.folders[0], {64: 5_000, 128: 12_500})
 
 
 if __name__ == "__main__":

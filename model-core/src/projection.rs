@@ -1,5 +1,5 @@
-//! What the head and the statistics of a set see of the pooled features: fewer of them than the backbone has, so that a row
-//! costs less. `FORMAT.md`, "Head".
+//! What the head and the statistics of a set see of the pooled features: fewer of them than the backbone has, so that each
+//! row takes fewer bytes. `FORMAT.md` defines it under "Head".
 //!
 //! Folding adds features up, each with a sign of its own: `z[j] = sum of sign[i] * f[i] over i = j, j + K, j + 2 K, ..`. The
 //! rows of that matrix have no feature in common, so it keeps lengths and products on average, as random projections

@@ -10,8 +10,7 @@ use super::features::Extractor;
 const MAGIC: &[u8; 8] = b"bvitft01";
 const DIGEST: usize = 32;
 
-/// All that the features of a picture depend on: the picture, this program, backbone and experts, what is looked at, and in
-/// how many ways.
+/// All that the features of a picture depend on: the picture, this program, backbone and experts, what is looked at and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Key([u8; DIGEST]);
 
@@ -35,7 +34,7 @@ impl Key {
     }
 }
 
-/// What is written.
+/// The bytes of a file with these features.
 pub(super) fn encode(key: &Key, features: &[f32]) -> Vec<u8> {
     let values = features.iter().flat_map(|value| value.to_le_bytes());
     let mut bytes: Vec<u8> = MAGIC.iter().copied().chain(key.0).chain(values).collect();
@@ -44,7 +43,7 @@ pub(super) fn encode(key: &Key, features: &[f32]) -> Vec<u8> {
     bytes
 }
 
-/// What a file holds.
+/// What became of the features in a file.
 #[derive(Debug, PartialEq)]
 pub(super) enum Kept {
     Features(Vec<f32>),
@@ -54,7 +53,7 @@ pub(super) enum Kept {
     Damaged,
 }
 
-/// Reads so many features.
+/// Reads so many features of what has that key.
 pub(super) fn decode(bytes: &[u8], key: &Key, count: usize) -> Kept {
     let Some((body, digest)) = bytes.split_last_chunk::<DIGEST>() else { return Kept::Damaged };
     let Some((head, values)) = body.split_first_chunk::<{ MAGIC.len() + DIGEST }>() else { return Kept::Damaged };

@@ -89,7 +89,7 @@ impl PackedInt8 {
 #[derive(Debug, Clone)]
 pub struct Int8Rows {
     isa: Isa,
-    /// `[rows, cols]`.
+    /// Row by row, without padding.
     codes: Box<[i8]>,
     scale: Box<[f32]>,
     bias: Box<[f32]>,
@@ -100,11 +100,10 @@ impl Int8Rows {
     /// Rows up to which the padding to a panel is worth more than its speed.
     pub const MOST: usize = 2 * PANEL;
 
-    /// Rows of `codes` `[rows, cols]` in -127..=127 with a `scale` and a `bias` each; `isa` is what activations are to be
-    /// quantised by.
+    /// Rows of `codes` `[rows, cols]` in -127..=127 with a `scale` and a `bias` each. Activations are to be quantised by `isa`.
     ///
     /// # Errors
-    /// As [`PackedInt8::pack_codes`].
+    /// The same ones as of [`PackedInt8::pack_codes`].
     pub fn new(isa: Isa, codes: &[i8], scale: &[f32], bias: &[f32], cols: usize) -> Result<Self, KernelError> {
         check_codes(codes, scale.len(), bias, cols)?;
         expect_finite("int8 scale", scale)?;

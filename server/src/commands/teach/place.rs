@@ -100,8 +100,8 @@ impl Place {
     }
 
     /// The set that lends its experts to `set`, on this backbone; none where the backbone has no blocks. `wanted` names a file, one
-    /// in the store, or an embedded one; without it, it is the lender of the newest version of `set`, and of a new set the only one
-    /// that there is.
+    /// in the store, or an embedded one; without it, it is the lender of the newest version of `set`, and of a new set the only
+    /// one that there is at all.
     ///
     /// # Errors
     /// When there is none, or more than one.

@@ -517,8 +517,7 @@ impl<S: Source> Registry<S> {
         self.inner.lock().lender(digest).map(|(_, slot)| Arc::clone(&slot.descriptor))
     }
 
-    /// Sets on a backbone that can lend their experts: of each name the newest version with experts of its own, whatever
-    /// newer ones borrow.
+    /// Sets on a backbone that can lend their experts: of each name the newest version that has experts of its own.
     pub fn lending(&self, backbone: &Digest) -> Vec<Arc<SetDescriptor>> {
         let state = self.inner.lock();
         let newest = state.names.values().filter_map(|name| {
