@@ -37,10 +37,8 @@ const REMEMBERED: usize = 40;
 pub fn memory(images: usize, views: usize, d_model: usize, classes: usize) -> usize {
     let rows = images.saturating_mul(views);
     let compared = rows.min(COMPARED);
-    // Projected features beside those that they are made of, or a copy of these.
-    let projected = Options::default().features.min(d_model);
-    let width = if projected < d_model { d_model.saturating_add(2 * projected) } else { 2 * d_model };
-    let features = rows.saturating_mul(width).saturating_add((compared + 2 * DRAWS).saturating_mul(d_model));
+    // All features and a copy of them; before that, projected ones take the place of the copy.
+    let features = rows.saturating_mul(2 * d_model).saturating_add((compared + 2 * DRAWS).saturating_mul(d_model));
     let parameters = classes.saturating_mul(d_model + 1).saturating_mul(REMEMBERED);
     let logits = images.saturating_mul(classes).saturating_mul(2 * STRENGTHS.len());
     [compared * compared, parameters, logits]
@@ -85,6 +83,9 @@ struct Held {
 /// Fits a classifier to `examples`. `background` is that of the backbone; `progress` is told the share that is done, and
 /// `cancelled` is asked many times a second.
 ///
+/// Where the backbone has more than [`Options::features`], a set that sees them projected to so many takes a quarter of the
+/// bytes. The set sees all of them only if it is then right on more of the held-out images than chance explains.
+///
 /// # Errors
 /// [`TeachError`] when the examples are too few, too many or unfit, or it was cancelled.
 pub fn teach(
@@ -95,12 +96,32 @@ pub fn teach(
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Taught, TeachError> {
     examples.check()?;
-    let projection = (options.features < examples.d_model).then_some(Projection::Folded { features: options.features });
-    let projected = projection.map(|projection| projected(examples.features, examples.d_model, projection));
-    let examples = &match (projection, &projected) {
-        (Some(projection), Some(features)) => Examples { features, d_model: projection.features(), ..*examples },
-        _ => *examples,
+    if options.features >= examples.d_model {
+        return teach_on(examples, (background, None), options, progress, cancelled);
+    }
+    let projection = Projection::Folded { features: options.features };
+    let small = {
+        let features = &projected(examples.features, examples.d_model, projection);
+        let examples = Examples { features, d_model: projection.features(), ..*examples };
+        let first = &mut |share: f64| progress(0.2 * share);
+        teach_on(&examples, (background, Some(projection)), options, first, cancelled)?
     };
+    let second = &mut |share: f64| progress(0.2 + 0.8 * share);
+    let large = teach_on(examples, (background, None), options, second, cancelled)?;
+    // The standard deviation of a number of mistakes is about its root.
+    let gain = large.report.accuracy.count.saturating_sub(small.report.accuracy.count);
+    let missed = small.report.accuracy.of - small.report.accuracy.count;
+    Ok(if gain * gain > missed { large } else { small })
+}
+
+/// [`teach`] on features as they are; `projection` is what made them of the backbone's.
+fn teach_on(
+    examples: &Examples<'_>,
+    (background, projection): (Option<&Background>, Option<Projection>),
+    options: &Options,
+    progress: &mut (dyn FnMut(f64) + Send),
+    cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<Taught, TeachError> {
     let all: Vec<usize> = (0..examples.labels.len()).collect();
     let smallest = (0..examples.classes.len()).map(|c| examples.labels.iter().filter(|&&l| l == c).count()).min();
     let count = options.folds.clamp(2, 10).min(smallest.unwrap_or(2).max(2));

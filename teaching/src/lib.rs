@@ -36,7 +36,7 @@ pub struct Options {
     pub rank: usize,
     /// Share of the set's own images that must not be called unknown.
     pub known_share: f64,
-    /// Features that the set sees of a backbone that has more: each costs a byte and a half a class.
+    /// Features that suffice unless the held-out images say otherwise: each costs a byte and a half a class.
     pub features: usize,
 }
 

@@ -152,3 +152,23 @@ fn what_lies_far_from_everything_is_unknown_to_a_set_that_spreads_widely() {
     let far = [-40.0; D_MODEL];
     assert!(statistics.is_unknown(statistics.distance(&far, None)));
 }
+
+#[test]
+fn few_features_are_taken_where_they_are_as_good_and_all_where_they_are_better() {
+    let taught = |distance, features| {
+        let synthetic = Synthetic::new(12, 12, 1, distance);
+        let options = Options { features, ..Options::default() };
+        let mut shares = Vec::new();
+        let taught = teach(&synthetic.examples(1), None, &options, &mut |share| shares.push(share), &|| false).unwrap();
+        assert!(shares.is_sorted() && shares.last() == Some(&1.0), "{shares:?}");
+        let width = taught.projection.map_or(D_MODEL, |projection| projection.features());
+        assert_eq!(taught.head.weight.len(), 12 * width);
+        (taught.projection.is_some(), taught.report.accuracy.count)
+    };
+    let easy = taught(40.0, 12);
+    assert_eq!(easy, (true, 144), "classes far apart need no more");
+    // Four features in one have twice the noise, and classes of the same remainder fall together.
+    let (is_small, right) = taught(5.0, 6);
+    let (_, of_all) = taught(5.0, D_MODEL);
+    assert_eq!((is_small, right), (false, of_all));
+}
