@@ -37,8 +37,12 @@ const REMEMBERED: usize = 40;
 pub fn memory(images: usize, views: usize, d_model: usize, classes: usize) -> usize {
     let rows = images.saturating_mul(views);
     let compared = rows.min(COMPARED);
-    // All features and a copy of them; before that, projected ones take the place of the copy.
-    let features = rows.saturating_mul(2 * d_model).saturating_add((compared + 2 * DRAWS).saturating_mul(d_model));
+    // All features and a copy of them; before that, projected ones and a copy of these take the place of the copy.
+    let projected = Options::default().features;
+    let width = if projected < d_model { d_model.max(2 * projected) } else { d_model };
+    let features = rows
+        .saturating_mul(d_model.saturating_add(width))
+        .saturating_add((compared + 2 * DRAWS).saturating_mul(d_model));
     let parameters = classes.saturating_mul(d_model + 1).saturating_mul(REMEMBERED);
     let logits = images.saturating_mul(classes).saturating_mul(2 * STRENGTHS.len());
     [compared * compared, parameters, logits]
@@ -104,10 +108,14 @@ pub fn teach(
         let features = &projected(examples.features, examples.d_model, projection);
         let examples = Examples { features, d_model: projection.features(), ..*examples };
         let first = &mut |share: f64| progress(0.2 * share);
-        teach_on(&examples, (background, Some(projection)), options, first, cancelled)?
+        teach_on(&examples, (background, Some(projection)), options, first, cancelled)
     };
+    if matches!(small, Err(TeachError::Cancelled)) {
+        return small;
+    }
     let second = &mut |share: f64| progress(0.2 + 0.8 * share);
     let large = teach_on(examples, (background, None), options, second, cancelled)?;
+    let Ok(small) = small else { return Ok(large) };
     // The standard deviation of a number of mistakes is about its root.
     let gain = large.report.accuracy.count.saturating_sub(small.report.accuracy.count);
     let missed = small.report.accuracy.of - small.report.accuracy.count;
