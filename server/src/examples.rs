@@ -38,6 +38,13 @@ const ID_DIGITS: usize = 24;
 const UNSURE: &str = ".unsure";
 /// The folder of features, hidden as well.
 const FEATURES: &str = ".features";
+/// Whether features make way. What a fit computed in minutes does not for a frame that anybody may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Features {
+    MayGo,
+    Stay,
+}
+
 /// Between two frames of a set that are kept: a camera that shows something new for hours does not wear out a disk.
 const UNSURE_EVERY: Duration = Duration::from_secs(1);
 
@@ -333,12 +340,7 @@ impl Shared {
             return Ok(());
         }
         let frame = Unsure { id, reason, bytes: picture.len() as u64, at };
-        // Making room for one that can never have it would delete all for nothing.
-        let examples: u64 = self.index().sets.values().flat_map(BTreeMap::values).map(|example| example.bytes).sum();
-        if examples.saturating_add(frame.bytes) > self.budget {
-            return self.check_room(frame.bytes);
-        }
-        self.make_room(frame.bytes)?;
+        self.make_room(frame.bytes, Features::Stay)?;
         upload::put(&self.unsure_path(set, &frame), picture)?;
         // In one step, so that nobody sees one too few or too many.
         let gone: Vec<Unsure> = {
@@ -375,7 +377,7 @@ impl Shared {
     fn forget_features(&self, set: &str, id: &str) -> Result<(), ExampleError> {
         let key = (set.to_owned(), id.to_owned());
         if self.index().features.contains_key(&key) {
-            upload::delete(&self.features_path(set, id))?;
+            upload::delete_lightly(&self.features_path(set, id))?;
             let mut index = self.index();
             let bytes = index.features.remove(&key).unwrap_or(0);
             index.bytes = index.bytes.saturating_sub(bytes);
@@ -383,11 +385,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Deletes features, and then frames without a label, the oldest first, until so many bytes fit.
-    fn make_room(&self, bytes: u64) -> Result<(), ExampleError> {
+    /// Deletes features, if they may go, and then frames without a label, the oldest first, until so many bytes fit. Deletes
+    /// nothing where that would not be enough.
+    fn make_room(&self, bytes: u64, features: Features) -> Result<(), ExampleError> {
+        let stays: u64 = {
+            let index = self.index();
+            let examples: u64 = index.sets.values().flat_map(BTreeMap::values).map(|example| example.bytes).sum();
+            examples + if features == Features::Stay { index.features.values().sum() } else { 0 }
+        };
+        if stays.saturating_add(bytes) > self.budget {
+            return self.check_room(bytes);
+        }
         while self.check_room(bytes).is_err() {
-            let features = self.index().features.keys().next().cloned();
-            if let Some((set, id)) = features {
+            let first = self.index().features.keys().next().filter(|_| features == Features::MayGo).cloned();
+            if let Some((set, id)) = first {
                 self.forget_features(&set, &id)?;
                 continue;
             }
@@ -437,7 +448,7 @@ impl Shared {
         if self.index().sets.get(set).is_some_and(|examples| examples.len() >= MOST_EXAMPLES) {
             return Err(ExampleError::TooMany);
         }
-        self.make_room(example.bytes)?;
+        self.make_room(example.bytes, Features::MayGo)?;
         upload::put(&self.path(set, &example), kept)?;
         let mut index = self.index();
         index.bytes += example.bytes;
@@ -567,8 +578,10 @@ fn scan_features(set: &str, folder: &Path, index: &mut Index) -> io::Result<()> 
             let bytes = fs::metadata(path)?.len();
             index.bytes += bytes;
             index.features.insert((set.to_owned(), id), bytes);
-        } else if is_id(&id) {
-            upload::delete(&path)?;
+        } else if is_id(&id)
+            && let Err(error) = upload::delete_lightly(&path)
+        {
+            tracing::warn!(file = %path.display(), %error, "cannot remove");
         }
     }
     Ok(())
@@ -687,5 +700,35 @@ mod tests {
         let full = examples.shared.keep_unsure("gate", Reason::Unfamiliar, 10.0, b"a frame");
         assert!(matches!(full, Err(ExampleError::Full { .. })));
         assert_eq!(examples.list("door").unwrap().len(), 3);
+    }
+
+    #[tokio::test]
+    async fn features_make_way_for_examples_that_fit_and_for_no_frame() {
+        let root = tempfile::tempdir().unwrap();
+        let open = || Examples::open(root.path().to_owned(), 40, 2).unwrap();
+        let examples = open();
+        let add = async |bytes: &'static [u8]| {
+            examples.add("door", "open", Bytes::from_static(bytes), Bytes::from_static(bytes)).await
+        };
+        let (first, _) = add(b"0123456789").await.unwrap();
+        examples.keep_features("door", &first.id, vec![7; 15]).await;
+        examples.shared.keep_unsure("door", Reason::Unsure, 1.0, b"a frame").unwrap();
+        let there = || (examples.features("door", &first.id).is_some(), examples.unsure("door").unwrap().len());
+        assert_eq!((there(), examples.bytes().0), ((true, 1), 32));
+
+        // 10 bytes of example and 31 more are over the budget whatever is deleted.
+        let full = add(b"thirty-one bytes, one too many!").await;
+        assert!(matches!(full, Err(ExampleError::Full { .. })), "{full:?}");
+        assert_eq!(there(), (true, 1), "nothing is deleted for what can never fit");
+
+        examples.shared.keep_unsure("door", Reason::Unsure, 2.0, b"fourteen bytes").unwrap();
+        assert_eq!((there(), examples.bytes().0), ((true, 1), 39), "the frame before made way, the features did not");
+        let full = examples.shared.keep_unsure("door", Reason::Unsure, 3.0, b"a frame of 18 byte");
+        assert!(matches!(full, Err(ExampleError::Full { .. })), "{full:?}");
+        assert_eq!(there(), (true, 1));
+
+        add(b"twelve bytes").await.unwrap();
+        assert_eq!((there(), examples.bytes().0), ((false, 1), 36), "features go before frames");
+        assert!(open().features("door", &first.id).is_none());
     }
 }

@@ -6,7 +6,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::features::Extractor;
 
-/// Begins every file, with the version of its layout.
+/// Begins every file, with a number that changes when the layout does, or what the engine computes.
 const MAGIC: &[u8; 8] = b"bvitft01";
 const DIGEST: usize = 32;
 

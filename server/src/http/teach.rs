@@ -254,6 +254,9 @@ async fn keep(
     let Image::Encoded(bytes) = image? else {
         return Err(ApiError::invalid("an example is an image file"));
     };
+    if Instant::now() >= deadline {
+        return Err(Error::Deadline.into());
+    }
     let info = probe(&bytes, &DecodeLimits::default()).map_err(Error::from)?;
     let mut kept = bytes.clone();
     if info.width.max(info.height) > u32::from(KEPT.side) {

@@ -131,16 +131,21 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// # Errors
 /// When the file is there and cannot be deleted.
 pub fn delete(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    delete_lightly(path)?;
     let Some(folder) = path.parent() else { return Ok(()) };
     // Refused when other files are left, as it should be.
     if fs::remove_dir(folder).is_ok() {
         return folder.parent().map_or(Ok(()), sync_folder);
     }
     sync_folder(folder)
+}
+
+/// Deletes a file that may come back after a power cut. Blocking.
+pub fn delete_lightly(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Deletes what uploads left behind that a crash or a power cut interrupted. Blocking. Only for the one process that
