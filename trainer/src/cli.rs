@@ -355,7 +355,7 @@ pub struct StemArgs {
     /// Where the stem's outputs are kept [default: `stem` in the run folder].
     #[arg(long, value_name = "DIR", requires = "stem")]
     pub stem_cache: Option<PathBuf>,
-    /// Most bytes of the stem's outputs, on the disk and in memory.
+    /// Most bytes of the stem's outputs for all views of a data set. They are on the disk and in memory.
     #[arg(long, value_name = "BYTES", requires = "stem", default_value_t = 4 << 30)]
     pub stem_cache_bytes: u64,
 }
