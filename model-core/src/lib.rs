@@ -7,7 +7,8 @@
 //! | --- | --- | --- |
 //! | [`kernels`] | slices in, slices out: rotation, matrix products, activations, per instruction set | nothing |
 //! | [`config`] | shapes of a model, validated once | nothing |
-//! | [`weights`] | the plain parameter tensors an artifact holds | `config` |
+//! | [`projection`] | what a set sees of its backbone's features | `kernels` |
+//! | [`weights`] | the plain parameter tensors an artifact holds | `config`, `projection` |
 //! | [`random`] | the one stream of random numbers; where angles started in it | nothing |
 //! | [`random_weights`] | random models for measurements and tests | `random`, `weights` |
 //! | [`image`] | image bytes to the pixels a model sees | nothing |

@@ -45,6 +45,16 @@ impl Projection {
         }
     }
 
+    /// [`Projection::apply`] to rows `[rows, d_model]`.
+    pub fn rows(self, rows: &[f32], d_model: usize) -> Vec<f32> {
+        let (d_model, features) = (d_model.max(1), self.features().max(1));
+        let mut projected = vec![0.0; rows.len() / d_model * features];
+        for (row, projected) in rows.chunks_exact(d_model).zip(projected.chunks_exact_mut(features)) {
+            self.apply(row, projected);
+        }
+        projected
+    }
+
     /// Of rows `[rows, features]` of weights on what comes out, those on what goes in, `[rows, d_model]`.
     pub fn unfold(self, rows: &[f32], d_model: usize) -> Vec<f32> {
         let width = self.features().max(1);

@@ -105,7 +105,7 @@ pub fn teach(
     }
     let projection = Projection::Folded { features: options.features };
     let small = {
-        let features = &projected(examples.features, examples.d_model, projection);
+        let features = &projection.rows(examples.features, examples.d_model);
         let examples = Examples { features, d_model: projection.features(), ..*examples };
         let first = &mut |share: f64| progress(0.2 * share);
         teach_on(&examples, (background, Some(projection)), options, first, cancelled)
@@ -171,16 +171,6 @@ fn teach_on(
         labels: examples.classes.to_vec(),
         report,
     })
-}
-
-/// What a projection makes of rows of features.
-pub(crate) fn projected(rows: &[f32], d_model: usize, projection: Projection) -> Vec<f32> {
-    let features = projection.features();
-    let mut projected = vec![0.0; rows.len() / d_model.max(1) * features];
-    for (row, projected) in rows.chunks_exact(d_model.max(1)).zip(projected.chunks_exact_mut(features.max(1))) {
-        projection.apply(row, projected);
-    }
-    projected
 }
 
 /// How many images of a class lie within `limit` of the others when these are all that there is.

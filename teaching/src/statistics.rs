@@ -6,7 +6,6 @@ use model_core::projection::Projection;
 use model_core::random::SplitMix64;
 use model_core::weights::{Background, Covariance, Familiarity, Int4Rows, Rows};
 
-use crate::fit::projected;
 use crate::spread::{Differences, Spread};
 use crate::{Examples, TeachError};
 
@@ -69,7 +68,7 @@ impl Distances {
     pub(crate) fn of_draws(&self, background: &Background, projection: Option<Projection>, seed: u64) -> Vec<f64> {
         let (mut rows, mut features) = (draws(background, seed), background.mean.len());
         if let Some(projection) = projection {
-            rows = projected(&rows, features, projection);
+            rows = projection.rows(&rows, features);
             features = projection.features();
         }
         rows.chunks_exact(features.max(1)).map(|row| self.of(row)).collect()

@@ -20,7 +20,7 @@ const MODEL_CORE: Rooms = &[
     &["error", "familiarity", "routing_map"],
     &["artifact", "random_weights"],
     &["weights"],
-    &["image", "config", "random"],
+    &["image", "config", "random", "projection"],
     &["kernels"],
 ];
 const TRAINING: Rooms = &[
