@@ -38,13 +38,6 @@ const ID_DIGITS: usize = 24;
 const UNSURE: &str = ".unsure";
 /// The folder of features, hidden as well.
 const FEATURES: &str = ".features";
-/// Whether features make way. What a fit computed in minutes does not for a frame that anybody may send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Features {
-    MayGo,
-    Stay,
-}
-
 /// Between two frames of a set that are kept: a camera that shows something new for hours does not wear out a disk.
 const UNSURE_EVERY: Duration = Duration::from_secs(1);
 
@@ -133,6 +126,13 @@ struct Shared {
     /// Whether one of them is being written; others that come meanwhile are not kept.
     is_writing: AtomicBool,
     index: Mutex<Index>,
+}
+
+/// Whether features make way. What a fit computed in minutes does not for a frame that anybody may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Features {
+    MayGo,
+    Stay,
 }
 
 /// By set and id.
@@ -378,6 +378,8 @@ impl Shared {
         let key = (set.to_owned(), id.to_owned());
         if self.index().features.contains_key(&key) {
             upload::delete_lightly(&self.features_path(set, id))?;
+            // Refused when other files are left, as it should be.
+            let _ = fs::remove_dir(self.root.join(set).join(FEATURES));
             let mut index = self.index();
             let bytes = index.features.remove(&key).unwrap_or(0);
             index.bytes = index.bytes.saturating_sub(bytes);
@@ -388,6 +390,9 @@ impl Shared {
     /// Deletes features, if they may go, and then frames without a label, the oldest first, until so many bytes fit. Deletes
     /// nothing where that would not be enough.
     fn make_room(&self, bytes: u64, features: Features) -> Result<(), ExampleError> {
+        if self.check_room(bytes).is_ok() {
+            return Ok(());
+        }
         let stays: u64 = {
             let index = self.index();
             let examples: u64 = index.sets.values().flat_map(BTreeMap::values).map(|example| example.bytes).sum();
