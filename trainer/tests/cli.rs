@@ -537,6 +537,13 @@ fn stem_alone(path: &Path) {
     fs::write(path, write_backbone("eyes", &weights, &Preprocess::default(), &Value::Null).unwrap()).unwrap();
 }
 
+/// A backbone whose stem has norms and no steps.
+fn out_of_scratch(root: &Path, data: &Path) -> PathBuf {
+    let run = root.join("scratch");
+    succeed(&train(text(data), text(&run), &["--preset", "tiny"]));
+    artifacts(&run).0
+}
+
 #[test]
 fn a_model_learns_behind_a_frozen_stem() {
     let root = tempfile::tempdir().unwrap();
@@ -595,4 +602,7 @@ fn a_model_learns_behind_a_frozen_stem() {
     let narrow = ["--preset", "study", "--stem", text(&eyes)];
     let error = fail(&train(text(&data), text(&other), &narrow));
     assert!(error.contains("no layer of the stem of eyes has the model's 64 channels; there are {8, 16}"), "{error}");
+    let plain = out_of_scratch(root.path(), &data);
+    let error = fail(&train(text(&data), text(&other), &["--preset", "tiny", "--stem", text(&plain)]));
+    assert!(error.contains("keeps no integers between its layers"), "{error}");
 }

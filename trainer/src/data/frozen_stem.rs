@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use model_core::artifact::{BackboneArtifact, Card, Digest};
-use model_core::config::{BackboneConfig, StemLayer};
+use model_core::config::{Activation, BackboneConfig, StemLayer};
 use model_core::engine::{Backbone, Session};
 use model_core::image::Preprocess;
 use model_core::kernels::Isa;
@@ -50,9 +50,14 @@ impl FrozenStem {
             )
         })?;
         let weights = backbone.weights.stem[..=last].to_vec();
-        let step = weights.iter().try_fold(0.0, |_, layer| layer.step);
-        let step = step.with_context(|| {
-            format!("the stem of {} has no steps of its outputs, which a stem that `import` wrote has", backbone.name)
+        // With norms, or without steps, the engine keeps f32 between the layers.
+        let is_plain = |layer: &StemLayer| !layer.norm && layer.activation != Activation::Gelu;
+        let has_steps = weights.iter().all(|layer| layer.step.is_some()) && stem[..=last].iter().all(is_plain);
+        let step = weights[last].step.filter(|_| has_steps).with_context(|| {
+            format!(
+                "the stem of {} keeps no integers between its layers, as one that `import` wrote does",
+                backbone.name
+            )
         })?;
         Ok(Self {
             digest: backbone.digest,
