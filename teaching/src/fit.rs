@@ -16,6 +16,8 @@ use crate::{Options, Taught, TeachError, folds};
 const STRENGTHS: [f64; 6] = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4];
 /// A weaker penalty must lower the loss by this share to be preferred.
 const WORTH: f64 = 0.01;
+/// If a larger share of the held-out images is right, the classes lie well apart, and projected features know strangers.
+const WELL_APART: f64 = 0.9;
 /// Temperatures, between which the best one is looked for.
 const TEMPERATURES: (f64, f64) = (0.02, 50.0);
 /// Entries of a list in the report.
@@ -88,7 +90,7 @@ struct Held {
 /// `cancelled` is asked many times a second.
 ///
 /// Where the backbone has more than [`Options::features`], a set that sees them projected to so many takes a quarter of the
-/// bytes. The set sees all of them only if it is then right on more of the held-out images than chance explains.
+/// bytes. The set sees all of them if its classes do not lie well apart, or if it then gains more than chance explains.
 ///
 /// # Errors
 /// [`TeachError`] when the examples are too few, too many or unfit, or it was cancelled.
@@ -119,7 +121,8 @@ pub fn teach(
     // The standard deviation of a number of mistakes is about its root.
     let gain = large.report.accuracy.count.saturating_sub(small.report.accuracy.count);
     let missed = small.report.accuracy.of - small.report.accuracy.count;
-    Ok(if gain * gain > missed { large } else { small })
+    let suffices = small.report.accuracy.share >= WELL_APART && gain * gain <= missed;
+    Ok(if suffices { small } else { large })
 }
 
 /// [`teach`] on features as they are; `projection` is what made them of the backbone's.

@@ -167,6 +167,8 @@ fn few_features_are_taken_where_they_are_as_good_and_all_where_they_are_better()
     };
     let easy = taught(40.0, 12);
     assert_eq!(easy, (true, 144), "classes far apart need no more");
+    // Overlapping classes get all features, even where fewer are right as often.
+    assert!(!taught(2.0, D_MODEL - 1).0);
     // Four features in one have twice the noise, and classes of the same remainder fall together.
     let (is_small, right) = taught(5.0, 6);
     let (_, of_all) = taught(5.0, D_MODEL);
