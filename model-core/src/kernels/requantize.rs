@@ -10,6 +10,8 @@
 //! in f32, each operation rounded by itself: no fused multiply-add, so that every instruction set gives the same bits.
 
 use super::error::{KernelError, expect_finite, expect_len};
+use super::isa::Isa;
+use super::simd::{Simd, Work, dispatch};
 
 /// Features that are requantised together.
 pub(super) const LANES: usize = 16;
@@ -70,46 +72,118 @@ impl Requantize {
         y.clamp(-128.0, 127.0).round_ties_even() as i8
     }
 
-    /// [`Requantize::code`] for the features of block `index`. Plain loops, which the compiler turns into vectors of
-    /// whatever the caller is compiled for.
+    /// [`Requantize::code`] for the features of block `index` of every pixel: of `sums` less `corrections`, both one a pixel.
+    /// `out` and `added` are `[pixels, features]`.
+    pub(super) fn write(
+        &self,
+        isa: Isa,
+        index: usize,
+        (sums, corrections): (&[[i32; LANES]], &[i32]),
+        added: Option<&[i8]>,
+        out: &mut [i8],
+    ) {
+        dispatch(isa, Write { requantize: self, index, sums, corrections, added, out });
+    }
+}
+
+struct Write<'a> {
+    requantize: &'a Requantize,
+    index: usize,
+    sums: &'a [[i32; LANES]],
+    corrections: &'a [i32],
+    added: Option<&'a [i8]>,
+    out: &'a mut [i8],
+}
+
+impl Work for Write<'_> {
+    type Output = ();
+
     #[inline(always)]
-    pub(super) fn block(&self, index: usize, dots: &[i32; LANES], added: Option<&[i8; LANES]>) -> [i8; LANES] {
-        let (scale, bias) = (&self.scale[index], &self.bias[index]);
+    fn run<S: Simd>(self, _: S) {
+        let Self { requantize, index, sums, corrections, added, out } = self;
+        let (first, step) = (index * LANES, requantize.features);
+        let block = Block::of(requantize, index);
+        let width = LANES.min(step - first);
+        let pixels = sums.iter().zip(corrections);
+        if width == LANES && added.is_none() {
+            let mut at = first;
+            for (sums, &correction) in pixels {
+                out[at..][..LANES].copy_from_slice(&block.bounded(block.scaled(sums, correction)));
+                at += step;
+            }
+            return;
+        }
+        let mut at = first;
+        for (sums, &correction) in pixels {
+            let y = block.scaled(sums, correction);
+            let codes = if let Some(added) = added {
+                let mut padded = [0; LANES];
+                padded[..width].copy_from_slice(&added[at..][..width]);
+                block.joined(y, &padded)
+            } else {
+                block.bounded(y)
+            };
+            out[at..][..width].copy_from_slice(&codes[..width]);
+            at += step;
+        }
+    }
+}
+
+/// What the features of one block have in common, in registers.
+struct Block {
+    scale: [f32; LANES],
+    bias: [f32; LANES],
+    low: f32,
+    high: f32,
+    ratio: f32,
+}
+
+impl Block {
+    #[inline(always)]
+    fn of(requantize: &Requantize, index: usize) -> Self {
+        let Requantize { low, high, ratio, .. } = *requantize;
+        Self { scale: requantize.scale[index], bias: requantize.bias[index], low, high, ratio }
+    }
+
+    /// Plain loops, here and below, which the compiler turns into vectors of whatever the caller is compiled for.
+    #[inline(always)]
+    fn scaled(&self, sums: &[i32; LANES], correction: i32) -> [f32; LANES] {
         let mut y = [0.0; LANES];
         for c in 0..LANES {
-            y[c] = at_most(at_least(dots[c] as f32 * scale[c] + bias[c], self.low), self.high);
+            // With k at most 2^16, a sum is at most 2^16 * 255 * 128 in size and its correction half of that; the difference is
+            // the true sum, at most 2^16 * 127 * 128. All are below 2^31.
+            y[c] = (sums[c] - correction) as f32 * self.scale[c] + self.bias[c];
         }
-        if let Some(added) = added {
-            for c in 0..LANES {
-                y[c] += f32::from(added[c]) * self.ratio;
-            }
-        }
+        y
+    }
+
+    /// The codes of scaled sums where nothing is added: bounds and range of codes in one.
+    #[inline(always)]
+    fn bounded(&self, y: [f32; LANES]) -> [i8; LANES] {
+        let (low, high) = (self.low.clamp(-128.0, 127.0), self.high.clamp(-128.0, 127.0));
         let mut codes = [0; LANES];
         for c in 0..LANES {
-            // The low byte of the sum is the code.
-            codes[c] = (at_most(at_least(y[c], -128.0), 127.0) + ROUND).to_bits() as i8;
+            codes[c] = code(at_most(at_least(y[c], low), high));
         }
         codes
     }
 
-    /// Writes the codes of block `index` into `out`, which is a whole block or the last one's features;
-    /// `added` is as long.
+    /// The codes of scaled sums with those of a residual connection.
     #[inline(always)]
-    pub(super) fn write(&self, index: usize, dots: &[i32; LANES], added: Option<&[i8]>, out: &mut [i8]) {
-        let whole = added.and_then(|added| added.first_chunk());
-        if let Some(out) = out.first_chunk_mut()
-            && added.is_some() == whole.is_some()
-        {
-            *out = self.block(index, dots, whole);
-            return;
+    fn joined(&self, y: [f32; LANES], added: &[i8; LANES]) -> [i8; LANES] {
+        let mut codes = [0; LANES];
+        for c in 0..LANES {
+            let y = at_most(at_least(y[c], self.low), self.high) + f32::from(added[c]) * self.ratio;
+            codes[c] = code(at_most(at_least(y, -128.0), 127.0));
         }
-        let mut padded = [0; LANES];
-        if let Some(added) = added {
-            padded[..added.len()].copy_from_slice(added);
-        }
-        let codes = self.block(index, dots, added.map(|_| &padded));
-        out.copy_from_slice(&codes[..out.len()]);
+        codes
     }
+}
+
+/// Rounds what lies in the range of codes: the low byte of the sum is the code.
+#[inline(always)]
+fn code(y: f32) -> i8 {
+    (y + ROUND).to_bits() as i8
 }
 
 /// `f32::max` for numbers, which is one instruction.
@@ -143,6 +217,14 @@ pub(super) mod tests {
         Requantize::new(&scale, &bias, bounds, rng.random_range(-2.0..2.0)).unwrap()
     }
 
+    /// As the vectors make it.
+    fn vector_code(requantize: &Requantize, dot: i32, added: Option<i8>) -> i8 {
+        let mut out = [0; 1];
+        let added = added.map(|added| [added]);
+        requantize.write(Isa::best(), 0, (&[[dot; LANES]], &[0]), added.as_ref().map(|added| &added[..]), &mut out);
+        out[0]
+    }
+
     #[test]
     fn ties_round_to_even_and_codes_stay_in_range() {
         let requantize = Requantize::new(&[0.5], &[0.0], (f32::NEG_INFINITY, f32::INFINITY), 0.5).unwrap();
@@ -150,10 +232,10 @@ pub(super) mod tests {
             [(1, 0), (3, 2), (5, 2), (-1, 0), (-3, -2), (-5, -2), (253, 126), (255, 127), (i32::MIN, -128)]
         {
             assert_eq!(requantize.code(0, dot, None), code, "{dot}");
-            assert_eq!(requantize.block(0, &[dot; LANES], None)[0], code, "{dot}");
+            assert_eq!(vector_code(&requantize, dot, None), code, "{dot}");
         }
         assert_eq!(requantize.code(0, 10, Some(-3)), 4);
-        assert_eq!(requantize.block(0, &[10; LANES], Some(&[-3; LANES]))[0], 4);
+        assert_eq!(vector_code(&requantize, 10, Some(-3)), 4);
     }
 
     /// Without what is added, or ReLU6 would cut the sum instead of the convolution.
@@ -161,7 +243,7 @@ pub(super) mod tests {
     fn the_activation_bounds_the_convolution_alone() {
         let requantize = Requantize::new(&[1.0], &[0.0], (0.0, 6.0), 1.0).unwrap();
         assert_eq!(requantize.code(0, 50, Some(20)), 26);
-        assert_eq!(requantize.block(0, &[50; LANES], Some(&[20; LANES]))[0], 26);
+        assert_eq!(vector_code(&requantize, 50, Some(20)), 26);
         assert_eq!(requantize.code(0, -50, Some(-20)), -20);
     }
 

@@ -17,7 +17,7 @@ use crate::engine::parts::{Parts, PerThread};
 use crate::error::ModelError;
 use crate::image::Preprocess;
 use crate::kernels::depthwise::{Input, Shape};
-use crate::kernels::{Isa, PackedDepthwise, PackedPointwise, Requantize};
+use crate::kernels::{Isa, PackedDepthwise, PackedPointwise, Requantize, vectorized};
 use crate::weights::{BackboneWeights, Matrix, Precision};
 
 /// 1.5 times 2^23: a float to which this is added has no digits behind the point left, ties to even. What is too large for
@@ -173,6 +173,21 @@ impl Calibrated {
         columns.max().unwrap_or(0)
     }
 
+    /// The codes of normalised pixels.
+    #[inline(always)]
+    fn encode(&self, pixels: &[f32], codes: &mut [i8]) {
+        // Channels repeat after as many values as there are in a few vectors.
+        const PERIOD: usize = 48;
+        let scale: [f32; PERIOD] = std::array::from_fn(|i| self.pixels[i % 3].0);
+        let shift: [f32; PERIOD] = std::array::from_fn(|i| self.pixels[i % 3].1);
+        for (pixels, codes) in pixels.chunks(PERIOD).zip(codes.chunks_mut(PERIOD)) {
+            for (i, (value, code)) in pixels.iter().zip(codes).enumerate() {
+                // The low byte of the sum is the code.
+                *code = ((value * scale[i] + shift[i]).clamp(-128.0, 127.0) + ROUNDING).to_bits() as i8;
+            }
+        }
+    }
+
     /// From the pixels of one image to `x` `[tokens, channels]`.
     pub(super) fn forward(
         &self,
@@ -181,11 +196,10 @@ impl Calibrated {
         (planes, threads): (&mut [i8], &PerThread<StemThread>),
         x: &mut [f32],
     ) {
-        for (pixel, codes) in pixels.chunks_exact(3).zip(planes[self.image.clone()].chunks_exact_mut(3)) {
-            for ((value, code), (scale, shift)) in pixel.iter().zip(codes).zip(self.pixels) {
-                *code = (value * scale + shift + ROUNDING - ROUNDING) as i8;
-            }
-        }
+        vectorized(
+            #[inline(always)]
+            || self.encode(pixels, &mut planes[self.image.clone()]),
+        );
         for layer in &self.layers {
             let planes = Parts::new(planes);
             let (item_len, items) = layer.items();
@@ -274,15 +288,20 @@ impl Layer {
         let (side, channels) = self.input;
         let StemLayer { kernel, stride, padding: [above, before, ..], .. } = self.layer;
         let (top, left) = (index / self.output_side * stride, index % self.output_side * stride);
+        // Columns of the kernel that lie inside the image.
+        let begin = before.saturating_sub(left).min(kernel);
+        let end = (side + before).saturating_sub(left).clamp(begin, kernel);
+        let fill = |part: &mut [i8]| part.chunks_exact_mut(channels).for_each(|pixel| pixel.copy_from_slice(zeros));
         for (row, line) in window.chunks_exact_mut(kernel * channels).enumerate() {
-            let y = (top + row).checked_sub(above).filter(|&y| y < side);
-            for (col, pixel) in line.chunks_exact_mut(channels).enumerate() {
-                let x = (left + col).checked_sub(before).filter(|&x| x < side);
-                pixel.copy_from_slice(match (y, x) {
-                    (Some(y), Some(x)) => &input[(y * side + x) * channels..][..channels],
-                    _ => zeros,
-                });
-            }
+            let y = (top + row).checked_sub(above).filter(|&y| y < side && begin < end);
+            let Some(y) = y else {
+                fill(line);
+                continue;
+            };
+            fill(&mut line[..begin * channels]);
+            let start = (y * side + left + begin - before) * channels;
+            line[begin * channels..end * channels].copy_from_slice(&input[start..][..(end - begin) * channels]);
+            fill(&mut line[end * channels..]);
         }
     }
 }

@@ -95,6 +95,46 @@ trait Kernel {
     /// # Safety
     /// The CPU has the kernel's instruction set.
     unsafe fn dots(columns: &[u8], step: usize, weights: &[i8], start: &[i32; LANES], sums: &mut [[i32; LANES]]);
+
+    /// `columns[lanes x][4 c + i]` = channel c of pixel x of `lines[i]`, plus 128 if columns hold codes + 128, for as many
+    /// pixels as there are such columns.
+    ///
+    /// # Safety
+    /// The CPU has the kernel's instruction set.
+    #[inline(always)]
+    unsafe fn interleave(lines: &[Line<'_>; GROUP], columns: &mut [[u8; LANE_BYTES]], lanes: usize) {
+        let flip = if Self::UNSIGNED { 0x80 } else { 0 };
+        for (x, column) in columns.iter_mut().step_by(lanes).enumerate() {
+            let pixels = [lines[0].pixel(x), lines[1].pixel(x), lines[2].pixel(x), lines[3].pixel(x)];
+            for c in 0..LANES {
+                for i in 0..GROUP {
+                    column[GROUP * c + i] = pixels[i][c].cast_unsigned() ^ flip;
+                }
+            }
+        }
+    }
+}
+
+/// A row of the input from the block's first channel on, or the same zeros for every pixel.
+#[derive(Clone, Copy)]
+struct Line<'a> {
+    codes: &'a [i8],
+    /// Codes from one pixel to the next.
+    step: usize,
+}
+
+impl Line<'_> {
+    /// The first [`LANES`] codes of a pixel; beyond the last pixel's they are 0, as all weights are.
+    #[inline(always)]
+    fn pixel(&self, x: usize) -> [i8; LANES] {
+        let codes = &self.codes[x * self.step..];
+        if let Some(pixel) = codes.first_chunk() {
+            return *pixel;
+        }
+        let mut pixel = [0; LANES];
+        pixel[..codes.len()].copy_from_slice(codes);
+        pixel
+    }
 }
 
 impl PackedDepthwise {
@@ -161,8 +201,17 @@ impl PackedDepthwise {
         match &self.weights {
             Weights::Plain(codes) => self.definition(codes, input, row, added, out),
             Weights::Lanes { codes, start } => {
-                let job = Row { shape: &self.shape, requantize: &self.requantize, codes, start, input, row, added };
-                job.dispatch(self.isa, scratch, out);
+                let job = Row {
+                    isa: self.isa,
+                    shape: &self.shape,
+                    requantize: &self.requantize,
+                    codes,
+                    start,
+                    input,
+                    row,
+                    added,
+                };
+                job.dispatch(scratch, out);
             }
         }
         Ok(())
@@ -221,6 +270,7 @@ fn pack_lanes(codes: &[i8], shape: &Shape, unsigned: bool) -> Weights {
 
 /// One row of the output.
 struct Row<'a> {
+    isa: Isa,
     shape: &'a Shape,
     requantize: &'a Requantize,
     codes: &'a [i8],
@@ -231,8 +281,8 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    fn dispatch(&self, isa: Isa, scratch: &mut [u8], out: &mut [i8]) {
-        match isa.kind() {
+    fn dispatch(&self, scratch: &mut [u8], out: &mut [i8]) {
+        match self.isa.kind() {
             Kind::Scalar => unreachable!("the definition has plain weights"),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: an `Isa` of this kind proves the features.
@@ -255,21 +305,17 @@ impl Row<'_> {
         let Shape { channels, kernel, stride, .. } = *self.shape;
         let lanes = self.shape.groups();
         let block_len = kernel * lanes * LANE_BYTES;
+        let mut sums = [[0; LANES]; PIXELS];
         for (block, (weights, start)) in self.codes.chunks_exact(block_len).zip(self.start).enumerate() {
             let first = block * LANES;
             self.gather::<K>(first, scratch);
-            let width = channels.min(first + LANES) - first;
-            let mut sums = [[0; LANES]; PIXELS];
             for (chunk, out) in out.chunks_mut(PIXELS * channels).enumerate() {
                 let sums = &mut sums[..out.len() / channels];
                 let columns = &scratch[chunk * PIXELS * stride * lanes * LANE_BYTES..];
                 // SAFETY: the caller of the entry vouched for the instruction set.
                 unsafe { K::dots(columns, stride * lanes, weights, start, sums) };
-                for (i, (sums, out)) in sums.iter().zip(out.chunks_exact_mut(channels)).enumerate() {
-                    let at = (chunk * PIXELS + i) * channels + first;
-                    let added = self.added.map(|added| &added[at..][..width]);
-                    self.requantize.write(block, sums, added, &mut out[first..][..width]);
-                }
+                let added = self.added.map(|added| &added[chunk * PIXELS * channels..][..out.len()]);
+                self.requantize.write(self.isa, block, (sums, &[0; PIXELS]), added, out);
             }
         }
     }
@@ -277,53 +323,35 @@ impl Row<'_> {
     /// The columns of channels `first..first + LANES`.
     #[inline(always)]
     fn gather<K: Kernel>(&self, first: usize, columns: &mut [u8]) {
-        let Shape { channels, stride, top, left, .. } = *self.shape;
+        let Shape { channels, kernel, stride, top, left } = *self.shape;
         let Input { codes, width, zero } = self.input;
-        let flip = if K::UNSIGNED { 0x80 } else { 0 };
         let lanes = self.shape.groups();
         let count = columns.len() / (lanes * LANE_BYTES);
         // Columns inside the input.
         let (begin, end) = (left.min(count), (left + width).min(count));
-        let outside = zero.cast_unsigned() ^ flip;
+        let outside = zero.cast_unsigned() ^ if K::UNSIGNED { 0x80 } else { 0 };
         columns[..begin * lanes * LANE_BYTES].fill(outside);
         columns[end * lanes * LANE_BYTES..].fill(outside);
-        let height = codes.len() / (width * channels).max(1);
-        for group in 0..lanes {
-            let rows: [Option<&[i8]>; GROUP] = std::array::from_fn(|i| {
-                let y = (self.row * stride + group * GROUP + i).checked_sub(top).filter(|&y| y < height)?;
-                Some(&codes[y * width * channels..][..width * channels])
-            });
-            let (columns, _) = columns.as_chunks_mut::<LANE_BYTES>();
-            for x in 0..end - begin {
-                let mut pixels = [[zero; LANES]; GROUP];
-                for i in 0..GROUP {
-                    if let Some(row) = rows[i] {
-                        pixels[i] = pixel(&row[x * channels + first..], zero);
-                    }
-                }
-                interleave(&pixels, flip, &mut columns[(begin + x) * lanes + group]);
-            }
+        if begin == end {
+            return;
         }
-    }
-}
-
-/// The first [`LANES`] of `codes`, or what there is of them.
-#[inline(always)]
-fn pixel(codes: &[i8], zero: i8) -> [i8; LANES] {
-    if let Some(pixel) = codes.first_chunk() {
-        return *pixel;
-    }
-    let mut pixel = [zero; LANES];
-    pixel[..codes.len()].copy_from_slice(codes);
-    pixel
-}
-
-/// `column[4 c + i] = pixels[i][c] ^ flip`.
-#[inline(always)]
-fn interleave(pixels: &[[i8; LANES]; GROUP], flip: u8, column: &mut [u8; LANE_BYTES]) {
-    for c in 0..LANES {
-        for i in 0..GROUP {
-            column[GROUP * c + i] = pixels[i][c].cast_unsigned() ^ flip;
+        let (columns, _) = columns.as_chunks_mut::<LANE_BYTES>();
+        let row_len = width * channels;
+        let height = codes.len() / row_len.max(1);
+        let zeros = [zero; LANES];
+        for group in 0..lanes {
+            // Rows below the window have weights of zero: any line will do.
+            let mut lines = [Line { codes: &zeros, step: 0 }; GROUP];
+            for (i, line) in lines.iter_mut().enumerate().take(kernel - group * GROUP) {
+                let y = self.row * stride + group * GROUP + i;
+                if y >= top && y - top < height {
+                    let start = (y - top) * row_len;
+                    *line = Line { codes: &codes[start + first..start + row_len], step: channels };
+                }
+            }
+            let columns = &mut columns[begin * lanes + group..end * lanes];
+            // SAFETY: the caller of the entry vouched for the instruction set.
+            unsafe { K::interleave(&lines, columns, lanes) };
         }
     }
 }

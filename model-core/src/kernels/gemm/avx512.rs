@@ -5,7 +5,8 @@
 //! broadcasts, so they cost no instruction.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
+    __m512i, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_maskz_loadu_epi8, _mm512_reduce_add_epi32,
+    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
 };
 
 use super::{Acc, GROUP_BYTES, GROUPS, Kernel, MAX_TILE_ROWS, Packed, Sink, Tile};
@@ -29,6 +30,12 @@ impl Kernel for Avx512 {
     unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         // SAFETY: passed on to the caller.
         unsafe { for_rows(rows, tile, weights, acc) };
+    }
+
+    #[inline(always)]
+    unsafe fn sum(row: &[i8]) -> i32 {
+        // SAFETY: passed on to the caller.
+        unsafe { sum(row) }
     }
 }
 
@@ -89,4 +96,20 @@ fn dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         // SAFETY: a row of `acc` is 64 bytes, and there are `ROWS` (checked above).
         unsafe { _mm512_storeu_si512(acc[r].as_mut_ptr().cast(), sums[r]) };
     }
+}
+
+/// Products with ones: four codes an instruction and lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn sum(row: &[i8]) -> i32 {
+    let ones = _mm512_set1_epi8(1);
+    let (whole, rest) = row.as_chunks::<64>();
+    let mut sums = _mm512_setzero_si512();
+    for codes in whole {
+        // SAFETY: an array of 64 bytes.
+        sums = _mm512_dpbusd_epi32(sums, ones, unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) });
+    }
+    // SAFETY: bytes that the mask leaves out are not read.
+    let rest = unsafe { _mm512_maskz_loadu_epi8((1 << rest.len()) - 1, rest.as_ptr()) };
+    _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(sums, ones, rest))
 }

@@ -218,6 +218,15 @@ trait Kernel {
     /// # Safety
     /// The CPU has the kernel's instruction set.
     unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc);
+
+    /// The sum of a row's codes.
+    ///
+    /// # Safety
+    /// The CPU has the kernel's instruction set.
+    #[inline(always)]
+    unsafe fn sum(row: &[i8]) -> i32 {
+        row.iter().map(|&code| i32::from(code)).sum()
+    }
 }
 
 /// Whether `isa` wants int8 weights stored as w + 128.
@@ -309,12 +318,12 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
         // Nearly equal shares: 65 rows run as 33 + 32.
         let rows = (m - first).div_ceil((m - first).div_ceil(ROWS.min(rows_at_once)));
         let lhs = &lhs[first * cols..][..rows * cols];
-        for r in 0..rows {
-            let row = &lhs[r * cols..][..cols];
+        for (r, row) in lhs.chunks_exact(cols.max(1)).enumerate() {
             let rest = row.chunks_exact(K_BLOCK).remainder();
             tail[r][..rest.len()].copy_from_slice(rest);
             if offset != 0 {
-                corrections[r] = offset * row.iter().map(|&a| i32::from(a)).sum::<i32>();
+                // SAFETY: the caller of the entry vouched for the instruction set.
+                corrections[r] = offset * unsafe { K::sum(row) };
             }
         }
         for first_panel in (0..panels).step_by(PANELS_AT_ONCE) {
@@ -328,6 +337,14 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
             if let Sink::Scaled { scale: scales, .. } = sink {
                 scales.read(columns.start, &mut scale);
             }
+            if let Sink::Requantized { out, requantize, added } = sink {
+                let pixels = first * weights.rows..(first + rows) * weights.rows;
+                let (out, added) = (&mut out[pixels.clone()], added.map(|added| &added[pixels]));
+                for (acc, panel) in acc.iter().zip(first_panel..last_panel) {
+                    requantize.write(weights.isa, panel, (&acc[..rows], &corrections), added, out);
+                }
+                continue;
+            }
             for r in 0..rows {
                 let at = (first + r) * weights.rows + columns.start;
                 let sums = Sums { acc: &acc, row: r, correction: corrections[r] };
@@ -340,10 +357,7 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
                         };
                         sums.write_scaled(&mut out[at..][..columns.len()], steps[first + r], &scale, bias);
                     }
-                    Sink::Requantized { out, requantize, added } => {
-                        let added = added.map(|added| &added[at..][..columns.len()]);
-                        sums.write_requantized(&mut out[at..][..columns.len()], requantize, first_panel, added);
-                    }
+                    Sink::Requantized { .. } => {}
                 }
             }
         }
@@ -456,15 +470,6 @@ impl<const ROWS: usize> Sums<'_, ROWS> {
         }
         if !rest.is_empty() {
             rest.copy_from_slice(&self.scaled_panel(whole.len(), step, scale, bias)[..rest.len()]);
-        }
-    }
-
-    /// As codes, which begin with the features of panel `first`.
-    #[inline(always)]
-    fn write_requantized(&self, out: &mut [i8], requantize: &Requantize, first: usize, added: Option<&[i8]>) {
-        for (p, out) in out.chunks_mut(PANEL).enumerate() {
-            let added = added.map(|added| &added[p * PANEL..][..out.len()]);
-            requantize.write(first + p, &self.panel(p), added, out);
         }
     }
 }
