@@ -82,39 +82,56 @@ impl Requantize {
         added: Option<&[i8]>,
         out: &mut [i8],
     ) {
-        dispatch(isa, Write { requantize: self, index, sums, corrections, added, out });
+        let first = index * LANES;
+        let width = LANES.min(self.features - first);
+        let rows = Rows { requantize: self, index, sums, corrections, out: &mut out[first..] };
+        match added {
+            None if width == LANES => dispatch(isa, Whole(rows)),
+            _ => dispatch(isa, Any(rows, width, added.map(|added| &added[first..]))),
+        }
     }
 }
 
-struct Write<'a> {
+/// The features of a block of several pixels.
+struct Rows<'a> {
     requantize: &'a Requantize,
     index: usize,
     sums: &'a [[i32; LANES]],
     corrections: &'a [i32],
-    added: Option<&'a [i8]>,
+    /// From the block's first feature of the first pixel on.
     out: &'a mut [i8],
 }
 
-impl Work for Write<'_> {
+/// A whole block, to which nothing is added.
+struct Whole<'a>(Rows<'a>);
+
+/// The first features of a block, and what is added to them.
+struct Any<'a>(Rows<'a>, usize, Option<&'a [i8]>);
+
+impl Work for Whole<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let Self { requantize, index, sums, corrections, added, out } = self;
-        let (first, step) = (index * LANES, requantize.features);
+        let Rows { requantize, index, sums, corrections, out } = self.0;
         let block = Block::of(requantize, index);
-        let width = LANES.min(step - first);
-        let pixels = sums.iter().zip(corrections);
-        if width == LANES && added.is_none() {
-            let mut at = first;
-            for (sums, &correction) in pixels {
-                out[at..][..LANES].copy_from_slice(&block.bounded(block.scaled(sums, correction)));
-                at += step;
-            }
-            return;
+        let mut at = 0;
+        for (sums, &correction) in sums.iter().zip(corrections) {
+            out[at..][..LANES].copy_from_slice(&block.bounded(block.scaled(sums, correction)));
+            at += requantize.features;
         }
-        let mut at = first;
-        for (sums, &correction) in pixels {
+    }
+}
+
+impl Work for Any<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self(Rows { requantize, index, sums, corrections, out }, width, added) = self;
+        let block = Block::of(requantize, index);
+        let mut at = 0;
+        for (sums, &correction) in sums.iter().zip(corrections) {
             let y = block.scaled(sums, correction);
             let codes = if let Some(added) = added {
                 let mut padded = [0; LANES];
@@ -124,7 +141,7 @@ impl Work for Write<'_> {
                 block.bounded(y)
             };
             out[at..][..width].copy_from_slice(&codes[..width]);
-            at += step;
+            at += requantize.features;
         }
     }
 }
