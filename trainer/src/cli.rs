@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use model_core::config::{AngleSeed, ExpertConfig, Generator, ViTConfig};
 use model_core::image::DecodeLimits;
@@ -11,6 +12,7 @@ use model_core::random::AngleSpread;
 use crate::compare::Variant;
 use crate::data::LabelColumn;
 use crate::data::frozen_stem::Views;
+use crate::data::heads::check_distinct;
 use crate::encode::{EncodeArgs, EncodingArgs};
 use crate::recipe::Recipe;
 
@@ -92,6 +94,24 @@ pub struct DataArgs {
     /// Folder with the images.
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+}
+
+/// Where the images of several heads come from.
+#[derive(Debug, Args)]
+pub struct DataSetsArgs {
+    /// Folder with the images. Given several times, each folder's classes have a head of their own, and become an expert set
+    /// that is called like the folder.
+    #[arg(long, value_name = "DIR", required = true)]
+    pub data: Vec<PathBuf>,
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+}
+
+/// What is done with files that are no usable images.
+#[derive(Debug, Args)]
+pub struct ReadingArgs {
     /// Stop when a file is no usable image instead of listing and skipping it.
     #[arg(long)]
     pub strict: bool,
@@ -322,9 +342,30 @@ pub struct NameArgs {
     /// Name of the backbone.
     #[arg(long, default_value = "backbone")]
     pub backbone_name: String,
-    /// Name of the expert set.
-    #[arg(long, default_value = "default")]
-    pub set_name: String,
+    /// Name of the expert set [default: default]. The sets of several data sets are called like their folders.
+    #[arg(long)]
+    pub set_name: Option<String>,
+}
+
+impl NameArgs {
+    /// The names of all expert sets that come of a run with that recipe.
+    ///
+    /// # Errors
+    /// When one name is given for several sets, or two have the same.
+    pub fn sets(&self, recipe: &Recipe) -> Result<Vec<String>> {
+        let given = || self.set_name.clone().unwrap_or_else(|| "default".to_owned());
+        if recipe.heads.is_empty() {
+            return Ok(vec![given()]);
+        }
+        ensure!(
+            self.set_name.is_none(),
+            "--set-name names one expert set, and there are {}, each called like its data set's folder",
+            recipe.heads.len()
+        );
+        let names: Vec<String> = recipe.heads.iter().map(|head| head.name.clone()).collect();
+        check_distinct(&names)?;
+        Ok(names)
+    }
 }
 
 /// A finished model to start from.
@@ -407,7 +448,7 @@ impl ExpertArgs {
 pub struct TrainArgs {
     /// Where images come from.
     #[command(flatten)]
-    pub data: DataArgs,
+    pub data: DataSetsArgs,
     #[command(flatten)]
     pub model: ModelArgs,
     /// What to start from.
@@ -514,6 +555,9 @@ pub struct EvaluateArgs {
     /// The expert set's file.
     #[arg(long, value_name = "FILE")]
     pub set: PathBuf,
+    /// The file of the expert set whose experts that set borrows.
+    #[arg(long, value_name = "FILE")]
+    pub lender: Option<PathBuf>,
     /// Measure on the training part instead.
     #[arg(long)]
     pub train_part: bool,

@@ -39,7 +39,7 @@ pub struct StepLine {
 }
 
 /// How the averaged weights do on the held-out images.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
     pub step: u64,
     pub epoch: u64,
@@ -52,9 +52,22 @@ pub struct Validation {
     pub routing_agreement: Option<f64>,
     /// Since the start of the run, interruptions not counted.
     pub seconds: f64,
+    /// Of each of several heads, in their order; empty for one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heads: Vec<HeadValidation>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// [`Validation`] of one head, on its own data set's held-out images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeadValidation {
+    pub name: String,
+    pub images: usize,
+    pub cross_entropy: f64,
+    pub top1: f64,
+    pub top5: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Line {
     Step(StepLine),

@@ -50,7 +50,7 @@ pub fn learning_curve(path: &Path, lines: &[Line]) -> Result<()> {
     let steps: Vec<StepLine> =
         lines.iter().filter_map(|l| if let Line::Step(l) = l { Some(*l) } else { None }).collect();
     let held_out: Vec<Validation> =
-        lines.iter().filter_map(|l| if let Line::Validation(l) = l { Some(*l) } else { None }).collect();
+        lines.iter().filter_map(|l| if let Line::Validation(l) = l { Some(l.clone()) } else { None }).collect();
     let epochs = steps.last().map_or(1.0, |l| l.epoch);
     png(path, (1000, 800), |root| {
         let (upper, lower) = root.split_vertically(400);

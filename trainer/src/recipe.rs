@@ -19,6 +19,7 @@ use training::vit::ViT;
 
 use crate::data::LabelColumn;
 use crate::data::augment::Augment;
+use crate::data::heads::Head;
 use crate::data::loader::Mixing;
 
 /// Where the parameters come from and which of them move.
@@ -125,6 +126,9 @@ pub struct Recipe {
     pub hold_out: f64,
     /// Which labels of CIFAR-100.
     pub labels: LabelColumn,
+    /// The heads of several data sets, in the order of their classes; empty for one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heads: Vec<Head>,
 }
 
 impl Recipe {
@@ -156,6 +160,7 @@ impl Recipe {
             ema_decay: 0.999,
             hold_out: 0.05,
             labels: LabelColumn::Fine,
+            heads: Vec::new(),
         }
     }
 
@@ -176,6 +181,11 @@ impl Recipe {
     /// A model with fresh parameters.
     pub fn init_model(&self) -> Result<ViT> {
         Ok(ViT::init_kind(&self.model, self.feed_forward, self.angle_spread, self.seed)?)
+    }
+
+    /// Classes of each of several heads; empty for one.
+    pub fn head_classes(&self) -> Vec<usize> {
+        self.heads.iter().map(|head| head.classes).collect()
     }
 
     /// Whether training leaves the parameter of that name where it is: the backbone of a specialised set, a frozen stem, and
@@ -219,6 +229,11 @@ impl Recipe {
             Ok(())
         };
         ensure!(self.epochs > 0, "epochs is 0");
+        let (heads, classes) = (self.head_classes(), self.model.num_classes);
+        ensure!(
+            heads.is_empty() || heads.iter().sum::<usize>() == classes,
+            "the heads have {heads:?} classes, the model has {classes}"
+        );
         let behind_stem = matches!(self.origin, Origin::Stem { .. });
         ensure!(
             behind_stem == (self.views > 0),
@@ -300,6 +315,15 @@ impl Recipe {
     /// # Errors
     /// Naming the fields that differ, with both values.
     pub fn check_same(&self, checkpoint: &Self) -> Result<()> {
+        let list = |recipe: &Self| match &recipe.heads[..] {
+            [] => "one data set".to_owned(),
+            heads => {
+                let names = heads.iter().map(|head| format!("{} ({} classes)", head.name, head.classes));
+                names.collect::<Vec<_>>().join(", ")
+            }
+        };
+        let (before, now) = (list(checkpoint), list(self));
+        ensure!(before == now, "the checkpoint learned from other data sets: from {before}, not from {now}");
         let mut differences = Vec::new();
         compare("", &serde_json::to_value(checkpoint)?, &serde_json::to_value(self)?, &mut differences);
         if differences.is_empty() {

@@ -129,6 +129,20 @@ pub fn load_set(path: &Path, backbone: &BackboneArtifact) -> Result<ExpertSetArt
     read().with_context(|| path.display().to_string())
 }
 
+/// [`load_set`] with the experts of the set in the file `lender`, if it borrows them.
+///
+/// # Errors
+/// Those of [`load_set`], and when the lender is missing or is not the one that the set names.
+pub fn load_complete_set(path: &Path, lender: Option<&Path>, backbone: &BackboneArtifact) -> Result<ExpertSetArtifact> {
+    let mut set = load_set(path, backbone)?;
+    let lender = lender.map(|path| load_set(path, backbone)).transpose()?;
+    set.check_lender(lender.as_ref().map(ExpertSetArtifact::as_lender)).with_context(|| path.display().to_string())?;
+    if let Some(lender) = lender.filter(|_| set.borrowed_experts.is_some()) {
+        set.weights.layers = lender.weights.layers;
+    }
+    Ok(set)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@
 //! (a picture of it) and `store/` (the artifacts, at the end). The loop stops at the end of the recipe, at a time
 //! limit, when asked to, or when the loss stops being a number; all but the last leave a checkpoint of the last step.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use model_core::random::AngleStart;
 use training::optimizer::AdamW;
@@ -21,12 +23,13 @@ use training::vit::ViT;
 use crate::checkpoint::{Checkpoint, State, Values};
 use crate::data::Dataset;
 use crate::data::frozen_stem::StemOutputs;
+use crate::data::heads::{Head, ranges};
 use crate::data::loader::{Loader, Plan, Position, StochasticDepth, batches_per_epoch};
 use crate::data::split::{HeldOut, hold_out};
-use crate::diary::{Diary, Line, StepLine, Validation};
-use crate::evaluate::Tally;
+use crate::diary::{Diary, HeadValidation, Line, StepLine, Validation};
+use crate::evaluate::{Scores, Tally};
 use crate::files::create_folder;
-use crate::predict::{Candle, by_shards, for_each_shard};
+use crate::predict::{Candle, Prediction, by_shards, for_each_shard};
 use crate::recipe::Recipe;
 use crate::teacher::Teacher;
 
@@ -150,7 +153,7 @@ impl Run {
         self.average = checkpoint.average.clone();
         self.position = checkpoint.state.position;
         self.preprocess = checkpoint.state.preprocess.clone();
-        self.validation = checkpoint.state.validation;
+        self.validation = checkpoint.state.validation.clone();
         self.seconds_before = checkpoint.state.seconds;
         Ok(())
     }
@@ -230,6 +233,7 @@ impl Run {
         let batch = Batch {
             inputs: batch.inputs,
             targets: batch.targets,
+            heads: self.recipe.head_classes(),
             len,
             branch_scales: batch.branch_scales,
             router_noise: self.recipe.router_noise,
@@ -287,6 +291,7 @@ impl Run {
             augment: self.recipe.augment,
             mixing: self.recipe.mixing,
             label_smoothing: self.recipe.label_smoothing,
+            heads: self.recipe.head_classes(),
             preprocess: self.preprocess.clone(),
             depth: StochasticDepth {
                 probability: self.recipe.drop_path,
@@ -312,10 +317,12 @@ impl Run {
         }
         let model = Candle { vit: self.averaged()?, quantizers: self.quantizers };
         let config = &self.recipe.model;
+        let mut tallies = HeadTallies::new(&self.recipe);
         let mut tally = Tally::new(config);
         let (dataset, indices) = (&self.dataset, &self.parts.validation);
-        let mut take = |shard: &[u32], answer| {
+        let mut take = |shard: &[u32], mut answer: Prediction| {
             let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
+            tallies.add(&labels, &mut answer);
             tally.add(&labels, &answer);
         };
         let threads = self.settings.threads;
@@ -335,8 +342,9 @@ impl Run {
             top5: scores.top5,
             routing_agreement: scores.routing_agreement,
             seconds: self.seconds(),
+            heads: tallies.scores(&self.recipe),
         });
-        Ok(self.validation)
+        Ok(self.validation.clone())
     }
 
     /// The run at rest.
@@ -355,7 +363,7 @@ impl Run {
                 preprocess: self.preprocess.clone(),
                 angle_start: self.angle_start.clone(),
                 labels: self.dataset.class_names.clone(),
-                validation: self.validation,
+                validation: self.validation.clone(),
             },
             parameters: values(&self.vit)?,
             average: self.average.clone(),
@@ -380,7 +388,8 @@ impl Run {
     }
 
     fn describe(&self, line: &StepLine) -> String {
-        let held_out = self.validation.map(|v| format!(", held out {:.1}%", 100.0 * v.top1)).unwrap_or_default();
+        let held_out =
+            self.validation.as_ref().map(|v| format!(", held out {:.1}%", 100.0 * v.top1)).unwrap_or_default();
         format!(
             "epoch {:.1}, loss {:.3}, accuracy {:.1}%{held_out}, {:.0} images/s",
             line.epoch,
@@ -388,6 +397,47 @@ impl Run {
             100.0 * line.accuracy,
             line.images_per_second
         )
+    }
+}
+
+/// What each of several heads does on the images of its data set; nothing where there is one.
+struct HeadTallies {
+    classes: Vec<Range<usize>>,
+    tallies: Vec<Tally>,
+}
+
+impl HeadTallies {
+    fn new(recipe: &Recipe) -> Self {
+        let of = |head: &Head| Tally::new(&ViTConfig { num_classes: head.classes, ..recipe.model.clone() });
+        Self {
+            classes: ranges(&recipe.head_classes(), recipe.model.num_classes),
+            tallies: recipe.heads.iter().map(of).collect(),
+        }
+    }
+
+    /// Counts the answers for images with these labels. In `answer` only the logits of an image's own head stay finite.
+    fn add(&mut self, labels: &[u16], answer: &mut Prediction) {
+        if self.tallies.is_empty() {
+            return;
+        }
+        let width = self.classes.last().map_or(1, |last| last.end);
+        for (row, &label) in answer.logits.chunks_exact_mut(width).zip(labels) {
+            let own = self.classes.iter().position(|classes| classes.contains(&usize::from(label)));
+            let Some(head) = own else { continue };
+            let classes = self.classes[head].clone();
+            let logits = row[classes.clone()].to_vec();
+            self.tallies[head].add(&[label - classes.start as u16], &Prediction { logits, experts: Vec::new() });
+            row[..classes.start].fill(f32::NEG_INFINITY);
+            row[classes.end..].fill(f32::NEG_INFINITY);
+        }
+    }
+
+    fn scores(&self, recipe: &Recipe) -> Vec<HeadValidation> {
+        let of = |(head, tally): (&Head, &Tally)| {
+            let Scores { images, cross_entropy, top1, top5, .. } = tally.scores();
+            HeadValidation { name: head.name.clone(), images, cross_entropy, top1, top5 }
+        };
+        recipe.heads.iter().zip(&self.tallies).map(of).collect()
     }
 }
 

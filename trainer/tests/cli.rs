@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
 use butterflyvit_trainer::checkpoint::Checkpoint;
-use model_core::artifact::{read_backbone, read_expert_set, write_backbone};
+use model_core::artifact::{BackboneArtifact, read_backbone, read_expert_set, write_backbone};
 use model_core::config::{Activation, BackboneConfig, StemLayer, SubstrateConfig};
+use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::{Preprocess, RgbImage};
+use model_core::kernels::Isa;
 use model_core::random::{AngleSpread, AngleStart, SplitMix64};
 use model_core::weights::{BackboneWeights, ExpertLayerWeights, Linear, Norm, StemWeights};
 use serde_json::Value;
@@ -535,6 +538,88 @@ fn stem_alone(path: &Path) {
         background: None,
     };
     fs::write(path, write_backbone("eyes", &weights, &Preprocess::default(), &Value::Null).unwrap()).unwrap();
+}
+
+/// A folder of two classes, dark and bright, of which the model knows nothing yet.
+fn shades(root: &Path) -> PathBuf {
+    let data = root.join("shades");
+    for (class, base) in [("dark", 10), ("bright", 180)] {
+        fs::create_dir_all(data.join(class)).unwrap();
+        for number in 0..20u8 {
+            let image = RgbImage::from_fn(8, 8, |x, y| [base + number + (x * 5 + y) as u8; 3].into());
+            image.save(data.join(class).join(format!("{number}.png"))).unwrap();
+        }
+    }
+    data
+}
+
+#[test]
+fn several_data_sets_have_a_head_each() {
+    let root = tempfile::tempdir().unwrap();
+    let (colours, shades) = (images(root.path()), shades(root.path()));
+    let (eyes, run) = (root.path().join("eyes.safetensors"), root.path().join("run"));
+    stem_alone(&eyes);
+    let both = ["--data", text(&shades), "--preset", "tiny", "--learning-rate", "0.01", "--stem", text(&eyes)];
+    let stopped = [&both[..], &["--limit-seconds", "0"]].concat();
+    let mut stopped = train(text(&colours), text(&run), &stopped);
+    let mix = stopped.iter().position(|arg| *arg == "--mix").unwrap();
+    stopped[mix + 1] = "0.5";
+    succeed(&stopped);
+    let resume = ["train", "--data", text(&colours), "--out", text(&run), "--resume", "--quiet", "--stem", text(&eyes)];
+    let error = fail(&resume);
+    assert!(error.contains("from other data sets: from data (3 classes), shades (2 classes), not from one"), "{error}");
+    let output = succeed(&[&resume[..], &["--data", text(&shades)]].concat());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("data: ") && said.contains("% of 12 held-out images"), "{said}");
+    assert!(said.contains("shades: ") && said.contains("% of 8 held-out images"), "{said}");
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    assert!(metrics.contains(r#""heads":[{"name":"data","images":12,"#), "{metrics}");
+
+    // One set has the experts, the other borrows them; both answer, apart and through the engine in one forward.
+    let store = run.join("store");
+    let backbone = store.join("backbones/backbone.safetensors");
+    let of = |name: &str| store.join(format!("expert-sets/{name}/1.safetensors"));
+    let read = |name: &str| read_expert_set(&fs::read(of(name)).unwrap()).unwrap();
+    let (lender, borrower) = (read("data"), read("shades"));
+    assert_eq!(
+        (&lender.weights.labels[..], lender.borrowed_experts),
+        (&["blue", "green", "red"].map(String::from)[..], None)
+    );
+    assert_eq!(borrower.weights.labels, ["bright", "dark"]);
+    assert_eq!((borrower.borrowed_experts, borrower.weights.layers.len()), (Some(lender.digest), 0));
+    assert_eq!(borrower.training["held_out"]["name"], "shades");
+    let evaluate = ["evaluate", "--json", "--backbone", text(&backbone)];
+    let top1 = |more: &[&str]| {
+        let report: Value = serde_json::from_slice(&succeed(&[&evaluate[..], more].concat()).stdout).unwrap();
+        report["top1"].as_f64().unwrap()
+    };
+    let (first, second) = (of("data"), of("shades"));
+    assert!(top1(&["--set", text(&first), "--data", text(&colours)]) > 0.8);
+    let borrowed = ["--set", text(&second), "--data", text(&shades)];
+    assert!(top1(&[&borrowed[..], &["--lender", text(&first)]].concat()) > 0.8);
+    let error = fail(&[&evaluate[..], &borrowed].concat());
+    assert!(error.contains("experts cannot be borrowed") && error.contains("it is not there"), "{error}");
+    let packed = read_backbone(&fs::read(&backbone).unwrap()).unwrap();
+    let BackboneArtifact { name, weights, preprocess, digest, .. } = packed;
+    let packed = Backbone::from_weights(name, &weights, preprocess, digest, Isa::from_env().unwrap()).unwrap();
+    let lender = ExpertSet::from_artifact(lender, &packed, None).unwrap();
+    let borrower = ExpertSet::from_artifact(borrower, &packed, Some(&lender)).unwrap();
+    let mut session = Session::new(&Arc::new(packed), 2, 1);
+    let (pixels, mut three, mut two) = (vec![0.3; 192], [0.0; 3], [0.0; 2]);
+    let mut rows = [
+        Row { set: &lender, pixels: &pixels, logits: &mut three, routing: None, features: None },
+        Row { set: &borrower, pixels: &pixels, logits: &mut two, routing: None, features: None },
+    ];
+    session.forward(&mut rows).unwrap();
+    assert!(three != [0.0; 3] && two != [0.0; 2]);
+
+    let other = root.path().join("other");
+    let refused = |more: &[&str]| fail(&train(text(&colours), text(&other), &[&both[..], more].concat()));
+    assert!(refused(&["--set-name", "mine"]).contains("--set-name names one expert set, and there are 2"));
+    assert!(refused(&["--data", text(&colours)]).contains("two expert sets would be called data"));
+    let twice = ["--data", text(&colours), "--data", text(&shades)];
+    let compare = [&["compare", "--out", text(&other), "--preset", "tiny"], &twice[..]].concat();
+    assert!(fail(&compare).contains("cannot be used multiple times"));
 }
 
 /// A backbone whose stem has norms and no steps.

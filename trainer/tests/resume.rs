@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use butterflyvit_trainer::checkpoint::Checkpoint;
 use butterflyvit_trainer::data::Dataset;
+use butterflyvit_trainer::data::heads::Head;
 use butterflyvit_trainer::data::loader::Mixing;
 use butterflyvit_trainer::recipe::{Origin, Recipe};
 use butterflyvit_trainer::store::Store;
@@ -41,6 +42,11 @@ fn recipe() -> Recipe {
         mixing: Mixing { probability: 0.5, ..Mixing::NONE },
         ..Recipe::scratch(tiny)
     }
+}
+
+/// The five classes as those of two data sets.
+fn heads() -> Vec<Head> {
+    [("few", 2), ("more", 3)].map(|(name, classes)| Head { name: name.into(), classes }).into()
 }
 
 /// A teacher with random weights.
@@ -92,7 +98,8 @@ fn interrupted_at_every_step_equals_uninterrupted() {
         distillation: Some(teacher().distillation(0.5)),
         ..recipe()
     };
-    for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }, taught] {
+    let several = Recipe { heads: heads(), ..recipe() };
+    for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }, taught, several] {
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut uninterrupted = run(&recipe, whole.path(), 2, None);
         assert_eq!(uninterrupted.train(&AtomicBool::new(false)).unwrap(), Ended::Finished);
@@ -111,8 +118,9 @@ fn interrupted_at_every_step_equals_uninterrupted() {
         assert_eq!(interruptions, 3 * 4 - 1, "36 - 9 held out = 36 images are 4 batches an epoch");
         let (whole, pieces) = (Checkpoint::load(whole.path()).unwrap(), Checkpoint::load(pieces.path()).unwrap());
         assert_eq!(whole.state.position, pieces.state.position);
-        let (a, b) = (whole.state.validation.unwrap(), pieces.state.validation.unwrap());
-        assert_eq!((a.top1, a.cross_entropy), (b.top1, b.cross_entropy));
+        let validation = |checkpoint: &Checkpoint| checkpoint.state.validation.clone().unwrap();
+        let (a, b) = (validation(&whole), validation(&pieces));
+        assert_eq!((a.top1, a.cross_entropy, a.heads), (b.top1, b.cross_entropy, b.heads));
         assert_eq!(bits(&whole), bits(&pieces));
         assert!(!whole.moments.is_empty());
     }
@@ -144,6 +152,7 @@ fn every_part_of_the_recipe_changes_the_result() {
         ("angle_rate", rates(30.0, 1.0)),
         ("router_rate", rates(1.0, 0.5)),
         ("frozen angles", rates(0.0, 1.0)),
+        ("heads", Recipe { heads: heads(), ..recipe() }),
     ] {
         assert!(trained(recipe) != plain, "{part}");
     }
@@ -172,6 +181,11 @@ fn other_recipes_and_other_images_are_refused() {
     let other = Recipe { learning_rate: 0.5, ..recipe() };
     let error = run(&other, out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
     assert!(error.contains("another configuration: learning_rate"), "{error}");
+
+    let several = Recipe { heads: heads(), ..recipe() };
+    let error = run(&several, out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
+    let said = "learned from other data sets: from one data set, not from few (2 classes), more (3 classes)";
+    assert!(error.contains(said), "{error}");
 
     checkpoint.state.data_fingerprint ^= 1;
     let error = run(&recipe(), out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();

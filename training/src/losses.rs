@@ -38,12 +38,13 @@ pub struct Losses {
     pub total: Tensor,
 }
 
-/// All terms for a batch with soft `targets [batch, classes]` whose rows sum to one. `loads` is [`expert_loads`] of the
+/// All terms for a batch with soft `targets [batch, classes]` whose rows sum to one. `heads` are the classes of each
+/// softmax ([`cross_entropy`]). `loads` is [`expert_loads`] of the
 /// batch, or of the larger one that it is a part of: means of shards are then the terms of the whole but for contiguity.
 pub fn losses(
     output: &Output,
     loads: &[Vec<f32>],
-    targets: &Tensor,
+    (targets, heads): (&Tensor, &[usize]),
     side: usize,
     weights: LossWeights,
 ) -> Result<Losses> {
@@ -59,7 +60,7 @@ pub fn losses(
         }
     }
     let (balance, smoothness, contiguity) = ((balance / layers)?, (smoothness / layers)?, (contiguity / layers)?);
-    let cross_entropy = cross_entropy(&output.logits, targets)?;
+    let cross_entropy = cross_entropy(&output.logits, targets, heads)?;
     let mut total = ((&cross_entropy + (&balance * weights.balance)?)? + (&smoothness * weights.smoothness)?)?;
     if weights.contiguity > 0.0 {
         total = (total + (&contiguity * weights.contiguity)?)?;
@@ -88,12 +89,31 @@ pub fn contiguity_ratio(probabilities: &Tensor, side: usize) -> Result<Tensor> {
     ops::smoothness(&by_image(probabilities, side)?, side, side)? / between_any
 }
 
-/// Mean over the batch of `-sum_c target_c log softmax(logits)_c`.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+/// Mean over the batch of `-sum_c target_c log softmax(logits)_c`. Several `heads`, each of so many classes, lie side by
+/// side and have a softmax each: a row of `targets` is spread over those that it says something of, and gives the others no
+/// gradient. None is one head over all classes.
+///
+/// # Errors
+/// When the heads do not have as many classes as there are logits.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor, heads: &[usize]) -> Result<Tensor> {
+    let log_p = match heads {
+        [] | [_] => log_softmax(logits)?,
+        _ => {
+            let starts = heads.iter().scan(0, |end, classes| {
+                *end += classes;
+                Some(*end - classes)
+            });
+            let of_head = |(start, &classes)| log_softmax(&logits.narrow(D::Minus1, start, classes)?);
+            Tensor::cat(&starts.zip(heads).map(of_head).collect::<Result<Vec<_>>>()?, D::Minus1)?
+        }
+    };
+    (log_p * targets)?.sum(D::Minus1)?.mean_all()?.neg()
+}
+
+fn log_softmax(logits: &Tensor) -> Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
     let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
-    let log_p = shifted.broadcast_sub(&log_sum)?;
-    (log_p * targets)?.sum(D::Minus1)?.mean_all()?.neg()
+    shifted.broadcast_sub(&log_sum)
 }
 
 /// For every layer the share of (token, choice) pairs that went to each expert, over all of `outputs`.
@@ -162,7 +182,7 @@ mod tests {
         let targets = Tensor::full(0.2f32, (2, 5), &Device::Cpu).unwrap();
         let weights = LossWeights { balance: 0.0, smoothness: 0.0, contiguity: 1.0 };
         let loads = expert_loads(std::iter::once(&output));
-        let losses = losses(&output, &loads, &targets, config.backbone.grid_side(), weights).unwrap();
+        let losses = losses(&output, &loads, (&targets, &[]), config.backbone.grid_side(), weights).unwrap();
         let gradients = losses.contiguity.backward().unwrap();
         for (name, var) in vit.parameters().all() {
             assert_eq!(gradients.get(var).is_some(), name.ends_with(".router"), "{name}");

@@ -32,6 +32,8 @@ pub struct Batch {
     pub inputs: Inputs,
     /// Soft labels `[batch, classes]`, rows summing to one.
     pub targets: Vec<f32>,
+    /// Classes of each of several heads side by side ([`crate::losses::cross_entropy`]); empty for one head.
+    pub heads: Vec<usize>,
     pub len: usize,
     /// Stochastic depth (arXiv 1603.09382): what every image's residual branches are multiplied by,
     /// `[batch, 2 * layers]`, attention before feed-forward; empty for one everywhere.
@@ -53,7 +55,8 @@ pub struct StepStats {
     pub smoothness: f64,
     /// Contiguity ratio; 0 when it has no weight.
     pub contiguity: f64,
-    /// Share of images whose largest logit is the largest target, mixed and taught as it may be.
+    /// Share of images whose largest logit is the largest target, mixed and taught as it may be; of several heads in the
+    /// first that the target says something of.
     pub accuracy: f64,
 }
 
@@ -142,7 +145,7 @@ fn backward(
     let share = images.len() as f64 / batch.len as f64;
     let targets = &batch.targets[images.start * classes..images.end * classes];
     let target_tensor = Tensor::from_slice(targets, (images.len(), classes), &Device::Cpu)?;
-    let losses = losses(output, loads, &target_tensor, vit.config().backbone.grid_side(), weights)?;
+    let losses = losses(output, loads, (&target_tensor, &batch.heads), vit.config().backbone.grid_side(), weights)?;
     let grads = (&losses.total * share)?.backward()?;
     let mut named = Gradients::new();
     for (name, var) in vit.parameters().trainable() {
@@ -154,7 +157,7 @@ fn backward(
     }
     let logits = output.logits.flatten_all()?.to_vec1::<f32>()?;
     let hits = logits.chunks_exact(classes).zip(targets.chunks_exact(classes));
-    let hits = hits.filter(|(logits, targets)| argmax(logits) == argmax(targets)).count();
+    let hits = hits.filter(|(logits, targets)| is_hit(logits, targets, &batch.heads)).count();
     let scalar = |t: &Tensor| t.to_scalar::<f32>().map(f64::from);
     let stats = StepStats {
         loss: scalar(&losses.total)? * share,
@@ -165,6 +168,18 @@ fn backward(
         accuracy: hits as f64 / batch.len as f64,
     };
     Ok((named, stats))
+}
+
+/// Whether the largest logit is the largest target, in the first head with a target.
+fn is_hit(mut logits: &[f32], mut targets: &[f32], heads: &[usize]) -> bool {
+    for &classes in heads {
+        if targets[..classes].iter().any(|target| *target > 0.0) {
+            (logits, targets) = (&logits[..classes], &targets[..classes]);
+            break;
+        }
+        (logits, targets) = (&logits[classes..], &targets[classes..]);
+    }
+    argmax(logits) == argmax(targets)
 }
 
 fn argmax(values: &[f32]) -> usize {

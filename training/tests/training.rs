@@ -50,6 +50,40 @@ fn every_parameter_receives_gradient_the_router_included() {
 }
 
 #[test]
+fn a_head_gets_no_gradient_from_another_ones_images() {
+    let config = tiny();
+    let vit = ViT::init(&config, 1).unwrap();
+    // All images are of class 0 or 1, which one head has; the other has the remaining three.
+    let mut batch = Batch { heads: vec![2, 3], ..batch(&config, 6) };
+    for (i, row) in batch.targets.chunks_exact_mut(5).enumerate() {
+        row.fill(0.0);
+        row[i % 2] = 1.0;
+    }
+    let weights = LossWeights { balance: 0.0, smoothness: 0.0, contiguity: 0.0 };
+    let of = |batch: &Batch| gradients(&vit, Quantizers::NONE, batch, weights, 6, 1).unwrap();
+    let (apart, stats) = of(&batch);
+    let d_model = config.backbone.d_model;
+    for (name, width) in [("head.weight", d_model), ("head.bias", 1)] {
+        let (own, others) = apart[name].split_at(2 * width);
+        assert!(own.iter().any(|g| g.abs() > 1e-4), "{name}");
+        assert!(others.iter().all(|g| *g == 0.0), "{name}: {others:?}");
+    }
+    // The first head's own softmax, and nothing of the second's logits.
+    let logits = logits(&vit, &batch, Quantizers::NONE);
+    let expected = logits.chunks_exact(5).enumerate().map(|(i, row)| {
+        let own = row[i % 2];
+        f64::from(((row[0] - own).exp() + (row[1] - own).exp()).ln())
+    });
+    let expected = expected.sum::<f64>() / 6.0;
+    assert!((stats.cross_entropy - expected).abs() < 1e-5, "{} and {expected}", stats.cross_entropy);
+    let hits = logits.chunks_exact(5).enumerate().filter(|(i, row)| row[i % 2] > row[1 - i % 2]).count();
+    assert!((stats.accuracy - hits as f64 / 6.0).abs() < 1e-9);
+    let one = Batch { heads: vec![5], ..batch.clone() };
+    let none = Batch { heads: Vec::new(), ..batch };
+    assert_eq!(of(&one), of(&none), "a head alone is what there was before");
+}
+
+#[test]
 fn loss_gradient_matches_finite_differences_through_the_whole_model() {
     let config = tiny();
     let vit = ViT::init(&config, 2).unwrap();

@@ -29,10 +29,10 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
     let stem = frozen_stem(&args.stem, &args.teacher, &mut base)?;
     args.recipe.apply(&mut base);
     let side = base.model.backbone.image_size;
-    let dataset = Arc::new(open_train(&args.data, side, base.labels)?);
+    let dataset = Arc::new(open_train(&args.data.data, &args.data.reading, side, base.labels)?);
     base.model.num_classes = dataset.num_classes();
     let teacher = teacher(&args.teacher, &mut base)?;
-    let test = data::open(&args.data.data, Part::Test, &open_options(&args.data, side, base.labels))?.dataset;
+    let test = data::open(&args.data.data, Part::Test, &open_options(&args.data.reading, side, base.labels))?.dataset;
     crate::files::create_folder(&args.run.out)?;
     compare::write_memory(&args.run.out, &base.model, stem.as_ref().map(|stem| &stem.weights[..]))?;
     let behind = match &stem {

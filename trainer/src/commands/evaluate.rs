@@ -11,7 +11,7 @@ use crate::cli::{EvaluateArgs, threads};
 use crate::data::{self, LabelColumn, Opened, Part};
 use crate::evaluate::{Artifacts, Probe, Report, Tally, confusion_picture};
 use crate::recipe::angle_start;
-use crate::store::{load_backbone, load_set};
+use crate::store::{load_backbone, load_complete_set};
 use crate::terminal::print;
 
 /// `evaluate`: how good artifacts are.
@@ -20,7 +20,7 @@ use crate::terminal::print;
 /// When an artifact or the data is unusable, or they do not belong together.
 pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let backbone = load_backbone(&args.backbone)?;
-    let set = load_set(&args.set, &backbone)?;
+    let set = load_complete_set(&args.set, args.lender.as_deref(), &backbone)?;
     let config = set.weights.vit_config(&backbone.weights.config);
     let part = if args.train_part { Part::Train } else { Part::Test };
     let Opened { dataset, skipped, warnings } = open_labelled(args, part, &config, &set.weights.labels)?;
@@ -61,7 +61,7 @@ fn open_labelled(args: &EvaluateArgs, part: Part, config: &ViTConfig, labels: &[
     let side = config.backbone.image_size;
     let columns = args.labels.map_or(vec![LabelColumn::Fine, LabelColumn::Coarse], |column| vec![column]);
     for column in columns {
-        let opened = data::open(&args.data.data, part, &open_options(&args.data, side, column))?;
+        let opened = data::open(&args.data.data, part, &open_options(&args.data.reading, side, column))?;
         if opened.dataset.class_names == labels {
             return Ok(opened);
         }

@@ -1,15 +1,17 @@
 //! `export`: the artifacts of a run's checkpoint.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
-use model_core::artifact::{read_backbone, write_backbone};
-use model_core::weights::Encodings;
+use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
+use model_core::weights::{Encodings, ExpertSetWeights};
 use serde_json::{Value, json};
 
 use crate::checkpoint::Checkpoint;
 use crate::cli::{ExportArgs, NameArgs};
 use crate::data::frozen_stem::FrozenStem;
+use crate::data::heads::ranges;
 use crate::recipe::Origin;
 use crate::store::{Store, load_backbone};
 use crate::terminal::say;
@@ -35,7 +37,10 @@ pub fn export(args: &ExportArgs) -> Result<()> {
             export_backbone(&checkpoint, &store, &args.names, &encodings, Some(&stem))
         }
         (Origin::Specialise { .. }, Some(path)) => {
-            export_set(&checkpoint, &store, (path, &args.names.set_name), &encodings)
+            let [name] = &args.names.sets(&checkpoint.state.recipe)?[..] else {
+                bail!("a specialised set has one head")
+            };
+            export_set(&checkpoint, &store, (path, name), &encodings)
         }
         (Origin::Stem { .. }, None) => bail!("--backbone is missing: the run is behind the stem of one"),
         (Origin::Specialise { .. }, None) => bail!("--backbone is missing: the run specialised one"),
@@ -49,7 +54,7 @@ fn summary(checkpoint: &Checkpoint) -> Result<Value> {
         "recipe": serde_json::to_value(&state.recipe)?,
         "steps": state.step,
         "seconds": state.seconds.round(),
-        "held_out": serde_json::to_value(state.validation)?,
+        "held_out": serde_json::to_value(&state.validation)?,
         "angle_start": serde_json::to_value(&state.angle_start)?,
     }))
 }
@@ -63,14 +68,13 @@ pub(super) fn export_backbone(
 ) -> Result<()> {
     let state = &checkpoint.state;
     let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
-    let (mut backbone, mut set) = vit.to_weights(&state.labels)?;
+    let (mut backbone, set) = vit.to_weights(&state.labels)?;
     if let (Some(stem), Origin::Stem { backbone: digest }) = (stem, &state.recipe.origin) {
         ensure!(*digest == stem.digest.to_string(), "the run is behind the stem of another backbone, {digest}");
         // Its own integers and steps, not what they stand for.
         backbone.stem.clone_from(&stem.weights);
     }
     encodings.encode_backbone(&mut backbone);
-    encodings.encode_expert_set(&mut set);
     let summary = summary(checkpoint)?;
     let bytes = write_backbone(&names.backbone_name, &backbone, &state.preprocess, &summary)?;
     let mut artifact = read_backbone(&bytes)?;
@@ -80,9 +84,44 @@ pub(super) fn export_backbone(
     let path = store.put_backbone(&names.backbone_name, &bytes)?;
     say(&format!("backbone   {}", path.display()));
     // A new backbone starts its sets afresh: an earlier version belongs to an earlier backbone.
-    let path = store.write_set(&names.set_name, 1, &set, (&backbone.config, digest), &summary)?;
-    say(&format!("expert set {}", path.display()));
+    let bound_to = (&backbone.config, digest);
+    let sets = names.sets(&state.recipe)?;
+    let classes = ranges(&state.recipe.head_classes(), set.labels.len());
+    let mut lender = None;
+    for (i, (name, classes)) in sets.iter().zip(classes).enumerate() {
+        let mut set = with_head(&set, classes);
+        encodings.encode_expert_set(&mut set);
+        let mut summary = summary.clone();
+        if let Some(own) = state.validation.as_ref().and_then(|validation| validation.heads.get(i)) {
+            summary["held_out"] = serde_json::to_value(own)?;
+        }
+        let mut bytes = write_expert_set(name, &set, bound_to, &summary)?;
+        let mut artifact = read_expert_set(&bytes)?;
+        if let Some(lender) = lender {
+            // All learned with the same experts, which are in the store and in memory once.
+            artifact.weights.layers.clear();
+            artifact.borrowed_experts = Some(lender);
+            bytes = artifact.to_bytes()?;
+        }
+        let path = store.put_set(name, 1, &bytes)?;
+        lender.get_or_insert(artifact.digest);
+        say(&format!("expert set {}", path.display()));
+    }
     Ok(())
+}
+
+/// The set with some rows of its head only.
+fn with_head(set: &ExpertSetWeights, classes: Range<usize>) -> ExpertSetWeights {
+    if classes.len() == set.labels.len() {
+        return set.clone();
+    }
+    let mut own = set.clone();
+    let weight = set.head.weight.to_f32();
+    let features = weight.len() / set.labels.len();
+    own.head.weight = weight[classes.start * features..classes.end * features].to_vec().into();
+    own.head.bias = set.head.bias[classes.clone()].to_vec();
+    own.labels = set.labels[classes].to_vec();
+    own
 }
 
 pub(super) fn export_set(

@@ -2,14 +2,13 @@
 
 use std::fs;
 
-use anyhow::{Context, Result, ensure};
-use model_core::artifact::ExpertSetArtifact;
+use anyhow::{Result, ensure};
 use model_core::image::{DecodeLimits, decode};
 use serde::Serialize;
 
 use super::shared::predictor;
 use crate::cli::LogitsArgs;
-use crate::store::{load_backbone, load_set};
+use crate::store::{load_backbone, load_complete_set};
 use crate::terminal::{print, say};
 
 /// A line of `logits`. Numbers have the digits that lead back to the same f32, which a detour over `Value` would lengthen.
@@ -26,13 +25,7 @@ struct Logits<'a> {
 /// When an artifact is unusable or the two do not belong together; at the end, when a file held no image.
 pub fn logits(args: &LogitsArgs) -> Result<()> {
     let backbone = load_backbone(&args.backbone)?;
-    let mut set = load_set(&args.set, &backbone)?;
-    let lender = args.lender.as_ref().map(|path| load_set(path, &backbone)).transpose()?;
-    set.check_lender(lender.as_ref().map(ExpertSetArtifact::as_lender))
-        .with_context(|| args.set.display().to_string())?;
-    if let Some(lender) = lender.filter(|_| set.borrowed_experts.is_some()) {
-        set.weights.layers = lender.weights.layers;
-    }
+    let set = load_complete_set(&args.set, args.lender.as_deref(), &backbone)?;
     let model = predictor(&backbone, &set, args.float)?;
     let side = backbone.weights.config.image_size;
     let mut unusable = 0;

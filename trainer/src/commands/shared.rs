@@ -12,10 +12,11 @@ use training::parameters::Quantizers;
 use training::vit::ViT;
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::cli::{DataArgs, StemArgs, TeacherArgs};
+use crate::cli::{DataSetsArgs, ReadingArgs, StemArgs, TeacherArgs};
 use crate::data::frozen_stem::FrozenStem;
+use crate::data::heads::{Head, join};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
-use crate::diary;
+use crate::diary::{self, HeadValidation};
 use crate::evaluate::Tally;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
@@ -51,7 +52,7 @@ pub(super) fn measure(
     Ok(tally)
 }
 
-pub(super) fn open_options(args: &DataArgs, side: usize, labels: LabelColumn) -> OpenOptions {
+pub(super) fn open_options(args: &ReadingArgs, side: usize, labels: LabelColumn) -> OpenOptions {
     OpenOptions { side, labels, strict: args.strict, max_pixels: args.max_pixels }
 }
 
@@ -85,11 +86,25 @@ pub(super) fn say_findings(skipped: &[String], warnings: &[String]) {
 }
 
 /// Reads the training images and says what is wrong with them.
-pub(super) fn open_train(args: &DataArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
-    let Opened { dataset, skipped, warnings } = data::open(&args.data, Part::Train, &open_options(args, side, labels))?;
+pub(super) fn open_train(folder: &Path, args: &ReadingArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
+    let Opened { dataset, skipped, warnings } = data::open(folder, Part::Train, &open_options(args, side, labels))?;
     say_findings(&skipped, &warnings);
     say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
     Ok(dataset)
+}
+
+/// The images of all data sets as one, and their heads, which are entered in the recipe.
+pub(super) fn open_all(args: &DataSetsArgs, side: usize, recipe: &mut Recipe) -> Result<Dataset> {
+    let mut sets = Vec::new();
+    recipe.heads.clear();
+    for folder in &args.data {
+        let dataset = open_train(folder, &args.reading, side, recipe.labels)?;
+        if args.data.len() > 1 {
+            recipe.heads.push(Head::of(folder, &dataset)?);
+        }
+        sets.push(dataset);
+    }
+    join(sets)
 }
 
 /// The teacher that was asked for, entered in the recipe.
@@ -149,7 +164,14 @@ pub(super) fn drive(
     }
     let ended = run.train(stop)?;
     match ended {
-        Ended::Finished => export(&run.checkpoint()?)?,
+        Ended::Finished => {
+            let checkpoint = run.checkpoint()?;
+            for head in checkpoint.state.validation.iter().flat_map(|validation| &validation.heads) {
+                let HeadValidation { name, images, top1, .. } = head;
+                say(&format!("{name}: {:.2}% of {images} held-out images", 100.0 * top1));
+            }
+            export(&checkpoint)?;
+        }
         Ended::OutOfTime | Ended::Interrupted => {
             say(&format!("stopped; the checkpoint is in {}; add --resume to go on", out.display()));
         }

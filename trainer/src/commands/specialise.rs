@@ -37,7 +37,7 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
         _ => {}
     }
     args.recipe.apply(&mut recipe);
-    let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
+    let dataset = open_train(&args.data.data, &args.data.reading, recipe.model.backbone.image_size, recipe.labels)?;
     recipe.model.num_classes = dataset.num_classes();
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;

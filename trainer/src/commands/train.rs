@@ -10,7 +10,7 @@ use model_core::weights::Encodings;
 use training::vit::ViT;
 
 use super::export::export_backbone;
-use super::shared::{drive, frozen_stem, open_train, starting_point, take, teacher};
+use super::shared::{drive, frozen_stem, open_all, starting_point, take, teacher};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{StartArgs, TrainArgs};
 use crate::data::Dataset;
@@ -52,7 +52,8 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         recipe.optimizer.angle_rate = 0.0;
     }
     args.recipe.apply(&mut recipe);
-    let dataset = open_train(&args.data, recipe.model.backbone.image_size, recipe.labels)?;
+    let dataset = open_all(&args.data, recipe.model.backbone.image_size, &mut recipe)?;
+    args.names.sets(&recipe)?;
     if args.model.config.is_none() {
         // A preset is a shape for any number of classes; a configuration file says exactly what it wants.
         recipe.model.num_classes = dataset.num_classes();

@@ -3,6 +3,7 @@
 //! Batch `b` of epoch `e` is a pure function of (plan, e, b): [`Loader::start`] at any position gives the batches that
 //! an uninterrupted loader would have given from there on.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
@@ -14,6 +15,7 @@ use training::step::Inputs;
 use super::Dataset;
 use super::augment::Augment;
 use super::frozen_stem::StemOutputs;
+use super::heads::ranges;
 use super::random::{Purpose, beta, rng, shuffle};
 
 /// Batches made ahead; enough to hide the odd slow one.
@@ -47,8 +49,10 @@ pub struct Plan {
     /// Variation of single images.
     pub augment: Augment,
     pub mixing: Mixing,
-    /// Share of the target spread evenly over all classes.
+    /// Share of the target spread evenly over all classes of the image's head.
     pub label_smoothing: f32,
+    /// Classes of each of several heads; empty for one. Images are mixed with others of the same head.
+    pub heads: Vec<usize>,
     /// From bytes to the model's pixels.
     pub preprocess: Preprocess,
     /// Which residual branches are left out.
@@ -91,7 +95,7 @@ pub struct Position {
 pub struct Batch {
     pub position: Position,
     pub inputs: Inputs,
-    /// `[batch, classes]`, mixed and smoothed; every row sums to one.
+    /// `[batch, classes]`, mixed and smoothed; every row sums to one, within the image's head.
     pub targets: Vec<f32>,
     /// `[batch]`, the label with the larger share.
     pub labels: Vec<u16>,
@@ -185,10 +189,13 @@ fn make_batch(dataset: &Dataset, stem: Option<&StemOutputs>, order: &[u32], plan
     let unmixed = (plan.mixing.probability > 0.0).then(|| values.clone());
 
     let classes = dataset.num_classes();
-    let mut targets = vec![plan.label_smoothing / classes as f32; size * classes];
+    let heads = ranges(&plan.heads, classes);
+    let of_heads: Vec<usize> = members.iter().map(|&index| head_of(&heads, dataset.labels[index as usize])).collect();
+    let partners = partners(&of_heads, heads.len());
+    let mut targets = vec![0.0; size * classes];
     let mut labels = Vec::with_capacity(size);
     for (i, &index) in members.iter().enumerate() {
-        let partner = size - 1 - i;
+        let partner = partners[i];
         let label = usize::from(dataset.labels[index as usize]);
         let partner_label = usize::from(dataset.labels[members[partner] as usize]);
         let mut share = 1.0;
@@ -198,6 +205,9 @@ fn make_batch(dataset: &Dataset, stem: Option<&StemOutputs>, order: &[u32], plan
             share = mix(own, &unmixed[partner * image_len..][..image_len], side, &plan.mixing, &mut rng);
         }
         let row = &mut targets[i * classes..][..classes];
+        let head = heads[of_heads[i]].clone();
+        let smoothed = plan.label_smoothing / head.len() as f32;
+        row[head].fill(smoothed);
         row[label] += (1.0 - plan.label_smoothing) * share;
         row[partner_label] += (1.0 - plan.label_smoothing) * (1.0 - share);
         labels.push(if share >= 0.5 { label } else { partner_label } as u16);
@@ -216,6 +226,22 @@ fn make_batch(dataset: &Dataset, stem: Option<&StemOutputs>, order: &[u32], plan
     }
     let inputs = if stem.is_some() { Inputs::Tokens(values) } else { Inputs::Pixels(values) };
     Batch { position, inputs, targets, labels, branch_scales, noise_seeds }
+}
+
+/// Which head the class `label` is of.
+fn head_of(heads: &[Range<usize>], label: u16) -> usize {
+    heads.partition_point(|head| head.end <= usize::from(label))
+}
+
+/// With whom every member of a batch is mixed, by the members' heads: the first of a head with the last of it, and so on.
+fn partners(of_heads: &[usize], heads: usize) -> Vec<usize> {
+    let mut by_head = vec![Vec::new(); heads];
+    of_heads.iter().enumerate().for_each(|(member, &head)| by_head[head].push(member));
+    let mut partners = vec![0; of_heads.len()];
+    for members in by_head {
+        members.iter().zip(members.iter().rev()).for_each(|(&member, &partner)| partners[member] = partner);
+    }
+    partners
 }
 
 /// Mixes `partner` into `own` (or does not), both `[side, side, channels]`, and returns the share of `own` that is left.
@@ -262,6 +288,7 @@ mod tests {
             augment: Augment { crop_padding: 1, reflect: false, flip: true, ..Augment::NONE },
             mixing,
             label_smoothing: 0.1,
+            heads: Vec::new(),
             preprocess: Preprocess { mean: [0.0; 3], std: [1.0; 3], ..Preprocess::default() },
             depth: StochasticDepth { probability: 0.0, layers: 3 },
             router_noise: false,
@@ -324,6 +351,20 @@ mod tests {
         for row in mixed.next_batch().targets.chunks_exact(3) {
             assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6, "{row:?}");
         }
+    }
+
+    #[test]
+    fn heads_share_no_targets_and_are_not_mixed() {
+        // Labels 0 and 1 are one head's, label 2 another's.
+        let two = Plan { heads: vec![2, 1], batch_size: 10, ..plan(ALWAYS) };
+        let batch = loader(two, Position::default()).next_batch();
+        for (row, &label) in batch.targets.chunks_exact(3).zip(&batch.labels) {
+            let (first, second) = (row[0] + row[1], row[2]);
+            let expected = if label < 2 { (1.0, 0.0) } else { (0.0, 1.0) };
+            assert!((first - expected.0).abs() < 1e-6 && (second - expected.1).abs() < 1e-6, "{label}: {row:?}");
+        }
+        assert_eq!(partners(&[0, 1, 0, 0, 1], 2), [3, 4, 2, 0, 1]);
+        assert_eq!(partners(&[0; 4], 1), [3, 2, 1, 0], "of one head as ever");
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! class ([`folder`]). Everything is read at the start, so a folder that changes under a run cannot change the run; a
 //! resumed run compares [`Dataset::fingerprint`].
 //!
+//! [`heads`] puts several data sets side by side.
+//!
 //! From there: [`split`] holds out a validation part, [`augment`] varies images, [`loader`] makes batches of them on a
 //! thread of its own. Every random choice is a pure function of (seed, epoch, image or batch number), so there is no
 //! generator state to save, and a resumed run sees exactly the images it would have seen.
@@ -12,6 +14,7 @@ pub mod augment;
 pub mod cifar;
 pub mod folder;
 pub mod frozen_stem;
+pub mod heads;
 pub mod idx;
 pub mod loader;
 pub mod random;
