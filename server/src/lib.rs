@@ -6,7 +6,7 @@
 //!
 //! | step | room |
 //! | --- | --- |
-//! | start, stop | [`serve`], [`commands`], [`config`], [`logging`], [`allocator`] |
+//! | start, stop | [`serve`], [`commands`], [`config`], [`logging`] |
 //! | accept | [`net`]: TLS, connection limits, slow clients, graceful shutdown |
 //! | observe, route, authorise, answer or refuse | [`http`] |
 //! | everything that a handler reaches | [`app`] |
@@ -16,14 +16,13 @@
 //! | find the expert set: files, budget, loading, eviction | [`sets`] |
 //! | keep pictures to teach from, and fit expert sets to them | [`examples`], [`fitting`] |
 //! | admit requests, images and bytes | [`admission`] |
-//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`repeats`], [`routing_map`], [`sentence`], [`threads`], [`verdict`] |
+//! | count, name, measure | [`metrics`], [`statistics`], [`keys`], [`made_key`], [`lifecycle`], [`memory`], [`pages`], [`repeats`], [`routing_map`], [`sentence`], [`threads`], [`verdict`] |
 
 #![deny(unsafe_code)]
 #![warn(clippy::too_many_lines, clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails"))]
 
 pub mod admission;
-pub mod allocator;
 pub mod app;
 pub mod cameras;
 pub mod classify;
@@ -40,6 +39,7 @@ pub mod made_key;
 pub mod memory;
 pub mod metrics;
 pub mod net;
+pub mod pages;
 pub mod repeats;
 pub mod routing_map;
 pub mod sentence;

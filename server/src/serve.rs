@@ -36,7 +36,7 @@ use crate::sets::store::EMBEDDED_DEFAULT;
 use crate::statistics::Statistics;
 use crate::threads::{BlockingPool, Priority};
 use crate::units::ByteSize;
-use crate::{allocator, http, logging, made_key};
+use crate::{http, logging, made_key, pages};
 
 /// Files that are open beside connections: probes' connections, the model store's files, uploads, the runtime's own.
 const OTHER_FILES: u64 = 192;
@@ -56,7 +56,7 @@ const NO_THREADS: &str = "threads";
 /// Names what keeps it from starting.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let _log = logging::init(&args.log)?;
-    if !allocator::give_back_large_blocks() {
+    if !pages::give_back_large_blocks() {
         tracing::warn!("the C library's allocator does not take its setting: photos will take more memory");
     }
     for unknown in config::unknown_variables(std::env::vars_os().map(|(name, _)| name)) {

@@ -45,7 +45,7 @@ const SERVER: Rooms = &[
     &["examples"],
     &["compute", "sets", "admission"],
     &["keys", "made_key", "statistics", "metrics", "lifecycle", "memory", "routing_map", "verdict"],
-    &["allocator", "repeats", "sentence", "threads", "units"],
+    &["pages", "repeats", "sentence", "threads", "units"],
 ];
 
 /// Libraries with the rooms that may name them.

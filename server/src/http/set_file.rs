@@ -190,7 +190,7 @@ async fn send(app: &App, set: Arc<SetDescriptor>) -> Result<Response, ApiError> 
         (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{}-{}.safetensors\"", set.name, set.version)),
     ];
     let path: PathBuf = match &set.location {
-        Location::Embedded(bytes) => return Ok((headers, Bytes::from_static(bytes)).into_response()),
+        Location::Embedded(file) => return Ok((headers, Bytes::from_static(file.bytes())).into_response()),
         Location::File(path) => path.clone(),
     };
     let open = move || {

@@ -1,6 +1,5 @@
 //! Facts about an artifact from its header, without loading the artifact.
 
-use std::borrow::Cow;
 use std::io::Read;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -10,13 +9,15 @@ use model_core::artifact::{self, Contents, Digest, Header, Lender, read_backbone
 use model_core::config::{BackboneConfig, ExpertConfig};
 use model_core::footprint::{Footprint, loading_bytes};
 
+use crate::pages::Included;
+
 /// Where an artifact's bytes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
     /// A file of the model store.
     File(PathBuf),
     /// Part of this program.
-    Embedded(&'static [u8]),
+    Embedded(Included),
 }
 
 /// Tells whether a file changed without reading it; `None` for what cannot change.
@@ -38,7 +39,7 @@ impl Location {
     }
 
     /// All of the artifact's bytes.
-    pub fn read(&self) -> anyhow::Result<Cow<'static, [u8]>> {
+    pub fn read(&self) -> anyhow::Result<Bytes> {
         match self {
             Self::File(path) => {
                 let read = || {
@@ -48,11 +49,36 @@ impl Location {
                     let mut bytes = Vec::new();
                     bytes.try_reserve_exact(usize::try_from(size).unwrap_or(usize::MAX))?;
                     file.take(size).read_to_end(&mut bytes)?;
-                    std::io::Result::Ok(Cow::Owned(bytes))
+                    std::io::Result::Ok(Bytes::Owned(bytes))
                 };
                 read().with_context(|| self.to_string())
             }
-            Self::Embedded(bytes) => Ok(Cow::Borrowed(bytes)),
+            Self::Embedded(file) => Ok(Bytes::Embedded(*file)),
+        }
+    }
+}
+
+/// An artifact's bytes, which leave memory when they are dropped.
+pub enum Bytes {
+    Owned(Vec<u8>),
+    Embedded(Included),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::Embedded(file) => file.bytes(),
+        }
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        if let Self::Embedded(file) = self {
+            file.give_back();
         }
     }
 }
@@ -125,7 +151,7 @@ impl SetDescriptor {
 pub fn header(location: &Location) -> anyhow::Result<Header> {
     let header = match location {
         Location::File(path) => Header::read(path),
-        Location::Embedded(bytes) => Header::from_bytes(bytes),
+        Location::Embedded(file) => Header::from_bytes(file.bytes()),
     };
     header.with_context(|| location.to_string())
 }

@@ -9,6 +9,8 @@ use model_core::artifact::store_layout::{
     sets_folder,
 };
 
+use crate::included;
+use crate::pages::Included;
 use crate::sentence::sentence;
 use crate::sets::descriptor::{BackboneDescriptor, Location, SetDescriptor, describe_backbone, describe_set};
 use crate::sets::upload;
@@ -22,13 +24,13 @@ pub const EMBEDDED_DEFAULT: &str = "imagenet";
 pub type Embedded = (&'static str, &'static [u8]);
 
 /// The one for photographs, and that of the paper's kind.
-static BACKBONES: [Embedded; 2] = [
-    ("photo", include_bytes!("../../../models/photo-backbone.safetensors")),
-    ("default", include_bytes!("../../../models/default-backbone.safetensors")),
+static BACKBONES: [(&str, Included); 2] = [
+    ("photo", included!("../../../models/photo-backbone.safetensors")),
+    ("default", included!("../../../models/default-backbone.safetensors")),
 ];
-static SETS: [Embedded; 2] = [
-    (EMBEDDED_DEFAULT, include_bytes!("../../../models/imagenet.safetensors")),
-    ("cifar100", include_bytes!("../../../models/cifar100.safetensors")),
+static SETS: [(&str, Included); 2] = [
+    (EMBEDDED_DEFAULT, included!("../../../models/imagenet.safetensors")),
+    ("cifar100", included!("../../../models/cifar100.safetensors")),
 ];
 
 /// A file that could not be registered.
@@ -70,20 +72,20 @@ impl Contents {
 /// # Errors
 /// When a file cannot be written.
 pub fn seed(root: &Path) -> std::io::Result<()> {
-    BACKBONES.iter().try_for_each(|(name, bytes)| upload::put(&backbone_path(root, name), bytes))?;
-    SETS.iter().try_for_each(|(name, bytes)| upload::put(&set_path(root, name, EMBEDDED_VERSION), bytes))
+    BACKBONES.iter().try_for_each(|(name, file)| upload::put(&backbone_path(root, name), file.bytes()))?;
+    SETS.iter().try_for_each(|(name, file)| upload::put(&set_path(root, name, EMBEDDED_VERSION), file.bytes()))
 }
 
 /// The embedded backbone of that name.
 pub fn embedded_backbone(name: &str) -> Option<Embedded> {
-    BACKBONES.into_iter().find(|(own, _)| *own == name)
+    BACKBONES.into_iter().find(|(own, _)| *own == name).map(|(name, file)| (name, file.bytes()))
 }
 
 /// # Errors
 /// When an embedded model is broken, which only a broken build can be.
 pub fn embedded() -> anyhow::Result<Contents> {
-    let backbones = BACKBONES.iter().map(|(name, bytes)| describe_backbone(name, &Location::Embedded(bytes)));
-    let sets = SETS.iter().map(|(name, bytes)| describe_set(name, EMBEDDED_VERSION, &Location::Embedded(bytes)));
+    let backbones = BACKBONES.iter().map(|(name, file)| describe_backbone(name, &Location::Embedded(*file)));
+    let sets = SETS.iter().map(|(name, file)| describe_set(name, EMBEDDED_VERSION, &Location::Embedded(*file)));
     Ok(Contents {
         backbones: backbones.collect::<Result<_, _>>()?,
         sets: sets.collect::<Result<_, _>>()?,
@@ -93,7 +95,7 @@ pub fn embedded() -> anyhow::Result<Contents> {
 
 /// The embedded artifacts with their names: backbones, then expert sets.
 pub fn embedded_bytes() -> impl Iterator<Item = Embedded> {
-    BACKBONES.into_iter().chain(SETS)
+    BACKBONES.into_iter().chain(SETS).map(|(name, file)| (name, file.bytes()))
 }
 
 /// Looks at every file of the store in `root`, headers only.

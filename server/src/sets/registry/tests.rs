@@ -11,6 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::metrics::Metrics;
+use crate::pages::Included;
 use crate::threads::Priority;
 
 /// For what ends by itself; longer than any machine stands still.
@@ -99,7 +100,7 @@ pub(super) fn set(name: &str, version: u64, resident_bytes: usize) -> SetDescrip
         file_bytes: 1,
         experts: ViTConfig::preset("tiny").unwrap().experts,
         num_classes: 1,
-        location: Location::Embedded(&[]),
+        location: Location::Embedded(Included::default()),
         stamp: None,
     }
 }
@@ -111,7 +112,7 @@ fn backbone(name: &str) -> BackboneDescriptor {
         resident_bytes: 90,
         loading_bytes: 0,
         config: ViTConfig::preset("tiny").unwrap().backbone,
-        location: Location::Embedded(&[]),
+        location: Location::Embedded(Included::default()),
     }
 }
 
