@@ -336,13 +336,26 @@ pub struct TeacherArgs {
     pub distil: Option<f64>,
 }
 
+/// What another model makes of the images.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Soft labels")]
+pub struct SoftArgs {
+    /// Learn also what this file says of every image, with a head of its own that becomes an expert set named after the file.
+    /// `trainer/scripts/soft_labels.py` writes such files.
+    #[arg(long, value_name = "FILE", conflicts_with = "teacher_backbone")]
+    pub soft_labels: Option<PathBuf>,
+    /// Share of the loss that comes from the soft labels [default: 0.5].
+    #[arg(long, value_name = "SHARE", requires = "soft_labels")]
+    pub soft_share: Option<f64>,
+}
+
 /// What the artifacts are called.
 #[derive(Debug, Args)]
 pub struct NameArgs {
     /// Name of the backbone.
     #[arg(long, default_value = "backbone")]
     pub backbone_name: String,
-    /// Name of the expert set [default: default]. The sets of several data sets are called like their folders.
+    /// Name of the expert set [default: default]. Several sets are called like the folders and files that they learn from.
     #[arg(long)]
     pub set_name: Option<String>,
 }
@@ -359,7 +372,7 @@ impl NameArgs {
         }
         ensure!(
             self.set_name.is_none(),
-            "--set-name names one expert set, and there are {}, each called like its data set's folder",
+            "--set-name names one expert set, and there are {}, each called like its folder or file",
             recipe.heads.len()
         );
         let names: Vec<String> = recipe.heads.iter().map(|head| head.name.clone()).collect();
@@ -467,6 +480,8 @@ pub struct TrainArgs {
     pub recipe: RecipeArgs,
     #[command(flatten)]
     pub teacher: TeacherArgs,
+    #[command(flatten)]
+    pub soft: SoftArgs,
 }
 
 #[derive(Debug, Args)]

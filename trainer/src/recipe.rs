@@ -66,6 +66,16 @@ pub struct Distillation {
     pub set: String,
 }
 
+/// Learning from what another model made of the images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SoftLabelsOf {
+    /// Share of the loss that is their head's cross-entropy.
+    pub share: f64,
+    /// SHA-256 of their file.
+    pub digest: String,
+}
+
 /// What a training run computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -129,6 +139,9 @@ pub struct Recipe {
     /// The heads of several data sets, in the order of their classes; empty for one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub heads: Vec<Head>,
+    /// Where another model's answers are learned, too, by the last head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_labels: Option<SoftLabelsOf>,
 }
 
 impl Recipe {
@@ -161,6 +174,7 @@ impl Recipe {
             hold_out: 0.05,
             labels: LabelColumn::Fine,
             heads: Vec::new(),
+            soft_labels: None,
         }
     }
 
@@ -269,6 +283,11 @@ impl Recipe {
         let goes_on = matches!(self.origin, Origin::Continue { .. });
         // Its latent weights are other numbers than what they round to.
         ensure!(!goes_on || float == 0, "float_epochs is {float}; a model that is started from is rounded already");
+        if let Some(soft) = &self.soft_labels {
+            let value = soft.share;
+            ensure!(value > 0.0 && value < 1.0, "soft_labels.share is {value}; it must be above 0 and below 1");
+            ensure!(heads.len() > 1, "soft labels have a head beside the data set's");
+        }
         if let Some(distillation) = &self.distillation {
             let value = distillation.share;
             ensure!((0.0..=1.0).contains(&value), "distillation.share is {value}; it must be in 0..=1");

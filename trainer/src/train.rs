@@ -25,6 +25,7 @@ use crate::data::Dataset;
 use crate::data::frozen_stem::StemOutputs;
 use crate::data::heads::{Head, ranges};
 use crate::data::loader::{Loader, Plan, Position, StochasticDepth, batches_per_epoch};
+use crate::data::soft_labels::SoftTargets;
 use crate::data::split::{HeldOut, hold_out};
 use crate::diary::{Diary, HeadValidation, Line, StepLine, Validation};
 use crate::evaluate::{Scores, Tally};
@@ -66,6 +67,7 @@ pub struct Run {
     preprocess: Preprocess,
     teacher: Option<Arc<Teacher>>,
     stem: Option<Arc<StemOutputs>>,
+    soft: Option<SoftTargets>,
     quantizers: Quantizers,
     vit: ViT,
     angle_start: Option<AngleStart>,
@@ -127,6 +129,7 @@ impl Run {
             preprocess,
             teacher,
             stem: None,
+            soft: None,
             angle_start: vit.angle_start().cloned(),
             vit,
         })
@@ -135,6 +138,11 @@ impl Run {
     /// The same run on what a frozen stem made of its images.
     pub fn behind(self, stem: Arc<StemOutputs>) -> Self {
         Self { stem: Some(stem), ..self }
+    }
+
+    /// The same run with the soft labels of its recipe.
+    pub fn with_soft_labels(self, soft: SoftTargets) -> Self {
+        Self { soft: Some(soft), ..self }
     }
 
     /// Puts the run where `checkpoint` was.
@@ -163,6 +171,7 @@ impl Run {
     /// # Errors
     /// When the loss is no longer finite or a file cannot be written. The last checkpoint is kept.
     pub fn train(&mut self, stop: &AtomicBool) -> Result<Ended> {
+        ensure!(self.recipe.soft_labels.is_some() == self.soft.is_some(), "the recipe's soft labels are missing");
         self.started = Instant::now();
         create_folder(&self.settings.out)?;
         let steps_per_epoch = batches_per_epoch(self.parts.train.len(), self.recipe.batch_size);
@@ -292,6 +301,7 @@ impl Run {
             mixing: self.recipe.mixing,
             label_smoothing: self.recipe.label_smoothing,
             heads: self.recipe.head_classes(),
+            soft: self.soft.clone(),
             preprocess: self.preprocess.clone(),
             depth: StochasticDepth {
                 probability: self.recipe.drop_path,
@@ -322,7 +332,9 @@ impl Run {
         let (dataset, indices) = (&self.dataset, &self.parts.validation);
         let mut take = |shard: &[u32], mut answer: Prediction| {
             let labels: Vec<u16> = shard.iter().map(|&i| dataset.labels[i as usize]).collect();
-            tallies.add(&labels, &mut answer);
+            let soft: Option<Vec<usize>> =
+                self.soft.as_ref().map(|soft| shard.iter().map(|&image| soft.labels.first(image)).collect());
+            tallies.add(&labels, soft.as_deref(), &mut answer);
             tally.add(&labels, &answer);
         };
         let threads = self.settings.threads;
@@ -415,13 +427,17 @@ impl HeadTallies {
         }
     }
 
-    /// Counts the answers for images with these labels. In `answer` only the logits of an image's own head stay finite.
-    fn add(&mut self, labels: &[u16], answer: &mut Prediction) {
+    /// Counts the answers for images with these labels, and with these most probable classes of soft ones. In `answer` only the logits of an image's own head stay finite.
+    fn add(&mut self, labels: &[u16], soft: Option<&[usize]>, answer: &mut Prediction) {
         if self.tallies.is_empty() {
             return;
         }
         let width = self.classes.last().map_or(1, |last| last.end);
-        for (row, &label) in answer.logits.chunks_exact_mut(width).zip(labels) {
+        for (i, (row, &label)) in answer.logits.chunks_exact_mut(width).zip(labels).enumerate() {
+            if let (Some(soft), Some(classes), Some(tally)) = (soft, self.classes.last(), self.tallies.last_mut()) {
+                let logits = row[classes.clone()].to_vec();
+                tally.add(&[soft[i] as u16], &Prediction { logits, experts: Vec::new() });
+            }
             let own = self.classes.iter().position(|classes| classes.contains(&usize::from(label)));
             let Some(head) = own else { continue };
             let classes = self.classes[head].clone();

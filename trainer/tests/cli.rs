@@ -1,19 +1,20 @@
 //! The binary, from a folder of images to measured artifacts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use butterflyvit_trainer::checkpoint::Checkpoint;
-use model_core::artifact::{BackboneArtifact, read_backbone, read_expert_set, write_backbone};
+use model_core::artifact::{BackboneArtifact, Digest, read_backbone, read_expert_set, write_backbone};
 use model_core::config::{Activation, BackboneConfig, StemLayer, SubstrateConfig};
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::{Preprocess, RgbImage};
 use model_core::kernels::Isa;
 use model_core::random::{AngleSpread, AngleStart, SplitMix64};
 use model_core::weights::{BackboneWeights, ExpertLayerWeights, Linear, Norm, StemWeights};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use training::quantize::angle_codes;
 
@@ -620,6 +621,82 @@ fn several_data_sets_have_a_head_each() {
     let twice = ["--data", text(&colours), "--data", text(&shades)];
     let compare = [&["compare", "--out", text(&other), "--preset", "tiny"], &twice[..]].concat();
     assert!(fail(&compare).contains("cannot be used multiple times"));
+}
+
+/// Soft labels that find red images warm and others cold.
+fn soft_labels(path: &Path, data: &Path) {
+    let (mut digests, mut probabilities) = (Vec::new(), Vec::new());
+    for class in ["red", "green", "blue"] {
+        for file in fs::read_dir(data.join("train").join(class)).unwrap() {
+            let hex = Digest::of("", &fs::read(file.unwrap().path()).unwrap()).to_string();
+            digests.extend((0..32).map(|i| u8::from_str_radix(&hex[2 * i..][..2], 16).unwrap()));
+            let warm: f32 = if class == "red" { 0.9 } else { 0.1 };
+            probabilities.extend([warm, 1.0 - warm].map(f32::to_le_bytes).concat());
+        }
+    }
+    let images = digests.len() / 32;
+    let tensors = [
+        ("digests", TensorView::new(Dtype::U8, vec![images, 32], &digests).unwrap()),
+        ("probabilities", TensorView::new(Dtype::F32, vec![images, 2], &probabilities).unwrap()),
+    ];
+    let metadata = HashMap::from([("labels".to_owned(), r#"["warm", "cold"]"#.to_owned())]);
+    fs::write(path, safetensors::serialize(tensors, Some(metadata)).unwrap()).unwrap();
+}
+
+#[test]
+fn soft_labels_are_learned_by_a_head_of_their_own() {
+    let root = tempfile::tempdir().unwrap();
+    let data = images(root.path());
+    let file = |name: &str| root.path().join(name);
+    let (eyes, soft, whole, pieces) = (file("eyes"), file("teacher.safetensors"), file("whole"), file("pieces"));
+    stem_alone(&eyes);
+    soft_labels(&soft, &data);
+    let stem = ["--stem", text(&eyes), "--stem-cache", text(root.path())];
+    let taught = [&["--preset", "tiny", "--learning-rate", "0.01", "--soft-labels", text(&soft)], &stem[..]].concat();
+    let said = String::from_utf8(succeed(&train(text(&data), text(&whole), &taught)).stderr).unwrap();
+    assert!(said.contains("soft labels of 2 classes, 0.5 of the loss"), "{said}");
+    assert!(said.contains("teacher: ") && said.contains("% of 12 held-out images"), "{said}");
+    succeed(&train(text(&data), text(&pieces), &[&taught[..], &["--limit-seconds", "0"]].concat()));
+    let resume = ["train", "--data", text(&data), "--out", text(&pieces), "--resume", "--quiet"];
+    let resume = [&resume[..], &stem].concat();
+    assert!(fail(&resume).contains("give --soft-labels again"));
+    succeed(&[&resume[..], &["--soft-labels", text(&soft)]].concat());
+    let parameters = |run: &Path| Checkpoint::load(run).unwrap().parameters;
+    assert_eq!(parameters(&whole), parameters(&pieces), "interrupted or not");
+
+    let set = |name: &str| whole.join(format!("store/expert-sets/{name}/1.safetensors"));
+    let backbone = whole.join("store/backbones/backbone.safetensors");
+    let evaluate = ["evaluate", "--json", "--data", text(&data), "--backbone", text(&backbone), "--set"];
+    let report: Value =
+        serde_json::from_slice(&succeed(&[&evaluate[..], &[text(&set("data"))]].concat()).stdout).unwrap();
+    assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
+    let (own, borrowed) = (set("data"), set("teacher"));
+    for (class, expected) in [("red", "warm"), ("green", "cold")] {
+        let image = data.join("test").join(class).join("0.png");
+        let files = ["--backbone", text(&backbone), "--set", text(&borrowed), "--lender", text(&own), text(&image)];
+        let line: Value = serde_json::from_slice(&succeed(&[&["logits"][..], &files].concat()).stdout).unwrap();
+        assert_eq!(line["labels"].as_array().unwrap().len(), 2);
+        let logit = |class: usize| line["logits"][class].as_f64().unwrap();
+        assert_eq!(if logit(0) > logit(1) { "warm" } else { "cold" }, expected, "{line}");
+        // Of 0.9 and 0.1.
+        assert!(((logit(0) - logit(1)).abs() - 9f64.ln()).abs() < 1.0, "{line}");
+    }
+
+    let other = file("other");
+    let refused = |data: &Path, more: &[&str]| fail(&train(text(data), text(&other), &[&taught[..], more].concat()));
+    assert!(refused(&data, &["--soft-share", "1"]).contains("it must be above 0 and below 1"));
+    let shades = shades(root.path());
+    let error = refused(&shades, &[]);
+    assert!(error.contains("they are of other images: of the 40 images"), "{error}");
+    let error = refused(&data, &["--data", text(&shades)]);
+    assert!(
+        error.contains("it knows 60 of the 100 images of the data, but not") && error.contains("shades"),
+        "{error}"
+    );
+    let bytes = fs::read(&soft).unwrap();
+    fs::write(&soft, &bytes[..bytes.len() / 2]).unwrap();
+    let error = refused(&data, &[]);
+    assert!(error.contains("teacher.safetensors: it is no whole safetensors file"), "{error}");
 }
 
 /// A backbone whose stem has norms and no steps.

@@ -23,7 +23,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let set = load_complete_set(&args.set, args.lender.as_deref(), &backbone)?;
     let config = set.weights.vit_config(&backbone.weights.config);
     let part = if args.train_part { Part::Train } else { Part::Test };
-    let Opened { dataset, skipped, warnings } = open_labelled(args, part, &config, &set.weights.labels)?;
+    let Opened { dataset, skipped, warnings, .. } = open_labelled(args, part, &config, &set.weights.labels)?;
     say_findings(&skipped, &warnings);
 
     let count = args.limit.unwrap_or(usize::MAX).min(dataset.len());

@@ -1,6 +1,6 @@
 //! What several commands do: open images, find a teacher, drive a run, measure a model, print.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -12,15 +12,16 @@ use training::parameters::Quantizers;
 use training::vit::ViT;
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::cli::{DataSetsArgs, ReadingArgs, StemArgs, TeacherArgs};
+use crate::cli::{DataSetsArgs, ReadingArgs, SoftArgs, StemArgs, TeacherArgs};
 use crate::data::frozen_stem::FrozenStem;
-use crate::data::heads::{Head, join};
+use crate::data::heads::{Head, add_classes, join, set_name};
+use crate::data::soft_labels::{SoftLabels, SoftTargets};
 use crate::data::{self, Dataset, LabelColumn, OpenOptions, Opened, Part};
 use crate::diary::{self, HeadValidation};
 use crate::evaluate::Tally;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
-use crate::recipe::{Origin, Recipe};
+use crate::recipe::{Origin, Recipe, SoftLabelsOf};
 use crate::store::load_backbone;
 use crate::teacher::Teacher;
 use crate::terminal::say;
@@ -87,24 +88,56 @@ pub(super) fn say_findings(skipped: &[String], warnings: &[String]) {
 
 /// Reads the training images and says what is wrong with them.
 pub(super) fn open_train(folder: &Path, args: &ReadingArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
-    let Opened { dataset, skipped, warnings } = data::open(folder, Part::Train, &open_options(args, side, labels))?;
-    say_findings(&skipped, &warnings);
-    say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
-    Ok(dataset)
+    Ok(open_with_files(folder, args, side, labels)?.0)
 }
 
-/// The images of all data sets as one, and their heads, which are entered in the recipe.
-pub(super) fn open_all(args: &DataSetsArgs, side: usize, recipe: &mut Recipe) -> Result<Dataset> {
-    let mut sets = Vec::new();
+fn open_with_files(
+    folder: &Path,
+    args: &ReadingArgs,
+    side: usize,
+    labels: LabelColumn,
+) -> Result<(Dataset, Vec<PathBuf>)> {
+    let Opened { dataset, files, skipped, warnings } =
+        data::open(folder, Part::Train, &open_options(args, side, labels))?;
+    say_findings(&skipped, &warnings);
+    say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
+    Ok((dataset, files))
+}
+
+/// The images of all data sets as one, and their soft labels, where there are any. Their heads are entered in the recipe.
+pub(super) fn open_all(
+    args: &DataSetsArgs,
+    soft: &SoftArgs,
+    side: usize,
+    recipe: &mut Recipe,
+) -> Result<(Dataset, Option<SoftTargets>)> {
+    let (mut sets, mut files) = (Vec::new(), Vec::new());
     recipe.heads.clear();
     for folder in &args.data {
-        let dataset = open_train(folder, &args.reading, side, recipe.labels)?;
-        if args.data.len() > 1 {
+        let (dataset, of_folder) = open_with_files(folder, &args.reading, side, recipe.labels)?;
+        if args.data.len() > 1 || soft.soft_labels.is_some() {
             recipe.heads.push(Head::of(folder, &dataset)?);
         }
+        ensure!(
+            soft.soft_labels.is_none() || of_folder.len() == dataset.len(),
+            "soft labels know an image by its file, and the images in {} have none of their own",
+            folder.display()
+        );
         sets.push(dataset);
+        files.extend(of_folder);
     }
-    join(sets)
+    let mut dataset = join(sets)?;
+    let Some(path) = &soft.soft_labels else {
+        ensure!(recipe.soft_labels.is_none(), "the run learns from soft labels; give --soft-labels again");
+        return Ok((dataset, None));
+    };
+    let (labels, digest) = SoftLabels::read(path, &files)?;
+    let share = soft.soft_share.or(recipe.soft_labels.as_ref().map(|before| before.share)).unwrap_or(0.5);
+    recipe.heads.push(Head { name: set_name(path)?, classes: labels.classes() });
+    recipe.soft_labels = Some(SoftLabelsOf { share, digest: digest.to_string() });
+    add_classes(&mut dataset, &labels.labels)?;
+    say(&format!("soft labels of {} classes, {share} of the loss", labels.classes()));
+    Ok((dataset, Some(SoftTargets { labels: Arc::new(labels), share: share as f32 })))
 }
 
 /// The teacher that was asked for, entered in the recipe.

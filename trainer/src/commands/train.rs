@@ -52,7 +52,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         recipe.optimizer.angle_rate = 0.0;
     }
     args.recipe.apply(&mut recipe);
-    let dataset = open_all(&args.data, recipe.model.backbone.image_size, &mut recipe)?;
+    let (dataset, soft) = open_all(&args.data, &args.soft, recipe.model.backbone.image_size, &mut recipe)?;
     args.names.sets(&recipe)?;
     if args.model.config.is_none() {
         // A preset is a shape for any number of classes; a configuration file says exactly what it wants.
@@ -76,6 +76,9 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
     let mut run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;
     if let Some(outputs) = outputs {
         run = run.behind(outputs);
+    }
+    if let Some(soft) = soft {
+        run = run.with_soft_labels(soft);
     }
     drive(run, checkpoint, &args.run.out, stop, |checkpoint| {
         let store = Store::new(args.run.out.join("store"));

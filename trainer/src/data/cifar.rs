@@ -84,7 +84,7 @@ fn read_records(folder: &Path, files: &[String], names: &str, record: Record) ->
             }
         }
     }
-    Ok(Opened { dataset, skipped, warnings: Vec::new() })
+    Ok(Opened { dataset, files: Vec::new(), skipped, warnings: Vec::new() })
 }
 
 #[cfg(test)]

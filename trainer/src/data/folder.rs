@@ -27,7 +27,7 @@ pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<O
     let limits = DecodeLimits { max_pixels: options.max_pixels, ..DecodeLimits::default() };
     let limits = limits.for_input(&Preprocess::default(), side);
     let mut dataset = Dataset { images: Vec::new(), side, labels: Vec::new(), class_names: Vec::new() };
-    let (mut warnings, mut seen) = (Vec::new(), HashMap::new());
+    let (mut files, mut warnings, mut seen) = (Vec::new(), Vec::new(), HashMap::new());
     for (label, class) in (0u16..).zip(&classes) {
         let before = dataset.labels.len();
         let images = decode_all(&class.files, side, &limits);
@@ -40,6 +40,7 @@ pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<O
                     }
                     dataset.images.extend(image);
                     dataset.labels.push(label);
+                    files.push(path.clone());
                 }
                 Err(reason) => skipped.push(format!("{}: {reason}", path.display())),
             }
@@ -50,7 +51,7 @@ pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<O
         }
         dataset.class_names.push(class.name.clone());
     }
-    Ok(Opened { dataset, skipped, warnings })
+    Ok(Opened { dataset, files, skipped, warnings })
 }
 
 /// The `[side, side, 3]` bytes of every file, or why there are none.

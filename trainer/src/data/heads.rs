@@ -1,4 +1,5 @@
 //! Several data sets in one run: their classes side by side, each set's behind a head of its own.
+//! Soft labels, where there are any, have the last head.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -55,7 +56,10 @@ pub fn set_name(path: &Path) -> Result<String> {
 pub fn check_distinct(names: &[String]) -> Result<()> {
     let mut seen = BTreeSet::new();
     for name in names {
-        ensure!(seen.insert(name), "two expert sets would be called {name}; give one of the folders another name");
+        ensure!(
+            seen.insert(name),
+            "two expert sets would be called {name}; give one of the folders or files another name"
+        );
     }
     Ok(())
 }
@@ -72,14 +76,23 @@ pub fn join(sets: Vec<Dataset>) -> Result<Dataset> {
     let mut all = sets.next().expect("there is a data set");
     for set in sets {
         assert_eq!(set.side, all.side, "images of one size");
-        let classes = all.num_classes() + set.num_classes();
-        ensure!(classes <= usize::from(u16::MAX), "{classes} classes of all data sets are too many");
         let before = all.num_classes() as u16;
+        add_classes(&mut all, &set.class_names)?;
         all.images.extend(set.images);
         all.labels.extend(set.labels.into_iter().map(|label| before + label));
-        all.class_names.extend(set.class_names);
     }
     Ok(all)
+}
+
+/// Puts more classes behind those of a data set.
+///
+/// # Errors
+/// When there are more than labels can count.
+pub fn add_classes(dataset: &mut Dataset, names: &[String]) -> Result<()> {
+    let classes = dataset.num_classes() + names.len();
+    ensure!(classes <= usize::from(u16::MAX), "{classes} classes of all heads are too many");
+    dataset.class_names.extend_from_slice(names);
+    Ok(())
 }
 
 /// The classes of each head, by the number that each has; where none is named, one head has `all`.

@@ -67,7 +67,7 @@ pub(super) fn open(folder: &Path, part: Part) -> Result<Opened> {
         dataset.labels.push(u16::from(label));
         dataset.images.extend(image.iter().flat_map(|&grey| [grey; 3]));
     }
-    Ok(Opened { dataset, skipped, warnings: Vec::new() })
+    Ok(Opened { dataset, files: Vec::new(), skipped, warnings: Vec::new() })
 }
 
 /// Sizes and bytes of one file of `D` dimensions.

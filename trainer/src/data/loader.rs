@@ -17,6 +17,7 @@ use super::augment::Augment;
 use super::frozen_stem::StemOutputs;
 use super::heads::ranges;
 use super::random::{Purpose, beta, rng, shuffle};
+use super::soft_labels::SoftTargets;
 
 /// Batches made ahead; enough to hide the odd slow one.
 const AHEAD: usize = 3;
@@ -53,6 +54,8 @@ pub struct Plan {
     pub label_smoothing: f32,
     /// Classes of each of several heads; empty for one. Images are mixed with others of the same head.
     pub heads: Vec<usize>,
+    /// What the last head learns of every image.
+    pub soft: Option<SoftTargets>,
     /// From bytes to the model's pixels.
     pub preprocess: Preprocess,
     /// Which residual branches are left out.
@@ -95,7 +98,7 @@ pub struct Position {
 pub struct Batch {
     pub position: Position,
     pub inputs: Inputs,
-    /// `[batch, classes]`, mixed and smoothed; every row sums to one, within the image's head.
+    /// `[batch, classes]`, mixed and smoothed; every row sums to one, within the image's head and that of soft labels.
     pub targets: Vec<f32>,
     /// `[batch]`, the label with the larger share.
     pub labels: Vec<u16>,
@@ -210,6 +213,9 @@ fn make_batch(dataset: &Dataset, stem: Option<&StemOutputs>, order: &[u32], plan
         row[head].fill(smoothed);
         row[label] += (1.0 - plan.label_smoothing) * share;
         row[partner_label] += (1.0 - plan.label_smoothing) * (1.0 - share);
+        if let Some(soft) = &plan.soft {
+            soft.enter(row, (index, share), members[partner]);
+        }
         labels.push(if share >= 0.5 { label } else { partner_label } as u16);
     }
     let mut branch_scales = Vec::new();
@@ -289,6 +295,7 @@ mod tests {
             mixing,
             label_smoothing: 0.1,
             heads: Vec::new(),
+            soft: None,
             preprocess: Preprocess { mean: [0.0; 3], std: [1.0; 3], ..Preprocess::default() },
             depth: StochasticDepth { probability: 0.0, layers: 3 },
             router_noise: false,

@@ -4,7 +4,7 @@
 //! class ([`folder`]). Everything is read at the start, so a folder that changes under a run cannot change the run; a
 //! resumed run compares [`Dataset::fingerprint`].
 //!
-//! [`heads`] puts several data sets side by side.
+//! [`heads`] puts several data sets side by side, [`soft_labels`] adds what another model makes of the images.
 //!
 //! From there: [`split`] holds out a validation part, [`augment`] varies images, [`loader`] makes batches of them on a
 //! thread of its own. Every random choice is a pure function of (seed, epoch, image or batch number), so there is no
@@ -18,9 +18,10 @@ pub mod heads;
 pub mod idx;
 pub mod loader;
 pub mod random;
+pub mod soft_labels;
 pub mod split;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use model_core::image::{Preprocess, RgbImage};
@@ -163,6 +164,8 @@ pub struct OpenOptions {
 #[derive(Debug)]
 pub struct Opened {
     pub dataset: Dataset,
+    /// The file of every image; empty where images have none of their own.
+    pub files: Vec<PathBuf>,
     /// One sentence for each image left out.
     pub skipped: Vec<String>,
     /// Things worth a sentence that left nothing out.
