@@ -273,7 +273,7 @@ def specialised(args, folder):
     models = pathlib.Path(__file__).resolve().parents[2] / "models"
     backbone = models / "photo-backbone.safetensors"
     subprocess.run([args.trainer, "specialise", "--data", folder / "train", "--out", folder / "run", "--set-name", "few",
-                    *"--epochs 3 --operations 0 --erase 0 --mix 0 --quiet".split(), "--backbone", backbone, "--start",
+                    *"--epochs 3 --batch-size 16 --operations 0 --erase 0 --mix 0 --quiet".split(), "--backbone", backbone, "--start",
                     models / "imagenet.safetensors"], check=True, capture_output=True)
     done = subprocess.run([args.trainer, "evaluate", "--json", "--data", folder / "test", "--backbone", backbone, "--set",
                            folder / "run/store/expert-sets/few/1.safetensors"], check=True, capture_output=True, text=True)
