@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use half::f16;
-use model_core::artifact::{Digest, open_file};
+use model_core::artifact::{Digest, MAX_TEXT_BYTES, open_file};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
@@ -54,6 +54,13 @@ impl SoftLabels {
             .context("`labels` in its metadata is no JSON list of names")?;
         let distinct: BTreeSet<&String> = labels.iter().collect();
         ensure!(distinct.len() == labels.len(), "a class stands twice in its `labels`");
+        let is_label =
+            |label: &String| (1..=MAX_TEXT_BYTES).contains(&label.len()) && !label.chars().any(char::is_control);
+        if let Some(class) = labels.iter().position(|label| !is_label(label)) {
+            bail!(
+                "the name of class {class} in its `labels` has not 1 to {MAX_TEXT_BYTES} bytes without control characters"
+            );
+        }
         let tensor = |name: &str| tensors.tensor(name).with_context(|| format!("it has no tensor `{name}`"));
         let (table, digests) = (tensor("probabilities")?, tensor("digests")?);
         let &[images, classes] = table.shape() else {
@@ -258,6 +265,7 @@ mod tests {
         let unnamed = File { labels: None, ..file() };
         let odd = File { labels: Some("ant".into()), ..file() };
         let double = File { labels: Some(r#"["ant", "ant", "cat"]"#.into()), ..file() };
+        let nameless = File { labels: Some(r#"["ant", "", "cat"]"#.into()), ..file() };
         let same = File { digests: sha256(b"one").repeat(2), ..file() };
         let short = File { digests: sha256(b"one"), ..file() };
         let metadata = Map::from([("labels".to_owned(), "[]".to_owned())]);
@@ -277,6 +285,7 @@ mod tests {
             (bytes(&unnamed), "its metadata have no `labels`"),
             (bytes(&odd), "is no JSON list of names"),
             (bytes(&double), "a class stands twice"),
+            (bytes(&nameless), "the name of class 1 in its `labels` has not 1 to 255 bytes"),
             (bytes(&same), "rows 0 and 1 are of the same image"),
             (bytes(&short), "of shape [1, 32] in place of U8 of shape [2, 32]"),
             (empty, "it has no tensor `probabilities`"),
