@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use model_core::artifact::{
     BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set, store_layout, write_backbone,
     write_expert_set,
@@ -127,6 +127,18 @@ pub fn load_set(path: &Path, backbone: &BackboneArtifact) -> Result<ExpertSetArt
         Ok(set)
     };
     read().with_context(|| path.display().to_string())
+}
+
+/// [`load_set`] of a set that has experts of its own, to start or to learn from.
+///
+/// # Errors
+/// Those of [`load_set`], and for a set that borrows its experts.
+pub fn load_own_set(path: &Path, backbone: &BackboneArtifact) -> Result<ExpertSetArtifact> {
+    let set = load_set(path, backbone)?;
+    if let Some(lender) = set.borrowed_experts {
+        bail!("{}: it borrows its experts; give the set that lends them, {lender}", path.display());
+    }
+    Ok(set)
 }
 
 /// [`load_set`] with the experts of the set in the file `lender`, if it borrows them.

@@ -10,7 +10,7 @@ use training::shards::in_turn;
 use crate::data::Dataset;
 use crate::predict::{Integer, Predictor};
 use crate::recipe::Distillation;
-use crate::store::{load_backbone, load_set};
+use crate::store::{load_backbone, load_own_set};
 
 /// A finished model, on the integer path.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Teacher {
     /// When a file is unusable or they do not belong together.
     pub fn load(backbone: &Path, set: &Path) -> Result<Self> {
         let backbone = load_backbone(backbone)?;
-        let set = load_set(set, &backbone)?;
+        let set = load_own_set(set, &backbone)?;
         Ok(Self {
             model: Integer::new(&backbone, &set)?,
             preprocess: backbone.preprocess.clone(),

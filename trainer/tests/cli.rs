@@ -598,6 +598,9 @@ fn several_data_sets_have_a_head_each() {
     assert!(top1(&["--set", text(&first), "--data", text(&colours)]) > 0.8);
     let borrowed = ["--set", text(&second), "--data", text(&shades)];
     assert!(top1(&[&borrowed[..], &["--lender", text(&first)]].concat()) > 0.8);
+    let start = ["--data", text(&shades), "--backbone", text(&backbone), "--start", text(&second), "--quiet"];
+    let error = fail(&[&["specialise", "--out", text(&root.path().join("more"))], &start[..]].concat());
+    assert!(error.contains("it borrows its experts; give the set that lends them"), "{error}");
     let error = fail(&[&evaluate[..], &borrowed].concat());
     assert!(error.contains("experts cannot be borrowed") && error.contains("it is not there"), "{error}");
     let packed = read_backbone(&fs::read(&backbone).unwrap()).unwrap();

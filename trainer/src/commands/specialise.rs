@@ -16,7 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::SpecialiseArgs;
 use crate::data::Dataset;
 use crate::recipe::{Origin, Recipe, angle_start};
-use crate::store::{Store, load_backbone, load_set};
+use crate::store::{Store, load_backbone, load_own_set};
 use crate::train::{Ended, Run, averaged};
 
 /// `specialise`: a new expert set on a frozen backbone.
@@ -62,7 +62,7 @@ impl SetStart {
     fn load(args: &SpecialiseArgs, backbone: &BackboneArtifact) -> Result<Self> {
         let Some(folder) = &args.start_run else {
             let path = args.start.as_ref().context("--start or --start-run is missing")?;
-            return Ok(Self::Set(Box::new(load_set(path, backbone)?)));
+            return Ok(Self::Set(Box::new(load_own_set(path, backbone)?)));
         };
         let checkpoint = Checkpoint::load(folder)?;
         let state = &checkpoint.state;

@@ -16,7 +16,7 @@ use crate::cli::{StartArgs, TrainArgs};
 use crate::data::Dataset;
 use crate::data::frozen_stem::StemOutputs;
 use crate::recipe::{Origin, Recipe, angle_start};
-use crate::store::{Store, load_backbone, load_set};
+use crate::store::{Store, load_backbone, load_own_set};
 use crate::train::{Ended, Run, averaged};
 
 /// `train`: a backbone and its first expert set.
@@ -109,7 +109,7 @@ impl Start {
         }
         let (Some(backbone), Some(set)) = (&args.start_backbone, &args.start_set) else { return Ok(None) };
         let backbone = load_backbone(backbone)?;
-        let set = load_set(set, &backbone)?;
+        let set = load_own_set(set, &backbone)?;
         Ok(Some(Self::Artifacts { backbone: Box::new(backbone), set: Box::new(set) }))
     }
 
