@@ -250,6 +250,20 @@ mod tests {
     }
 
     #[test]
+    fn they_have_their_share_of_a_mixed_target() {
+        let labels = Arc::new(read(&bytes(&file()), &["one", "two"]).unwrap());
+        let soft = SoftTargets { labels, share: 0.25 };
+        // Two classes of the data set, then ant, bee and cat.
+        let mut row = [0.75, 0.25, 0.0, 0.0, 0.0];
+        soft.enter(&mut row, (0, 0.5), 1);
+        let of_both = [0.25 * 0.5 * 0.5, 0.25 * 0.5 * (0.25 + 0.1), 0.25 * 0.5 * (0.25 + 0.9)];
+        for (target, expected) in row.iter().zip([0.75 * 0.75, 0.75 * 0.25].into_iter().chain(of_both)) {
+            assert!((target - expected).abs() < 1e-6, "{row:?}");
+        }
+        assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6, "{row:?}");
+    }
+
+    #[test]
     fn each_bad_file_has_its_sentence() {
         let with = |values: [f32; 3]| {
             let probabilities = f32s(&[[0.5, 0.25, 0.25], values].concat());
