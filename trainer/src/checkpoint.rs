@@ -6,11 +6,10 @@
 //! state: random numbers are functions of seed and position ([`crate::data::random`]).
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use model_core::artifact::Digest;
+use model_core::artifact::{Digest, read_file};
 use model_core::image::Preprocess;
 use model_core::random::AngleStart;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -105,7 +104,7 @@ impl Checkpoint {
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE_NAME);
         let read = || -> Result<Self> {
-            let bytes = fs::read(&path)?;
+            let bytes = read_file(&path)?;
             let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
             let state =
                 metadata.metadata().as_ref().and_then(|m| m.get(STATE_KEY)).context("no training state in it")?;
@@ -151,6 +150,7 @@ impl Checkpoint {
 mod tests {
     use super::*;
     use model_core::config::ViTConfig;
+    use std::fs;
 
     fn checkpoint() -> Checkpoint {
         let values: Values = [("a".to_owned(), vec![1.5, -0.0, f32::MIN_POSITIVE]), ("b.c".to_owned(), vec![])].into();

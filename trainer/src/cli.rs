@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use model_core::artifact::{read_file, store_layout};
 use model_core::config::{AngleSeed, ExpertConfig, Generator, ViTConfig};
 use model_core::image::DecodeLimits;
 use model_core::random::AngleSpread;
@@ -349,14 +350,19 @@ pub struct SoftArgs {
     pub soft_share: Option<f64>,
 }
 
+/// A name that files of a model store may have, so that a run does not learn at its end that its set has none.
+fn artifact_name(name: &str) -> Result<String, &'static str> {
+    if store_layout::is_valid_name(name) { Ok(name.to_owned()) } else { Err(store_layout::NAME_RULE) }
+}
+
 /// What the artifacts are called.
 #[derive(Debug, Args)]
 pub struct NameArgs {
     /// Name of the backbone.
-    #[arg(long, default_value = "backbone")]
+    #[arg(long, default_value = "backbone", value_parser = artifact_name)]
     pub backbone_name: String,
     /// Name of the expert set [default: default]. Several sets are called like the folders and files that they learn from.
-    #[arg(long)]
+    #[arg(long, value_parser = artifact_name)]
     pub set_name: Option<String>,
 }
 
@@ -502,7 +508,7 @@ pub struct SpecialiseArgs {
     #[command(flatten)]
     pub run: LoopArgs,
     /// Name of the expert set.
-    #[arg(long, default_value = "default")]
+    #[arg(long, default_value = "default", value_parser = artifact_name)]
     pub set_name: String,
     #[command(flatten)]
     pub recipe: RecipeArgs,
@@ -647,10 +653,10 @@ pub struct ImportArgs {
     #[arg(long, value_name = "DIR")]
     pub store: PathBuf,
     /// Name of the backbone.
-    #[arg(long, default_value = "photo")]
+    #[arg(long, default_value = "photo", value_parser = artifact_name)]
     pub name: String,
     /// Name of the expert set.
-    #[arg(long, default_value = "imagenet")]
+    #[arg(long, default_value = "imagenet", value_parser = artifact_name)]
     pub set_name: String,
     /// Keep all weights in f32, without steps and background, for comparisons with other implementations. The server does
     /// not run such a backbone.
@@ -690,8 +696,8 @@ impl ModelArgs {
         use anyhow::Context;
         let (config, name) = match &self.config {
             Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-                let config = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+                let text = read_file(path).with_context(|| path.display().to_string())?;
+                let config = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
                 (config, "random".to_owned())
             }
             None => {

@@ -311,6 +311,8 @@ impl Recipe {
             // The sampler's acceptance falls off quickly above.
             ensure!((0.01..=4.0).contains(&value), "mixing.{name} is {value}; it must be in 0.01..=4");
         }
+        let operations = self.augment.operations;
+        ensure!(operations <= 16, "augment.operations is {operations}; it must be in 0..=16");
         for (value, name) in [(self.augment.magnitude, "magnitude"), (self.augment.erase, "erase")] {
             ensure!((0.0..=1.0).contains(&value), "augment.{name} is {value}; it must be in 0..=1");
         }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use model_core::artifact::{
-    BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set, store_layout, write_backbone,
-    write_expert_set,
+    BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set, read_file, store_layout,
+    write_backbone, write_expert_set,
 };
 use model_core::config::BackboneConfig;
 use model_core::image::Preprocess;
@@ -112,7 +112,7 @@ fn check_name(name: &str) -> Result<()> {
 /// # Errors
 /// When the file cannot be read or is no valid backbone.
 pub fn load_backbone(path: &Path) -> Result<BackboneArtifact> {
-    let bytes = fs::read(path).with_context(|| path.display().to_string())?;
+    let bytes = read_file(path).with_context(|| path.display().to_string())?;
     read_backbone(&bytes).with_context(|| path.display().to_string())
 }
 
@@ -122,7 +122,7 @@ pub fn load_backbone(path: &Path) -> Result<BackboneArtifact> {
 /// When the file cannot be read, is no valid set, or is one of another backbone.
 pub fn load_set(path: &Path, backbone: &BackboneArtifact) -> Result<ExpertSetArtifact> {
     let read = || -> Result<ExpertSetArtifact> {
-        let set = read_expert_set(&fs::read(path)?)?;
+        let set = read_expert_set(&read_file(path)?)?;
         set.check_backbone(&backbone.weights.config, backbone.digest)?;
         Ok(set)
     };

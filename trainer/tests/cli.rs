@@ -382,6 +382,10 @@ fn compare_trains_variants_and_goes_on_after_an_interruption() {
     ];
     let compare =
         [&what[..], &["--variants", "butterfly,dense-experts,dense,angles4,float-activations"], &FAST].concat();
+    for twice in [["--seeds", "4,4"], ["--variants", "dense,dense"]] {
+        let error = fail(&["compare", "--data", text(&data), "--out", text(&out), twice[0], twice[1]]);
+        assert!(error.contains(twice[0]) && error.contains("twice"), "{error}");
+    }
     succeed(&[&compare[..], &["--limit-seconds", "0"]].concat());
     assert!(!out.join("table.md").exists());
     let table = String::from_utf8(succeed(&compare).stdout).unwrap();
@@ -510,6 +514,36 @@ fn unusable_data_is_explained() {
     assert!(error.contains("class empty has no usable image"), "{error}");
     let error = fail(&train(text(&root.path().join("nowhere")), text(&out), &["--preset", "tiny"]));
     assert!(error.contains("is not a folder"), "{error}");
+}
+
+/// A file that never ends is none, wherever one is named; and a name that no store takes is refused before a run begins.
+#[cfg(target_os = "linux")]
+#[test]
+fn endless_files_and_impossible_names_are_refused_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    let endless = root.path().join("endless");
+    std::os::unix::fs::symlink("/dev/zero", &endless).unwrap();
+    let file = text(&endless);
+    let store = text(root.path());
+    for args in [
+        train(text(&data), text(&out), &["--config", file]),
+        train(text(&data), text(&out), &["--preset", "tiny", "--stem", file]),
+        train(text(&data), text(&out), &["--start-backbone", file, "--start-set", file]),
+        vec!["import", "--weights", file, "--images", text(&data), "--images-source", "here", "--store", store],
+        vec!["evaluate", "--data", text(&data), "--backbone", file, "--set", file],
+        vec!["encode", "--backbone", file, "--store", store],
+    ] {
+        let error = fail(&args);
+        assert!(error.contains(file) && error.contains("this is not a file"), "{args:?}: {error}");
+    }
+    for option in ["--set-name", "--backbone-name"] {
+        let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", option, "a/b"]));
+        assert!(error.contains("a/b") && error.contains("a name has"), "{error}");
+    }
+    let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", "--operations", "1000000000"]));
+    assert!(error.contains("operations is 1000000000"), "{error}");
+    assert!(!out.exists());
 }
 
 /// A backbone that is a stem of two layers, whose outputs have steps.
@@ -724,9 +758,9 @@ fn a_model_learns_behind_a_frozen_stem() {
         files.map(|file| (file.path(), file.metadata().unwrap().modified().unwrap())).collect::<BTreeMap<_, _>>()
     };
     let before = written();
-    // 60 images of 2 x 2 tokens of 16 features.
+    // 60 images of 2 x 2 tokens of 16 features, and a digest.
     let sizes = before.keys().map(|path| fs::metadata(path).unwrap().len());
-    assert!(sizes.eq([60 * 4 * 16 * 2; 3]), "{before:?}");
+    assert!(sizes.eq([60 * 4 * 16 * 2 + 64; 3]), "{before:?}");
 
     let resume = ["train", "--data", text(&data), "--out", text(&run), "--resume", "--quiet"];
     assert!(fail(&resume).contains("give --stem again"));
@@ -761,9 +795,13 @@ fn a_model_learns_behind_a_frozen_stem() {
     let teacher = ["--teacher-backbone", text(&backbone), "--teacher-set", text(&set)];
     assert!(refused(&teacher).contains("a teacher looks at pixels"));
     let (path, _) = before.first_key_value().unwrap();
-    fs::write(path, [0; 100]).unwrap();
-    let error = refused(&views);
-    assert!(error.contains(text(path)) && error.contains("it is damaged, delete it"), "{error}");
+    let mut changed = fs::read(path).unwrap();
+    changed[0] ^= 1;
+    for damaged in [&[0; 100][..], &changed] {
+        fs::write(path, damaged).unwrap();
+        let error = refused(&views);
+        assert!(error.contains(text(path)) && error.contains("it is damaged, delete it"), "{error}");
+    }
     let narrow = ["--preset", "study", "--stem", text(&eyes)];
     let error = fail(&train(text(&data), text(&other), &narrow));
     assert!(error.contains("no layer of the stem of eyes has the model's 64 channels; there are {8, 16}"), "{error}");

@@ -54,6 +54,19 @@ pub fn open_file(path: &Path) -> std::io::Result<File> {
     }
 }
 
+/// All bytes of a file as long as it is now, and nothing that is added meanwhile.
+///
+/// # Errors
+/// As [`open_file`], and when there is no memory for so many bytes.
+pub fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = open_file(path)?;
+    let len = file.metadata()?.len();
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(usize::try_from(len).unwrap_or(usize::MAX))?;
+    file.take(len).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 impl Header {
     /// Reads and checks the header of a file, and nothing behind it.
     ///

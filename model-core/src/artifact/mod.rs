@@ -26,7 +26,7 @@ use document::Document;
 pub use document::FORMAT_VERSION;
 pub use error::ArtifactError;
 use header::{DIGEST_KEY, DOCUMENT_KEY, LENGTH_BYTES, RawHeader, header_bytes};
-pub use header::{Header, MAX_HEADER_BYTES, open_file};
+pub use header::{Header, MAX_HEADER_BYTES, open_file, read_file};
 pub use layout::{Encoding, TensorSize};
 use layout::{Slot, TensorSpec, empty_backbone, empty_expert_set, sort_by_place, visit_backbone, visit_expert_set};
 

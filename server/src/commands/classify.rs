@@ -123,7 +123,7 @@ async fn answer(
     file: &Path,
     args: &ClassifyArgs,
 ) -> anyhow::Result<Answer> {
-    let bytes = std::fs::read(file)?;
+    let bytes = model_core::artifact::read_file(file)?;
     let started = Instant::now();
     let request = Request {
         set: set.name.clone(),

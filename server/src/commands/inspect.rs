@@ -16,7 +16,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let artifacts = match &args.file {
         Some(path) => {
             let name = path.display().to_string();
-            let read = std::fs::read(path).map_err(anyhow::Error::from);
+            let read = model_core::artifact::read_file(path).map_err(anyhow::Error::from);
             let artifact = read.and_then(|bytes| inspect(&bytes)).with_context(|| name.clone())?;
             vec![(name, artifact)]
         }

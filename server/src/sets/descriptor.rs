@@ -1,6 +1,5 @@
 //! Facts about an artifact from its header, without loading the artifact.
 
-use std::io::Read;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -41,18 +40,7 @@ impl Location {
     /// All of the artifact's bytes.
     pub fn read(&self) -> anyhow::Result<Bytes> {
         match self {
-            Self::File(path) => {
-                let read = || {
-                    let file = artifact::open_file(path)?;
-                    // No byte more than that, and no buffer that doubles: a file that grows meanwhile is cut, and refused.
-                    let size = file.metadata()?.len();
-                    let mut bytes = Vec::new();
-                    bytes.try_reserve_exact(usize::try_from(size).unwrap_or(usize::MAX))?;
-                    file.take(size).read_to_end(&mut bytes)?;
-                    std::io::Result::Ok(Bytes::Owned(bytes))
-                };
-                read().with_context(|| self.to_string())
-            }
+            Self::File(path) => Ok(Bytes::Owned(artifact::read_file(path).with_context(|| self.to_string())?)),
             Self::Embedded(file) => Ok(Bytes::Embedded(*file)),
         }
     }

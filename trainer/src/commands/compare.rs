@@ -1,10 +1,10 @@
 //! `compare`: variants of one recipe.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
 use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
@@ -23,8 +23,16 @@ use crate::recipe::Recipe;
 use crate::terminal::{print, say};
 use crate::train::{Ended, Run, Settings, averaged};
 
+/// Refuses what is named twice: a run that counts twice would narrow every interval.
+fn check_distinct<T: Ord>(named: &[T], what: &str) -> Result<()> {
+    let distinct: BTreeSet<&T> = named.iter().collect();
+    ensure!(distinct.len() == named.len(), "--{what}s names a {what} twice");
+    Ok(())
+}
+
 /// `compare`: variants of one recipe, each with every seed.
 pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
+    check_distinct(&args.seeds, "seed").and_then(|()| check_distinct(&args.variants, "variant"))?;
     let mut base = Recipe::scratch(args.model.resolve()?.0);
     let stem = frozen_stem(&args.stem, &args.teacher, &mut base)?;
     args.recipe.apply(&mut base);

@@ -1,8 +1,7 @@
 //! `logits`: what a model makes of image files.
 
-use std::fs;
-
 use anyhow::{Result, ensure};
+use model_core::artifact::read_file;
 use model_core::image::{DecodeLimits, decode};
 use serde::Serialize;
 
@@ -30,7 +29,7 @@ pub fn logits(args: &LogitsArgs) -> Result<()> {
     let side = backbone.weights.config.image_size;
     let mut unusable = 0;
     for file in &args.files {
-        let image = fs::read(file).map_err(anyhow::Error::from);
+        let image = read_file(file).map_err(anyhow::Error::from);
         match image.and_then(|bytes| Ok(decode(&bytes, &DecodeLimits::default())?)) {
             Ok(image) => {
                 let logits = model.predict(backbone.preprocess.pixels(&image, side), 1)?.logits;

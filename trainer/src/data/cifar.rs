@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use model_core::artifact::read_file;
 
 use super::{Dataset, LabelColumn, Opened, Part};
 
@@ -61,7 +62,7 @@ fn read_records(folder: &Path, files: &[String], names: &str, record: Record) ->
     let mut dataset = Dataset { images: Vec::new(), side: SIDE, labels: Vec::new(), class_names };
     let mut skipped = Vec::new();
     for file in files {
-        let bytes = fs::read(folder.join(file)).with_context(|| format!("records {file}"))?;
+        let bytes = read_file(&folder.join(file)).with_context(|| format!("records {file}"))?;
         ensure!(
             bytes.len().is_multiple_of(record_bytes),
             "{file} has {} bytes, which is not a multiple of the {record_bytes} of one record: the file is truncated \

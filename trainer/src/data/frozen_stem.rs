@@ -1,13 +1,12 @@
 //! Training behind a stem that does not move. The integer engine that serves computes its outputs once, for some views of
 //! every image; they are kept on the disk, one file a view, and in memory while a run lasts.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use model_core::artifact::{BackboneArtifact, Card, Digest};
+use model_core::artifact::{BackboneArtifact, Card, Digest, read_file};
 use model_core::config::{Activation, BackboneConfig, StemLayer};
 use model_core::engine::{Backbone, Session};
 use model_core::image::Preprocess;
@@ -170,7 +169,9 @@ impl StemOutputs {
                 Some(outputs) => Ok(outputs),
                 None => {
                     let outputs = compute(stem, &backbone, dataset, views, view)?;
-                    let bytes: Vec<u8> = outputs.iter().flat_map(|code| code.to_le_bytes()).collect();
+                    let mut bytes: Vec<u8> = outputs.iter().flat_map(|code| code.to_le_bytes()).collect();
+                    let digest = Digest::of("", &bytes).to_string();
+                    bytes.extend_from_slice(digest.as_bytes());
                     write_atomically(&path, &bytes)?;
                     Ok(outputs)
                 }
@@ -203,24 +204,22 @@ fn file_name(stem: &FrozenStem, dataset: &Dataset, views: &Views, view: u64) -> 
         "layers": stem.layers.len(),
         "images": dataset.fingerprint(),
         "view": varied,
+        "format": 2,
     });
     format!("view-{view}-{}.i16", &Digest::of(&key.to_string(), &[]).to_string()[..16])
 }
 
-/// What a file holds, if it is there.
+/// What a file holds, if it is there: `len` bytes of codes, and their digest in 64 digits.
 fn read(path: &Path, len: u64) -> Result<Option<Vec<i16>>> {
-    let bytes = match fs::read(path) {
+    let bytes = match read_file(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).with_context(|| path.display().to_string()),
     };
-    ensure!(
-        bytes.len() as u64 == len,
-        "{}: {} bytes in place of {len}; it is damaged, delete it",
-        path.display(),
-        bytes.len()
-    );
-    Ok(Some(bytes.chunks_exact(2).map(|code| i16::from_le_bytes([code[0], code[1]])).collect()))
+    let split = usize::try_from(len).ok().and_then(|len| bytes.split_at_checked(len));
+    let whole = split.filter(|(codes, digest)| Digest::of("", codes).to_string().as_bytes() == *digest);
+    let Some((codes, _)) = whole else { bail!("{}: it is damaged, delete it", path.display()) };
+    Ok(Some(codes.chunks_exact(2).map(|code| i16::from_le_bytes([code[0], code[1]])).collect()))
 }
 
 fn compute(

@@ -5,13 +5,12 @@
 //! `[images, 32]`, SHA-256 of the bytes of each image's file), and in its metadata `labels`, a JSON list of the classes.
 
 use std::collections::{BTreeSet, HashMap};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use half::f16;
-use model_core::artifact::{Digest, MAX_TEXT_BYTES, open_file};
+use model_core::artifact::{Digest, MAX_TEXT_BYTES, read_file};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
@@ -35,8 +34,7 @@ impl SoftLabels {
     /// A sentence that names what is wrong with the file, or the first image that it does not know.
     pub fn read(path: &Path, files: &[PathBuf]) -> Result<(Self, Digest)> {
         let read = || -> Result<(Self, Digest)> {
-            let mut bytes = Vec::new();
-            open_file(path)?.read_to_end(&mut bytes)?;
+            let bytes = read_file(path)?;
             let (mut soft, rows) = Self::parse(&bytes)?;
             soft.find(&rows, files)?;
             Ok((soft, Digest::of("", &bytes)))
@@ -94,7 +92,7 @@ impl SoftLabels {
     /// Finds the row of every image.
     fn find(&mut self, rows: &HashMap<String, u32>, files: &[PathBuf]) -> Result<()> {
         let digest = |path: &PathBuf| -> Result<Option<u32>> {
-            let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+            let bytes = read_file(path).with_context(|| path.display().to_string())?;
             Ok(rows.get(&Digest::of("", &bytes).to_string()).copied())
         };
         let found = files.par_iter().map(digest).collect::<Result<Vec<_>>>()?;

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 /// Most tuples in one another; torch writes four.
 const MAX_DEPTH: u32 = 16;
+/// Most instructions of a program; torch writes some twenty for a tensor.
+const MAX_INSTRUCTIONS: u32 = 1 << 20;
 
 /// What a program leaves on the stack.
 #[derive(Debug, Clone)]
@@ -111,11 +113,14 @@ impl Machine {
     /// When the program has an instruction or a name that tensors do not need, or ends early.
     pub(super) fn run<'a>(&mut self, bytes: &'a [u8]) -> Result<(Value, &'a [u8])> {
         let mut program = Program { rest: bytes };
+        let mut instructions = 0;
         self.stack.clear();
         self.marks.clear();
         self.memo.clear();
         loop {
             let [instruction] = program.array()?;
+            instructions += 1;
+            ensure!(instructions <= MAX_INSTRUCTIONS, "the pickle has more than {MAX_INSTRUCTIONS} instructions");
             if instruction == b'.' {
                 return Ok((self.pop()?, program.rest));
             }

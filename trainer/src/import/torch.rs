@@ -6,6 +6,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
+use model_core::artifact::{self, open_file};
 
 use super::pickle::{Machine, TensorRef, Value};
 
@@ -26,9 +27,9 @@ pub(super) struct Tensors<'a> {
 /// # Errors
 /// When it cannot be read or is too large.
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let bytes = std::fs::metadata(path).with_context(|| path.display().to_string())?.len();
+    let bytes = open_file(path).and_then(|file| file.metadata()).with_context(|| path.display().to_string())?.len();
     ensure!(bytes <= MAX_FILE_BYTES, "{}: it has {bytes} bytes; at most {MAX_FILE_BYTES} are read", path.display());
-    std::fs::read(path).with_context(|| path.display().to_string())
+    artifact::read_file(path).with_context(|| path.display().to_string())
 }
 
 /// Type and number of values of the storage that a tuple names.
@@ -65,7 +66,7 @@ impl<'a> Tensors<'a> {
         let rest = bytes.strip_prefix(MAGIC).context("it does not begin like a file of torch.save")?;
         let mut machine = Machine::default();
         let (protocol, rest) = machine.run(rest)?;
-        ensure!(matches!(protocol, Value::Int(1001)), "its protocol is not 1001: {protocol:?}");
+        ensure!(matches!(protocol, Value::Int(1001)), "its protocol is not 1001");
         let (_sizes, rest) = machine.run(rest)?;
         let (dict, rest) = machine.run(rest)?;
         let Value::Dict(dict) = dict else { bail!("it holds no dictionary of tensors") };
@@ -80,7 +81,13 @@ impl<'a> Tensors<'a> {
         let mut sizes = HashMap::new();
         for tensor in tensors.values() {
             let (kind, key, count) = storage(&tensor.storage)?;
-            sizes.insert(key.to_owned(), (count, value_bytes(kind)?));
+            let size = (count, value_bytes(kind)?);
+            let before = sizes.insert(key.to_owned(), size);
+            let key = key.escape_debug();
+            ensure!(
+                before.is_none_or(|before| before == size),
+                "two tensors say that the storage {key} has other sizes"
+            );
         }
         let (keys, mut rest) = machine.run(rest)?;
         let Value::List(keys) = keys else { bail!("it has no list of storages") };
@@ -219,5 +226,14 @@ pub(super) mod tests {
         assert!(error(&infinite, &[2]).contains("not finite"));
         assert!(error(&file(&[]), &[2]).contains("no tensor a"));
         assert!(error(&file(&[("a", &[0], &[1], vec![])]), &[0]).contains("beyond its storage"));
+        // Both tensors look at the storage 0, of which they say different things.
+        let two = file(&[("a", &[2], &[1], vec![1.0, 2.0]), ("b", &[3], &[1], vec![1.0, 2.0, 3.0])]);
+        let key = [text("1"), text("cpu")].concat();
+        let at = two.windows(key.len()).position(|window| window == key).unwrap() + 5;
+        let shared = [&two[..at], b"0", &two[at + 1..]].concat();
+        assert!(error(&shared, &[2]).contains("the storage 0 has other sizes"));
+        assert!(error(&[MAGIC, b"\x80\x02(K\x07t."].concat(), &[2]).contains("protocol is not 1001"));
+        let endless = [MAGIC, &b"}".repeat(1 << 21)].concat();
+        assert!(error(&endless, &[2]).contains("instructions"));
     }
 }
