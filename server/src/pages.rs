@@ -37,6 +37,10 @@ macro_rules! included {
     }};
 }
 
+/// A multiple of every page size of Linux.
+#[cfg(target_os = "linux")]
+const LARGEST_PAGE: usize = 64 << 10;
+
 impl Included {
     pub const fn of<C: Constant>() -> Self {
         Self(C::BYTES)
@@ -53,7 +57,7 @@ impl Included {
         #[cfg(target_os = "linux")]
         {
             // SAFETY: asks for a number.
-            let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(usize::MAX);
+            let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(LARGEST_PAGE);
             // The pages that hold nothing else.
             let begin = self.0.as_ptr().align_offset(page).min(self.0.len());
             let len = (self.0.len() - begin) / page * page;

@@ -72,8 +72,8 @@ impl Requantize {
         y.clamp(-128.0, 127.0).round_ties_even() as i8
     }
 
-    /// [`Requantize::code`] for the features of block `index` of every pixel: of `sums` less `corrections`, both one a pixel.
-    /// `out` and `added` are `[pixels, features]`.
+    /// [`Requantize::code`] for the features of block `index` of every pixel. `sums` and `corrections`,
+    /// which are subtracted from them, have an entry for each pixel; `out` and `added` are `[pixels, features]`.
     pub(super) fn write(
         &self,
         isa: Isa,

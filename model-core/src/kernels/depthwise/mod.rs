@@ -124,7 +124,7 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
-    /// The first [`LANES`] codes of a pixel; beyond the last pixel's they are 0, as all weights are.
+    /// The first [`LANES`] codes of a pixel. Lanes that no channel has are 0, and their sums are not written.
     #[inline(always)]
     fn pixel(&self, x: usize) -> [i8; LANES] {
         let codes = &self.codes[x * self.step..];
