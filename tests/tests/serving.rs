@@ -243,6 +243,30 @@ fn a_set_of_a_store_answers_as_it_does_alone() {
 }
 
 #[test]
+fn classify_says_which_file_is_broken() {
+    let config = ViTConfig::preset("tiny").unwrap();
+    let store = tempfile::tempdir().unwrap();
+    write_store(store.path(), &config, &["alpha", "beta"]);
+    let said = |set: &str| {
+        let folder = store.path().to_str().unwrap();
+        let output = run(&["classify", "--model-store", folder, "--set", set, "tests/images/test-03.png"]);
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let break_in_the_middle = |file: &str| {
+        let path = store.path().join(file);
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    break_in_the_middle("expert-sets/alpha/1.safetensors");
+    let set = said("alpha");
+    assert!(set.contains("no expert set `alpha`") && set.contains("alpha/1.safetensors: "), "{set}");
+    break_in_the_middle("backbones/main.safetensors");
+    let backbone = said("beta");
+    assert!(backbone.contains("which is not here") && backbone.contains("main.safetensors: "), "{backbone}");
+}
+
+#[test]
 fn a_wrong_start_is_one_line_and_exit_code_2() {
     let store = tempfile::tempdir().unwrap();
     write_store(store.path(), &ViTConfig::preset("tiny").unwrap(), &["alpha"]);

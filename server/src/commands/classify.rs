@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use model_core::engine::Crew;
 use model_core::image::{DecodeLimits, Seen};
 use serde::Serialize;
@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::sets::descriptor::{BackboneDescriptor, SetDescriptor};
 use crate::sets::loaded::{Answer, ArtifactSource};
 use crate::sets::registry::{self, Registry};
-use crate::sets::store;
+use crate::sets::store::{self, Broken};
 use crate::statistics::Statistics;
 use crate::threads::{BlockingPool, Priority};
 use crate::verdict::Verdict;
@@ -69,18 +69,32 @@ fn find(models: &ModelArgs, set: Option<&str>) -> anyhow::Result<(BackboneDescri
     contents.sets.sort_by(|a, b| (&a.name, b.version).cmp(&(&b.name, a.version)));
     let wanted = set.or(models.default_set.as_deref()).or(default);
     let found = contents.sets.iter().find(|set| wanted.is_none_or(|wanted| wanted == set.name)).cloned();
-    let Some(found) = found else {
-        match (wanted, contents.broken.first()) {
-            (_, Some(broken)) => bail!("{}", broken.reason),
-            (Some(name), None) => bail!("there is no expert set `{name}`"),
-            (None, None) => bail!("the model store holds no expert set"),
-        }
-    };
+    let broken = &contents.broken;
+    let found = found.with_context(|| match wanted {
+        Some(name) => missing(format!("there is no expert set `{name}`"), broken),
+        None => missing("the model store holds no expert set".to_owned(), broken),
+    })?;
+    let place = &found.location;
     let backbone = contents.backbones.into_iter().find(|backbone| backbone.digest == found.backbone);
-    let backbone = backbone
-        .with_context(|| format!("{}: bound to backbone {}, which is not here", found.location, found.backbone))?;
-    let lender = found.lender.and_then(|lender| contents.sets.into_iter().find(|set| set.digest == lender));
+    let backbone = backbone.with_context(|| {
+        missing(format!("{place}: bound to backbone {}, which is not here", found.backbone), broken)
+    })?;
+    let lender = match found.lender {
+        None => None,
+        Some(digest) => Some(contents.sets.iter().find(|set| set.digest == digest).cloned().with_context(|| {
+            missing(format!("{place}: borrows the experts of set {digest}, which is not here"), broken)
+        })?),
+    };
     Ok((backbone, lender.into_iter().chain([found]).collect()))
+}
+
+/// What is not there, and the broken files of the store, one of which it may be.
+fn missing(what: String, broken: &[Broken]) -> String {
+    const NAMED: usize = 3;
+    let reasons = broken.iter().take(NAMED).map(|broken| broken.reason.as_str());
+    let more = broken.len().saturating_sub(NAMED);
+    let more = (more > 0).then(|| format!("and {more} more files are broken"));
+    std::iter::once(what.as_str()).chain(reasons).chain(more.as_deref()).collect::<Vec<_>>().join("; ")
 }
 
 /// A classifier for one caller and these sets, whatever memory they take.
