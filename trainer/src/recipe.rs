@@ -238,6 +238,8 @@ impl Recipe {
     /// Naming the first that is out of it.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
+        ViT::check_size(&self.model, self.feed_forward)?;
+        self.validate_memory()?;
         let share = |value: f64, name: &str| {
             ensure!((0.0..1.0).contains(&value), "{name} is {value}; it must be at least 0 and below 1");
             Ok(())
@@ -298,6 +300,29 @@ impl Recipe {
         }
         ensure!((0.0..=1.0).contains(&self.final_rate), "final_rate is {}; it must be in 0..=1", self.final_rate);
         self.validate_variation()
+    }
+
+    /// [`Recipe::validate`] for what a step takes beside the parameters.
+    fn validate_memory(&self) -> Result<()> {
+        /// Numbers of four bytes.
+        const MOST: usize = 1 << 30;
+        let (b, e) = (&self.model.backbone, &self.model.experts);
+        let image = b.image_size.pow(2) * 3 + self.model.num_classes;
+        let batch = image.saturating_mul(self.batch_size);
+        ensure!(batch <= MOST, "batch_size is {}: a batch has {batch} numbers, more than {MOST}", self.batch_size);
+        let stem: usize = b.stem_inputs().map(|(layer, side, _)| side * side * layer.channels).sum();
+        let tokens = b.num_tokens();
+        // Scores of attention and their softmax; what goes in and out of each matrix, and of each rotation.
+        let rows = 12 * b.d_model + 4 * e.top_k * (b.d_ff + b.d_model) + e.num_experts;
+        let block = tokens.saturating_mul(2 * b.num_heads * tokens + rows);
+        let image = block.saturating_mul(b.num_layers).saturating_add(stem);
+        let shard = image.saturating_mul(self.shard_size.min(self.batch_size));
+        ensure!(
+            shard <= MOST,
+            "shard_size is {}: a shard computes with about {shard} numbers, more than {MOST}; take a smaller one",
+            self.shard_size
+        );
+        Ok(())
     }
 
     /// [`Recipe::validate`] for how images are varied.
@@ -398,6 +423,7 @@ fn compare(path: &str, old: &Value, new: &Value, differences: &mut Vec<String>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use model_core::config::StemLayer;
 
     fn recipe() -> Recipe {
         Recipe {
@@ -441,7 +467,28 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_named() {
         type Edit = fn(&mut Recipe);
-        let cases: [(&str, Edit); 14] = [
+        let cases: [(&str, Edit); 22] = [
+            ("parameters, more than", |r| (r.model.backbone.d_ff, r.model.backbone.num_layers) = (1 << 16, 64)),
+            ("parameters, more than", |r| {
+                let backbone = &mut r.model.backbone;
+                (backbone.d_model, backbone.stem) = (1 << 16, vec![StemLayer::patch(1 << 16, 2)]);
+            }),
+            ("parameters, more than", |r| {
+                (r.model.backbone.d_ff, r.model.experts.num_experts) = (1 << 14, 4096);
+                r.feed_forward = FeedForwardKind::DenseExperts;
+            }),
+            ("parameters, more than", |r| {
+                let backbone = &mut r.model.backbone;
+                (backbone.d_model, backbone.stem) = (1 << 14, vec![StemLayer::patch(1 << 14, 2)]);
+                r.model.num_classes = 1 << 16;
+            }),
+            ("batch_size is", |r| r.batch_size = usize::MAX),
+            ("batch_size is", |r| (r.batch_size, r.model.num_classes) = (1 << 17, 1 << 16)),
+            ("shard_size is", |r| (r.shard_size, r.batch_size) = (1 << 22, 1 << 22)),
+            ("shard_size is", |r| {
+                r.model.backbone.image_size = 64;
+                r.model.backbone.stem = vec![StemLayer::patch(16, 1)];
+            }),
             ("epochs", |r| r.epochs = 0),
             ("learning_rate", |r| r.learning_rate = f64::NAN),
             ("optimizer.angle_rate", |r| r.optimizer.angle_rate = -1.0),

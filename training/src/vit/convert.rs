@@ -7,7 +7,7 @@ use model_core::weights::{
     AngleCodes, BackboneWeights, BlockWeights, ExpertLayerWeights, ExpertSetWeights, Linear, Norm, StemWeights, Ternary,
 };
 
-use super::{ViT, invalid};
+use super::ViT;
 use crate::parameters::Parameters;
 use crate::quantize;
 
@@ -32,7 +32,8 @@ impl ViT {
         substrate: fn(&Ternary) -> Vec<f32>,
     ) -> Result<Self> {
         let config = set.vit_config(&backbone.config);
-        config.validate().map_err(invalid)?;
+        // Angles of a seed take no bytes in a file, and many here.
+        Self::check_size(&config, FeedForwardKind::Butterfly)?;
         let b = &config.backbone;
         if set.layers.len() != b.num_layers {
             candle_core::bail!("the set has experts for {} blocks of {}", set.layers.len(), b.num_layers);

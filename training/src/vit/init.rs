@@ -4,7 +4,7 @@ use candle_core::Result;
 use model_core::config::{BackboneConfig, FeedForwardKind, ViTConfig};
 use model_core::random::{AngleSpread, AngleStart, SplitMix64};
 
-use super::{ViT, invalid};
+use super::ViT;
 use crate::parameters::Parameters;
 use crate::quantize::angles_of_codes;
 
@@ -17,7 +17,7 @@ impl ViT {
     /// [`ViT::init`] with feed-forward layers of another kind or another spread of angles. The parameters outside the
     /// feed-forward layers are the same for every kind, and all but the angles for every spread.
     pub fn init_kind(config: &ViTConfig, kind: FeedForwardKind, spread: AngleSpread, seed: u64) -> Result<Self> {
-        config.validate().map_err(invalid)?;
+        Self::check_size(config, kind)?;
         let mut init = Init { rng: SplitMix64::at(seed, 0), parameters: Parameters::default() };
         init.backbone(&config.backbone)?;
         init.linear("head", config.num_classes, config.backbone.d_model, 0.5)?;

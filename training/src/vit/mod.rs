@@ -3,6 +3,7 @@
 
 mod convert;
 mod init;
+mod size;
 
 use candle_core::{Result, Tensor};
 use model_core::config::{ConfigError, FeedForwardKind, ViTConfig};
