@@ -10,7 +10,7 @@ use plotters::prelude::*;
 
 use super::memory::ExpertMemory;
 use super::{Outcome, Row};
-use crate::plot::{FONT, drawing, png};
+use crate::plot::{FONT, drawing, png, use_font};
 
 /// Series in the order they are drawn; more repeat.
 const COLORS: [RGBColor; 6] = [
@@ -105,34 +105,42 @@ const TOP: i32 = 44;
 /// The first images of the test part, and for each layer of each run which expert every patch went to first. Colours
 /// mean the same expert within a column only.
 pub(super) fn routing_maps(path: &Path, runs: &[&Outcome]) -> Result<()> {
-    let Some(sample) = runs.first().and_then(|run| run.sample.as_ref()) else { return Ok(()) };
-    let (side, images) = (sample.side as i32, sample.images.len() / (sample.side * sample.side * 3));
-    let layers: usize = runs.iter().filter_map(|run| run.sample.as_ref()).map(|s| s.first_choices.len()).sum();
+    // Titles are measured before there is a picture.
+    use_font();
     let step = TILE + GAP;
-    let size = ((1 + layers as i32) * step + GAP, TOP + images as i32 * step);
+    let font = (FONT, 14).into_font();
+    let mut maps = Vec::new();
+    let mut right = GAP + step;
+    for run in runs {
+        let Some(sample) = &run.sample else { continue };
+        let agreement =
+            run.routing_agreement.map_or_else(String::new, |a| format!(", neighbours agree {:.0}%", 100.0 * a));
+        let title = format!("{}{agreement}", run.variant.name());
+        let (title_width, _) = font.box_size(&title).map_err(drawing)?;
+        let left = right;
+        // Of few layers the title is wider than their maps.
+        right += (sample.first_choices.len() as i32 * step).max(title_width as i32 + 2 * GAP);
+        maps.push((left, title, sample));
+    }
+    let Some((.., sample)) = maps.first() else { return Ok(()) };
+    let (side, images) = (sample.side as i32, sample.images.len() / (sample.side * sample.side * 3));
+    let size = (right, TOP + images as i32 * step);
     png(path, (size.0 as u32, size.1 as u32), |root| {
         for image in 0..images as i32 {
             let pixels = &sample.images[(image * side * side * 3) as usize..][..(side * side * 3) as usize];
             let cells = pixels.chunks_exact(3).map(|p| RGBColor(p[0], p[1], p[2]));
             tile(root, (GAP, TOP + image * step), side, cells)?;
         }
-        let mut column = 1;
-        for run in runs {
-            let Some(sample) = &run.sample else { continue };
-            let at = GAP + column * step;
-            let agreement =
-                run.routing_agreement.map_or_else(String::new, |a| format!(", neighbours agree {:.0}%", 100.0 * a));
-            let title = format!("{}{agreement}", run.variant.name());
-            root.draw_text(&title, &(FONT, 14).into_font().color(&BLACK), (at, 4)).map_err(drawing)?;
+        for (left, title, sample) in &maps {
+            root.draw_text(title, &font.color(&BLACK), (*left, 4)).map_err(drawing)?;
             let grid = sample.grid_side as i32;
             for (layer, choices) in sample.first_choices.iter().enumerate() {
-                let x = GAP + column * step;
+                let x = left + layer as i32 * step;
                 let name = format!("layer {layer}");
                 root.draw_text(&name, &(FONT, 12).into_font().color(&BLACK), (x, 24)).map_err(drawing)?;
                 for (image, map) in choices.chunks_exact((grid * grid) as usize).enumerate() {
                     tile(root, (x, TOP + image as i32 * step), grid, map.iter().map(|&e| expert_color(e)))?;
                 }
-                column += 1;
             }
         }
         Ok(())
