@@ -13,7 +13,7 @@ use model_core::random::AngleSpread;
 use crate::compare::Variant;
 use crate::data::LabelColumn;
 use crate::data::frozen_stem::Views;
-use crate::data::heads::check_distinct;
+use crate::data::heads::check_set_names;
 use crate::encode::{EncodeArgs, EncodingArgs};
 use crate::recipe::Recipe;
 
@@ -133,7 +133,7 @@ pub struct LoopArgs {
     /// Threads that compute [default: one per core]. Does not change the result.
     #[arg(long)]
     pub threads: Option<usize>,
-    /// Save a checkpoint and stop after this many seconds.
+    /// Save a checkpoint and stop this many seconds after the start; at 0 after one step.
     #[arg(long, value_name = "SECONDS")]
     pub limit_seconds: Option<u64>,
     /// Seconds from one checkpoint to the next.
@@ -159,7 +159,6 @@ impl LoopArgs {
             checkpoint_every: Duration::from_secs(self.checkpoint_seconds),
             validate_every: self.validate_every,
             log_every: self.log_every.max(1),
-            limit: self.limit_seconds.map(Duration::from_secs),
             quiet: self.quiet,
         }
     }
@@ -355,6 +354,16 @@ fn artifact_name(name: &str) -> Result<String, &'static str> {
     if store_layout::is_valid_name(name) { Ok(name.to_owned()) } else { Err(store_layout::NAME_RULE) }
 }
 
+/// A whole number in a range.
+fn within<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
+    let number = text.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+    match number {
+        number if number < LEAST => Err(format!("it must be at least {LEAST}")),
+        number if number > MOST => Err(format!("it must be at most {MOST}")),
+        number => Ok(number),
+    }
+}
+
 /// What the artifacts are called.
 #[derive(Debug, Args)]
 pub struct NameArgs {
@@ -382,7 +391,7 @@ impl NameArgs {
             recipe.heads.len()
         );
         let names: Vec<String> = recipe.heads.iter().map(|head| head.name.clone()).collect();
-        check_distinct(&names)?;
+        check_set_names(&names)?;
         Ok(names)
     }
 }
@@ -594,7 +603,7 @@ pub struct EvaluateArgs {
     #[arg(long, conflicts_with = "confusion")]
     pub probe: bool,
     /// Look at the first N images only.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = within::<1, { usize::MAX }>)]
     pub limit: Option<usize>,
     /// Print JSON in place of text.
     #[arg(long)]
@@ -641,13 +650,13 @@ pub struct ImportArgs {
     #[arg(long, value_name = "TEXT", default_value = "unsaid")]
     pub images_source: String,
     /// Side of the square that the model sees, in pixels.
-    #[arg(long, value_name = "PIXELS", default_value_t = 160)]
+    #[arg(long, value_name = "PIXELS", default_value_t = 160, value_parser = within::<1, 1024>)]
     pub image_size: usize,
     /// Images to calibrate with, spread over the folder.
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = within::<1, { usize::MAX }>)]
     pub calibration_images: usize,
     /// Images of the background, spread over the folder.
-    #[arg(long, value_name = "N", default_value_t = 4000)]
+    #[arg(long, value_name = "N", default_value_t = 4000, value_parser = within::<1, { usize::MAX }>)]
     pub background_images: usize,
     /// The model store to write to.
     #[arg(long, value_name = "DIR")]

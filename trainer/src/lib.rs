@@ -6,7 +6,7 @@
 //! | --- | --- |
 //! | [`data`] | image sets in memory, held-out splits, augmentation, batches on their own thread |
 //! | [`recipe`] | everything that decides what a run computes, in one value |
-//! | [`train`] | the loop: steps, validation, checkpoints, diary |
+//! | [`train`], [`stop`] | the loop: steps, validation, checkpoints, diary; and what ends it early |
 //! | [`checkpoint`], [`diary`], [`files`] | what a run leaves on the disk, and how it survives a crash |
 //! | [`predict`], [`evaluate`] | running a model over a data set; accuracy, calibration, routing |
 //! | [`compare`] | variants of one recipe over several seeds, as table and picture |
@@ -34,6 +34,7 @@ pub mod plot;
 pub mod predict;
 pub mod recipe;
 pub mod speed;
+pub mod stop;
 pub mod store;
 pub mod teacher;
 mod terminal;

@@ -7,9 +7,11 @@ mod restart;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use butterflyvit_trainer::cli::{Cli, Command};
+use butterflyvit_trainer::cli::{Cli, Command, LoopArgs};
+use butterflyvit_trainer::stop::Stop;
 use butterflyvit_trainer::train::Ended;
 use butterflyvit_trainer::{commands, encode, import};
 use clap::Parser;
@@ -47,9 +49,9 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<Ended> {
     match &cli.command {
         Command::Init(args) => commands::init(args)?,
-        Command::Train(args) => return commands::train(args, &*stop_on_signal()?),
-        Command::Specialise(args) => return commands::specialise(args, &*stop_on_signal()?),
-        Command::Compare(args) => return commands::compare(args, &*stop_on_signal()?),
+        Command::Train(args) => return commands::train(args, &stop_early(&args.run)?),
+        Command::Specialise(args) => return commands::specialise(args, &stop_early(&args.run)?),
+        Command::Compare(args) => return commands::compare(args, &stop_early(&args.run)?),
         Command::Export(args) => commands::export(args)?,
         Command::Evaluate(args) => commands::evaluate(args)?,
         Command::Encode(args) => encode::run(args)?,
@@ -60,16 +62,16 @@ fn run(cli: &Cli) -> Result<Ended> {
     Ok(Ended::Finished)
 }
 
-/// A flag that the first Ctrl-C (or SIGTERM) sets; the second one ends the program at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
+/// What the first Ctrl-C (or SIGTERM) ends, or the time limit; the second one ends the program at once.
+fn stop_early(args: &LoopArgs) -> Result<Stop> {
+    let asked = Arc::new(AtomicBool::new(false));
+    let flag = asked.clone();
     let handler = move || {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("\nsaving a checkpoint; once more to stop without");
+        eprintln!("\nstopping, with a checkpoint of what is trained; once more to stop without");
     };
     ctrlc::set_handler(handler).context("listening for Ctrl-C")?;
-    Ok(stop)
+    Ok(Stop::new(asked, args.limit_seconds.map(Duration::from_secs)))
 }

@@ -7,7 +7,6 @@
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -32,6 +31,7 @@ use crate::evaluate::{Scores, Tally};
 use crate::files::create_folder;
 use crate::predict::{Candle, Prediction, by_shards, for_each_shard};
 use crate::recipe::Recipe;
+use crate::stop::Stop;
 use crate::teacher::Teacher;
 
 /// Settings that do not change the result.
@@ -43,8 +43,6 @@ pub struct Settings {
     pub validate_every: u64,
     /// Steps between lines of the diary.
     pub log_every: u64,
-    /// Stop after this much time in this process.
-    pub limit: Option<Duration>,
     /// Draw no progress bar.
     pub quiet: bool,
 }
@@ -166,11 +164,11 @@ impl Run {
         Ok(())
     }
 
-    /// Trains until the end of the recipe, the time limit, or until `stop` becomes true.
+    /// Trains until the end of the recipe, or until `stop` says so.
     ///
     /// # Errors
     /// When the loss is no longer finite or a file cannot be written. The last checkpoint is kept.
-    pub fn train(&mut self, stop: &AtomicBool) -> Result<Ended> {
+    pub fn train(&mut self, stop: &Stop) -> Result<Ended> {
         ensure!(self.recipe.soft_labels.is_some() == self.soft.is_some(), "the recipe's soft labels are missing");
         self.started = Instant::now();
         create_folder(&self.settings.out)?;
@@ -183,7 +181,7 @@ impl Run {
         let mut loader = self.loader();
 
         while self.optimizer.step < total {
-            if stop.load(Ordering::Relaxed) {
+            if stop.is_asked() {
                 bar.abandon_with_message("interrupted");
                 self.checkpoint()?.save(&self.settings.out)?;
                 return Ok(Ended::Interrupted);
@@ -214,7 +212,7 @@ impl Run {
                 recent.since = Instant::now();
             }
             // After the step, so that even the shortest limit gets somewhere.
-            if self.optimizer.step < total && self.settings.limit.is_some_and(|limit| self.started.elapsed() >= limit) {
+            if self.optimizer.step < total && stop.is_late() {
                 bar.abandon_with_message("out of time");
                 self.checkpoint()?.save(&self.settings.out)?;
                 return Ok(Ended::OutOfTime);

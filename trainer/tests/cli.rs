@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use butterflyvit_trainer::checkpoint::Checkpoint;
 use model_core::artifact::{BackboneArtifact, Digest, read_backbone, read_expert_set, write_backbone};
-use model_core::config::{Activation, BackboneConfig, StemLayer, SubstrateConfig};
+use model_core::config::{Activation, BackboneConfig, StemLayer, SubstrateConfig, ViTConfig};
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::{Preprocess, RgbImage};
 use model_core::kernels::Isa;
@@ -105,6 +105,20 @@ fn train_evaluate_and_specialise() {
     assert_eq!(integer["classes"].as_array().unwrap().len(), 3);
     assert_eq!(integer["layers"].as_array().unwrap().len(), 2);
     assert!(picture.is_file());
+    // Some of the classes, below names that put them in another order, are found by name.
+    let some = root.path().join("some");
+    for class in ["red", "blue"] {
+        fs::create_dir_all(some.join(class)).unwrap();
+        fs::copy(Path::new(&data).join("test").join(class).join("0.png"), some.join(class).join("0.png")).unwrap();
+    }
+    let of_some = |more: &[&str]| trainer(&[&["evaluate", "--data", text(&some)][..], &evaluate[3..], more].concat());
+    let report: Value = serde_json::from_slice(&of_some(&["--json"]).stdout).unwrap();
+    assert_eq!((&report["images"], &report["top1"]), (&2.into(), &1.0.into()), "{report}");
+    assert_eq!(report["classes"].as_array().unwrap().len(), 3);
+    assert!(String::from_utf8(of_some(&[]).stdout).unwrap().contains("of 3 labels 2 have images"));
+    fs::rename(some.join("red"), some.join("crimson")).unwrap();
+    let said = String::from_utf8(of_some(&[]).stderr).unwrap();
+    assert!(said.contains("1 of the 2 classes are no labels: crimson; the labels are blue, green, red"), "{said}");
     let float = measure(&["--float"]);
     assert!((float["cross_entropy"].as_f64().unwrap() - integer["cross_entropy"].as_f64().unwrap()).abs() < 0.1);
     assert_eq!(measure(&["--limit", "4"])["images"], 4);
@@ -544,6 +558,48 @@ fn endless_files_and_impossible_names_are_refused_at_once() {
     let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", "--operations", "1000000000"]));
     assert!(error.contains("operations is 1000000000"), "{error}");
     assert!(!out.exists());
+}
+
+#[test]
+fn what_no_memory_holds_and_what_is_nothing_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    let file = root.path().join("large.json");
+    let (file, data, out, store) = (text(&file), text(&data), text(&out), text(root.path()));
+    for (field, section) in [("d_model", "backbone"), ("d_ff", "backbone"), ("num_classes", "")] {
+        let mut config = serde_json::to_value(ViTConfig::preset("photo").unwrap()).unwrap();
+        config["backbone"]["image_size"] = 32.into();
+        config["experts"]["num_experts"] = 4096.into();
+        let place = if section.is_empty() { &mut config[field] } else { &mut config[section][field] };
+        *place = 65536.into();
+        config["backbone"]["stem"][0]["channels"] = config["backbone"]["d_model"].clone();
+        config["backbone"]["num_heads"] = 1.into();
+        if section.is_empty() {
+            (config["backbone"]["d_model"], config["backbone"]["d_ff"]) = (16384.into(), 16384.into());
+            config["backbone"]["stem"][0]["channels"] = 16384.into();
+        }
+        fs::write(file, config.to_string()).unwrap();
+        for args in [
+            train(data, out, &["--config", file]),
+            vec!["compare", "--data", data, "--out", out, "--config", file],
+            vec!["init", "--store", store, "--config", file],
+            vec!["speed", "--seconds", "0", "--config", file],
+        ] {
+            let said = fail(&args);
+            // In `train` a file says how many classes there are, elsewhere the images do.
+            assert!(said.contains("parameters, more than 536870912"), "{field} {args:?}: {said}");
+        }
+    }
+    let said = fail(&["speed", "--preset", "tiny", "--batch-size", "100000000"]);
+    assert!(said.contains("batch_size is 100000000"), "{said}");
+    for args in [
+        &["evaluate", "--data", data, "--backbone", "b", "--set", "s", "--limit", "0"][..],
+        &["import", "--weights", "w", "--images", data, "--store", store, "--calibration-images", "0"],
+        &["import", "--weights", "w", "--images", data, "--store", store, "--background-images", "0"],
+    ] {
+        let said = fail(args);
+        assert!(said.contains("it must be at least 1"), "{args:?}: {said}");
+    }
 }
 
 /// A backbone that is a stem of two layers, whose outputs have steps.

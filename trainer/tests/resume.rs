@@ -11,6 +11,7 @@ use butterflyvit_trainer::data::Dataset;
 use butterflyvit_trainer::data::heads::Head;
 use butterflyvit_trainer::data::loader::Mixing;
 use butterflyvit_trainer::recipe::{Origin, Recipe};
+use butterflyvit_trainer::stop::Stop;
 use butterflyvit_trainer::store::Store;
 use butterflyvit_trainer::teacher::Teacher;
 use butterflyvit_trainer::train::{Ended, Run, Settings};
@@ -60,14 +61,13 @@ fn teacher() -> Teacher {
     Teacher::load(&path, &set).unwrap()
 }
 
-fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> Run {
+fn run(recipe: &Recipe, out: &Path, threads: usize) -> Run {
     let settings = Settings {
         out: out.to_owned(),
         threads,
         checkpoint_every: Duration::from_secs(3600),
         validate_every: 1,
         log_every: 2,
-        limit,
         quiet: true,
     };
     let dataset = dataset();
@@ -75,6 +75,10 @@ fn run(recipe: &Recipe, out: &Path, threads: usize, limit: Option<Duration>) -> 
     let preprocess = dataset.preprocess();
     let teacher = recipe.distillation.as_ref().map(|_| Arc::new(teacher()));
     Run::new(recipe.clone(), settings, vit, dataset, preprocess, teacher).unwrap()
+}
+
+fn one_step() -> Stop {
+    Stop::after(Some(Duration::ZERO))
 }
 
 /// Everything but the time, in bits.
@@ -101,16 +105,16 @@ fn interrupted_at_every_step_equals_uninterrupted() {
     let several = Recipe { heads: heads(), ..recipe() };
     for recipe in [recipe(), Recipe { origin: specialise, ..recipe() }, taught, several] {
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let mut uninterrupted = run(&recipe, whole.path(), 2, None);
-        assert_eq!(uninterrupted.train(&AtomicBool::new(false)).unwrap(), Ended::Finished);
+        let mut uninterrupted = run(&recipe, whole.path(), 2);
+        assert_eq!(uninterrupted.train(&Stop::default()).unwrap(), Ended::Finished);
 
         let mut interruptions = 0;
         loop {
-            let mut piece = run(&recipe, pieces.path(), 1 + interruptions % 3, Some(Duration::ZERO));
+            let mut piece = run(&recipe, pieces.path(), 1 + interruptions % 3);
             if interruptions > 0 {
                 piece.resume(&Checkpoint::load(pieces.path()).unwrap()).unwrap();
             }
-            match piece.train(&AtomicBool::new(false)).unwrap() {
+            match piece.train(&one_step()).unwrap() {
                 Ended::Finished => break,
                 _ => interruptions += 1,
             }
@@ -130,8 +134,8 @@ fn interrupted_at_every_step_equals_uninterrupted() {
 fn every_part_of_the_recipe_changes_the_result() {
     let trained = |recipe: Recipe| {
         let out = tempfile::tempdir().unwrap();
-        let mut run = run(&recipe, out.path(), 2, None);
-        run.train(&AtomicBool::new(false)).unwrap();
+        let mut run = run(&recipe, out.path(), 2);
+        run.train(&Stop::default()).unwrap();
         bits(&run.checkpoint().unwrap())
     };
     let plain = trained(recipe());
@@ -163,9 +167,9 @@ fn a_frozen_backbone_does_not_move() {
     let recipe =
         Recipe { origin: Origin::Specialise { backbone: "digest".into(), start: "digest".into() }, ..recipe() };
     let out = tempfile::tempdir().unwrap();
-    let mut run = run(&recipe, out.path(), 2, None);
+    let mut run = run(&recipe, out.path(), 2);
     let before = run.checkpoint().unwrap().parameters;
-    run.train(&AtomicBool::new(false)).unwrap();
+    run.train(&Stop::default()).unwrap();
     for (name, after) in &run.checkpoint().unwrap().parameters {
         assert_eq!(*after == before[name], !is_expert_set_parameter(name), "{name}");
     }
@@ -174,42 +178,42 @@ fn a_frozen_backbone_does_not_move() {
 #[test]
 fn other_recipes_and_other_images_are_refused() {
     let out = tempfile::tempdir().unwrap();
-    let mut first = run(&recipe(), out.path(), 1, Some(Duration::ZERO));
-    assert_eq!(first.train(&AtomicBool::new(false)).unwrap(), Ended::OutOfTime);
+    let mut first = run(&recipe(), out.path(), 1);
+    assert_eq!(first.train(&one_step()).unwrap(), Ended::OutOfTime);
     let mut checkpoint = Checkpoint::load(out.path()).unwrap();
 
     let other = Recipe { learning_rate: 0.5, ..recipe() };
-    let error = run(&other, out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
+    let error = run(&other, out.path(), 1).resume(&checkpoint).unwrap_err().to_string();
     assert!(error.contains("another configuration: learning_rate"), "{error}");
 
     let several = Recipe { heads: heads(), ..recipe() };
-    let error = run(&several, out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
+    let error = run(&several, out.path(), 1).resume(&checkpoint).unwrap_err().to_string();
     let said = "learned from other data sets: from one data set, not from few (2 classes), more (3 classes)";
     assert!(error.contains(said), "{error}");
 
     checkpoint.state.data_fingerprint ^= 1;
-    let error = run(&recipe(), out.path(), 1, None).resume(&checkpoint).unwrap_err().to_string();
+    let error = run(&recipe(), out.path(), 1).resume(&checkpoint).unwrap_err().to_string();
     assert!(error.contains("the data folder has changed"), "{error}");
 }
 
 #[test]
 fn asking_to_stop_saves_a_checkpoint() {
     let out = tempfile::tempdir().unwrap();
-    let mut run = run(&recipe(), out.path(), 1, None);
-    assert_eq!(run.train(&AtomicBool::new(true)).unwrap(), Ended::Interrupted);
+    let mut run = run(&recipe(), out.path(), 1);
+    assert_eq!(run.train(&Stop::new(Arc::new(AtomicBool::new(true)), None)).unwrap(), Ended::Interrupted);
     assert_eq!(Checkpoint::load(out.path()).unwrap().state.step, 0);
 }
 
 #[test]
 fn a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint() {
     let out = tempfile::tempdir().unwrap();
-    let mut first = run(&recipe(), out.path(), 1, Some(Duration::ZERO));
-    first.train(&AtomicBool::new(false)).unwrap();
+    let mut first = run(&recipe(), out.path(), 1);
+    first.train(&one_step()).unwrap();
     let mut checkpoint = Checkpoint::load(out.path()).unwrap();
     checkpoint.parameters.get_mut("head.bias").unwrap()[0] = f32::NAN;
-    let mut second = run(&recipe(), out.path(), 1, None);
+    let mut second = run(&recipe(), out.path(), 1);
     second.resume(&checkpoint).unwrap();
-    let error = second.train(&AtomicBool::new(false)).unwrap_err().to_string();
+    let error = second.train(&Stop::default()).unwrap_err().to_string();
     assert!(error.contains("stopped being a number at step 1"), "{error}");
     assert_eq!(Checkpoint::load(out.path()).unwrap().state.step, 1);
 }

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use model_core::artifact::{read_backbone, read_expert_set, write_backbone, write_expert_set};
@@ -10,7 +9,7 @@ use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use serde_json::{Value, json};
 
-use super::shared::{drive, frozen_stem, measure, open_options, open_train, teacher};
+use super::shared::{drive, frozen_stem, measure, open_options, open_train, teacher, unless_stopped};
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{CompareArgs, threads};
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
@@ -20,27 +19,38 @@ use crate::evaluate::{Report, Tally};
 use crate::files::write_atomically;
 use crate::predict::{Candle, Integer, Predictor, by_shards};
 use crate::recipe::Recipe;
+use crate::stop::Stop;
 use crate::terminal::{print, say};
 use crate::train::{Ended, Run, Settings, averaged};
 
 /// Refuses what is named twice: a run that counts twice would narrow every interval.
-fn check_distinct<T: Ord>(named: &[T], what: &str) -> Result<()> {
+fn check_named_once<T: Ord>(named: &[T], what: &str) -> Result<()> {
     let distinct: BTreeSet<&T> = named.iter().collect();
     ensure!(distinct.len() == named.len(), "--{what}s names a {what} twice");
     Ok(())
 }
 
 /// `compare`: variants of one recipe, each with every seed.
-pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
-    check_distinct(&args.seeds, "seed").and_then(|()| check_distinct(&args.variants, "variant"))?;
+///
+/// # Errors
+/// When the data or the configuration is unusable, or a run fails.
+pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<Ended> {
+    unless_stopped(compare_until(args, stop))
+}
+
+fn compare_until(args: &CompareArgs, stop: &Stop) -> Result<Ended> {
+    check_named_once(&args.seeds, "seed").and_then(|()| check_named_once(&args.variants, "variant"))?;
     let mut base = Recipe::scratch(args.model.resolve()?.0);
     let stem = frozen_stem(&args.stem, &args.teacher, &mut base)?;
     args.recipe.apply(&mut base);
     let side = base.model.backbone.image_size;
-    let dataset = Arc::new(open_train(&args.data.data, &args.data.reading, side, base.labels)?);
+    let dataset = Arc::new(open_train(&args.data.data, &args.data.reading, side, base.labels, stop)?);
     base.model.num_classes = dataset.num_classes();
     let teacher = teacher(&args.teacher, &mut base)?;
-    let test = data::open(&args.data.data, Part::Test, &open_options(&args.data.reading, side, base.labels))?.dataset;
+    base.validate()?;
+    let options = open_options(&args.data.reading, side, base.labels);
+    let mut test = data::open(&args.data.data, Part::Test, &options, stop)?.dataset;
+    test.take_labels(&dataset.class_names).with_context(|| format!("the test part of {}", args.data.data.display()))?;
     crate::files::create_folder(&args.run.out)?;
     compare::write_memory(&args.run.out, &base.model, stem.as_ref().map(|stem| &stem.weights[..]))?;
     let behind = match &stem {
@@ -48,7 +58,7 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<Ended> {
         Some(stem) => {
             let views = args.stem.views(&base, &args.run.settings());
             let outputs = |dataset: &Dataset, count| {
-                StemOutputs::prepare(stem, dataset, &Views { count, ..views.clone() }).map(Arc::new)
+                StemOutputs::prepare(stem, dataset, &Views { count, ..views.clone() }, stop).map(Arc::new)
             };
             Some(Behind { stem, train: outputs(&dataset, base.views)?, test: outputs(&test, 1)? })
         }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use model_core::config::ViTConfig;
 
@@ -11,6 +11,7 @@ use crate::cli::{EvaluateArgs, threads};
 use crate::data::{self, LabelColumn, Opened, Part};
 use crate::evaluate::{Artifacts, Probe, Report, Tally, confusion_picture};
 use crate::recipe::angle_start;
+use crate::stop::Stop;
 use crate::store::{load_backbone, load_complete_set};
 use crate::terminal::print;
 
@@ -22,6 +23,11 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let backbone = load_backbone(&args.backbone)?;
     let set = load_complete_set(&args.set, args.lender.as_deref(), &backbone)?;
     let config = set.weights.vit_config(&backbone.weights.config);
+    ensure!(
+        !args.probe || config.backbone.has_blocks(),
+        "--probe shows what experts have learned, and the backbone {} has no blocks, hence no experts",
+        backbone.name
+    );
     let part = if args.train_part { Part::Train } else { Part::Test };
     let Opened { dataset, skipped, warnings, .. } = open_labelled(args, part, &config, &set.weights.labels)?;
     say_findings(&skipped, &warnings);
@@ -56,15 +62,23 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
 /// Images of whose tokens a probe compares the experts' outputs.
 const PROBED_IMAGES: usize = 32;
 
-/// Opens the images with the label column whose names are the expert set's.
+/// Opens the images with the label column whose names the expert set has, and gives them its labels.
 fn open_labelled(args: &EvaluateArgs, part: Part, config: &ViTConfig, labels: &[String]) -> Result<Opened> {
-    let side = config.backbone.image_size;
-    let columns = args.labels.map_or(vec![LabelColumn::Fine, LabelColumn::Coarse], |column| vec![column]);
+    let (folder, side) = (&args.data.data, config.backbone.image_size);
+    let columns = match args.labels {
+        Some(column) => vec![column],
+        None if data::has_columns(folder) => vec![LabelColumn::Fine, LabelColumn::Coarse],
+        None => vec![LabelColumn::Fine],
+    };
+    let mut refused = None;
     for column in columns {
-        let opened = data::open(&args.data.data, part, &open_options(&args.data.reading, side, column))?;
-        if opened.dataset.class_names == labels {
-            return Ok(opened);
+        let options = open_options(&args.data.reading, side, column);
+        let mut opened = data::open(folder, part, &options, &Stop::default())?;
+        match opened.dataset.take_labels(labels) {
+            Ok(()) => return Ok(opened),
+            Err(error) => refused = refused.or(Some(error)),
         }
     }
-    bail!("the expert set's {} labels are not the classes of {}", labels.len(), args.data.data.display())
+    let refused = refused.unwrap_or_else(|| anyhow!("there is no column of labels"));
+    Err(refused.context(format!("{} and the expert set", folder.display())))
 }

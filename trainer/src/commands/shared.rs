@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
@@ -22,6 +21,7 @@ use crate::evaluate::Tally;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe, SoftLabelsOf};
+use crate::stop::{Stop, Stopped};
 use crate::store::load_backbone;
 use crate::teacher::Teacher;
 use crate::terminal::say;
@@ -87,8 +87,14 @@ pub(super) fn say_findings(skipped: &[String], warnings: &[String]) {
 }
 
 /// Reads the training images and says what is wrong with them.
-pub(super) fn open_train(folder: &Path, args: &ReadingArgs, side: usize, labels: LabelColumn) -> Result<Dataset> {
-    Ok(open_with_files(folder, args, side, labels)?.0)
+pub(super) fn open_train(
+    folder: &Path,
+    args: &ReadingArgs,
+    side: usize,
+    labels: LabelColumn,
+    stop: &Stop,
+) -> Result<Dataset> {
+    Ok(open_with_files(folder, args, side, labels, stop)?.0)
 }
 
 fn open_with_files(
@@ -96,9 +102,10 @@ fn open_with_files(
     args: &ReadingArgs,
     side: usize,
     labels: LabelColumn,
+    stop: &Stop,
 ) -> Result<(Dataset, Vec<PathBuf>)> {
     let Opened { dataset, files, skipped, warnings } =
-        data::open(folder, Part::Train, &open_options(args, side, labels))?;
+        data::open(folder, Part::Train, &open_options(args, side, labels), stop)?;
     say_findings(&skipped, &warnings);
     say(&format!("{} training images in {} classes", dataset.len(), dataset.num_classes()));
     Ok((dataset, files))
@@ -110,11 +117,12 @@ pub(super) fn open_all(
     soft: &SoftArgs,
     side: usize,
     recipe: &mut Recipe,
+    stop: &Stop,
 ) -> Result<(Dataset, Option<SoftTargets>)> {
     let (mut sets, mut files) = (Vec::new(), Vec::new());
     recipe.heads.clear();
     for folder in &args.data {
-        let (dataset, of_folder) = open_with_files(folder, &args.reading, side, recipe.labels)?;
+        let (dataset, of_folder) = open_with_files(folder, &args.reading, side, recipe.labels, stop)?;
         if args.data.len() > 1 || soft.soft_labels.is_some() {
             recipe.heads.push(Head::of(folder, &dataset)?);
         }
@@ -182,12 +190,21 @@ pub(super) fn starting_point(settings: &Settings, resume: bool) -> Result<Option
     Ok(None)
 }
 
+/// What [`Stopped`] before the first step is no failure.
+pub(super) fn unless_stopped(result: Result<Ended>) -> Result<Ended> {
+    result.or_else(|error| {
+        let Some(Stopped(ended)) = error.downcast_ref() else { return Err(error) };
+        say("stopped before the first step; nothing is lost: the same command goes on");
+        Ok(*ended)
+    })
+}
+
 /// Trains, and leaves the run folder complete.
 pub(super) fn drive(
     mut run: Run,
     checkpoint: Option<Checkpoint>,
     out: &Path,
-    stop: &AtomicBool,
+    stop: &Stop,
     export: impl FnOnce(&Checkpoint) -> Result<()>,
 ) -> Result<Ended> {
     if let Some(checkpoint) = &checkpoint {

@@ -1,7 +1,6 @@
 //! `specialise`: a new expert set on a frozen backbone.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
@@ -11,16 +10,21 @@ use training::parameters::{is_angle, is_router};
 use training::vit::ViT;
 
 use super::export::export_set;
-use super::shared::{drive, open_train, starting_point, take, teacher};
+use super::shared::{drive, open_train, starting_point, take, teacher, unless_stopped};
 use crate::checkpoint::Checkpoint;
 use crate::cli::SpecialiseArgs;
 use crate::data::Dataset;
 use crate::recipe::{Origin, Recipe, angle_start};
+use crate::stop::Stop;
 use crate::store::{Store, load_backbone, load_own_set};
 use crate::train::{Ended, Run, averaged};
 
 /// `specialise`: a new expert set on a frozen backbone.
-pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
+pub fn specialise(args: &SpecialiseArgs, stop: &Stop) -> Result<Ended> {
+    unless_stopped(specialise_until(args, stop))
+}
+
+fn specialise_until(args: &SpecialiseArgs, stop: &Stop) -> Result<Ended> {
     let settings = args.run.settings();
     let checkpoint = starting_point(&settings, args.run.resume)?;
     let backbone = load_backbone(&args.backbone)?;
@@ -37,7 +41,8 @@ pub fn specialise(args: &SpecialiseArgs, stop: &AtomicBool) -> Result<Ended> {
         _ => {}
     }
     args.recipe.apply(&mut recipe);
-    let dataset = open_train(&args.data.data, &args.data.reading, recipe.model.backbone.image_size, recipe.labels)?;
+    let side = recipe.model.backbone.image_size;
+    let dataset = open_train(&args.data.data, &args.data.reading, side, recipe.labels, stop)?;
     recipe.model.num_classes = dataset.num_classes();
     let teacher = teacher(&args.teacher, &mut recipe)?;
     recipe.validate()?;

@@ -1,7 +1,6 @@
 //! `train`: a backbone with its first expert set.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
@@ -10,12 +9,13 @@ use model_core::weights::Encodings;
 use training::vit::ViT;
 
 use super::export::export_backbone;
-use super::shared::{drive, frozen_stem, open_all, starting_point, take, teacher};
+use super::shared::{drive, frozen_stem, open_all, starting_point, take, teacher, unless_stopped};
 use crate::checkpoint::Checkpoint;
 use crate::cli::{StartArgs, TrainArgs};
 use crate::data::Dataset;
 use crate::data::frozen_stem::StemOutputs;
 use crate::recipe::{Origin, Recipe, angle_start};
+use crate::stop::Stop;
 use crate::store::{Store, load_backbone, load_own_set};
 use crate::train::{Ended, Run, averaged};
 
@@ -23,7 +23,11 @@ use crate::train::{Ended, Run, averaged};
 ///
 /// # Errors
 /// When the data, the configuration or a checkpoint is unusable, the loss stops being a number, or the disk is full.
-pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
+pub fn train(args: &TrainArgs, stop: &Stop) -> Result<Ended> {
+    unless_stopped(train_until(args, stop))
+}
+
+fn train_until(args: &TrainArgs, stop: &Stop) -> Result<Ended> {
     let settings = args.run.settings();
     let checkpoint = starting_point(&settings, args.run.resume)?;
     let given = args.model.config.is_some() || args.model.preset.is_some();
@@ -52,7 +56,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         recipe.optimizer.angle_rate = 0.0;
     }
     args.recipe.apply(&mut recipe);
-    let (dataset, soft) = open_all(&args.data, &args.soft, recipe.model.backbone.image_size, &mut recipe)?;
+    let (dataset, soft) = open_all(&args.data, &args.soft, recipe.model.backbone.image_size, &mut recipe, stop)?;
     args.names.sets(&recipe)?;
     if args.model.config.is_none() {
         // A preset is a shape for any number of classes; a configuration file says exactly what it wants.
@@ -70,7 +74,7 @@ pub fn train(args: &TrainArgs, stop: &AtomicBool) -> Result<Ended> {
         (None, None) => (recipe.init_model()?, dataset.preprocess()),
     };
     let outputs = match &stem {
-        Some(stem) => Some(Arc::new(StemOutputs::prepare(stem, &dataset, &args.stem.views(&recipe, &settings))?)),
+        Some(stem) => Some(Arc::new(StemOutputs::prepare(stem, &dataset, &args.stem.views(&recipe, &settings), stop)?)),
         None => None,
     };
     let mut run = Run::new(recipe, settings, vit, Arc::new(dataset), preprocess, teacher)?;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use model_core::artifact::read_file;
 
 use super::{Dataset, LabelColumn, Opened, Part};
+use crate::stop::Stop;
 
 const SIDE: usize = 32;
 const PLANE: usize = SIDE * SIDE;
@@ -22,7 +23,7 @@ pub(super) fn is_cifar10(folder: &Path) -> bool {
     folder.join("batches.meta.txt").is_file() || folder.join("data_batch_1.bin").is_file()
 }
 
-pub(super) fn open_cifar100(folder: &Path, part: Part, labels: LabelColumn) -> Result<Opened> {
+pub(super) fn open_cifar100(folder: &Path, part: Part, labels: LabelColumn, stop: &Stop) -> Result<Opened> {
     let file = match part {
         Part::Train => "train.bin",
         Part::Test => "test.bin",
@@ -31,10 +32,10 @@ pub(super) fn open_cifar100(folder: &Path, part: Part, labels: LabelColumn) -> R
         LabelColumn::Coarse => ("coarse_label_names.txt", 0),
         LabelColumn::Fine => ("fine_label_names.txt", 1),
     };
-    read_records(folder, &[file.to_owned()], names, Record { label_bytes: 2, label_byte })
+    read_records(folder, &[file.to_owned()], names, Record { label_bytes: 2, label_byte }, stop)
 }
 
-pub(super) fn open_cifar10(folder: &Path, part: Part) -> Result<Opened> {
+pub(super) fn open_cifar10(folder: &Path, part: Part, stop: &Stop) -> Result<Opened> {
     let files = match part {
         Part::Train => {
             let batches = (1..).map(|i| format!("data_batch_{i}.bin"));
@@ -43,7 +44,7 @@ pub(super) fn open_cifar10(folder: &Path, part: Part) -> Result<Opened> {
         Part::Test => vec!["test_batch.bin".to_owned()],
     };
     ensure!(!files.is_empty(), "data_batch_1.bin is missing");
-    read_records(folder, &files, "batches.meta.txt", Record { label_bytes: 1, label_byte: 0 })
+    read_records(folder, &files, "batches.meta.txt", Record { label_bytes: 1, label_byte: 0 }, stop)
 }
 
 /// Layout of the label bytes in front of the planes.
@@ -52,7 +53,7 @@ struct Record {
     label_byte: usize,
 }
 
-fn read_records(folder: &Path, files: &[String], names: &str, record: Record) -> Result<Opened> {
+fn read_records(folder: &Path, files: &[String], names: &str, record: Record, stop: &Stop) -> Result<Opened> {
     let names_text = fs::read_to_string(folder.join(names)).with_context(|| format!("class names {names}"))?;
     let class_names: Vec<String> =
         names_text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
@@ -71,6 +72,7 @@ fn read_records(folder: &Path, files: &[String], names: &str, record: Record) ->
         );
         dataset.images.reserve(bytes.len());
         for (number, bytes) in bytes.chunks_exact(record_bytes).enumerate() {
+            stop.check()?;
             let label = bytes[record.label_byte];
             if usize::from(label) >= dataset.class_names.len() {
                 let classes = dataset.class_names.len();
@@ -113,12 +115,12 @@ mod tests {
     #[test]
     fn cifar100_gives_channel_last_pixels_and_either_label() {
         let folder = cifar100(&[record(&[1, 2], 10), record(&[0, 0], 20)]);
-        let fine = open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset;
+        let fine = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap().dataset;
         assert_eq!(fine.labels, [2, 0]);
         assert_eq!(fine.image(0)[..6], [10, 11, 12, 10, 11, 12]);
         assert_eq!(fine.image(1)[3069..], [20, 21, 22]);
         let options = OpenOptions { labels: LabelColumn::Coarse, ..OPTIONS };
-        let coarse = open(folder.path(), Part::Train, &options).unwrap().dataset;
+        let coarse = open(folder.path(), Part::Train, &options, &Stop::default()).unwrap().dataset;
         assert_eq!(coarse.labels, [1, 0]);
         assert_eq!(coarse.class_names, ["food", "animal"]);
     }
@@ -130,27 +132,35 @@ mod tests {
         fs::write(folder.path().join("data_batch_1.bin"), record(&[1], 1)).unwrap();
         fs::write(folder.path().join("data_batch_2.bin"), record(&[0], 2)).unwrap();
         fs::write(folder.path().join("test_batch.bin"), record(&[0], 3)).unwrap();
-        let train = open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset;
+        let train = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap().dataset;
         assert_eq!((train.labels, train.class_names.len()), (vec![1, 0], 2));
-        assert_eq!(open(folder.path(), Part::Test, &OPTIONS).unwrap().dataset.image(0)[0], 3);
+        assert_eq!(open(folder.path(), Part::Test, &OPTIONS, &Stop::default()).unwrap().dataset.image(0)[0], 3);
     }
 
     #[test]
     fn a_label_out_of_range_is_skipped_or_refused() {
         let folder = cifar100(&[record(&[1, 2], 10), record(&[0, 3], 20)]);
-        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert_eq!((opened.dataset.len(), opened.skipped.len()), (1, 1));
         let strict = OpenOptions { strict: true, ..OPTIONS };
-        let error = open(folder.path(), Part::Train, &strict).unwrap_err().to_string();
+        let error = open(folder.path(), Part::Train, &strict, &Stop::default()).unwrap_err().to_string();
         assert!(error.contains("label 3") && error.contains("--strict"), "{error}");
+    }
+
+    #[test]
+    fn reading_ends_when_it_is_to_stop() {
+        let folder = cifar100(&[record(&[1, 2], 10)]);
+        let late = Stop::after(Some(std::time::Duration::from_nanos(1)));
+        let error = open(folder.path(), Part::Train, &OPTIONS, &late).unwrap_err();
+        assert!(error.downcast_ref::<crate::stop::Stopped>().is_some(), "{error:#}");
     }
 
     #[test]
     fn damaged_files_are_named() {
         let folder = cifar100(&[record(&[1, 2], 10)[..3000].to_vec()]);
-        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap_err());
         assert!(error.contains("train.bin") && error.contains("truncated"), "{error}");
-        let error = format!("{:#}", open(folder.path(), Part::Test, &OPTIONS).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Test, &OPTIONS, &Stop::default()).unwrap_err());
         assert!(error.contains("test.bin"), "{error}");
     }
 }

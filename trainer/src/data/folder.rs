@@ -10,13 +10,14 @@ use model_core::image::{DecodeLimits, FileError, ImageFolder, Preprocess, read_i
 use rayon::prelude::*;
 
 use super::{Dataset, OpenOptions, Opened, Part};
+use crate::stop::{Stop, Stopped};
 
 pub(super) fn is_folder(folder: &Path) -> bool {
     let visible = |entry: std::fs::DirEntry| !entry.file_name().as_encoded_bytes().starts_with(b".");
     folder.read_dir().is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir() && visible(entry)))
 }
 
-pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
+pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions, stop: &Stop) -> Result<Opened> {
     let part = match part {
         Part::Train => "train",
         Part::Test => "test",
@@ -30,7 +31,7 @@ pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<O
     let (mut files, mut warnings, mut seen) = (Vec::new(), Vec::new(), HashMap::new());
     for (label, class) in (0u16..).zip(&classes) {
         let before = dataset.labels.len();
-        let images = decode_all(&class.files, side, &limits);
+        let images = decode_all(&class.files, side, &limits, stop)?;
         for (path, image) in class.files.iter().zip(images) {
             match image {
                 Ok(image) => {
@@ -54,10 +55,22 @@ pub(super) fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<O
     Ok(Opened { dataset, files, skipped, warnings })
 }
 
-/// The `[side, side, 3]` bytes of every file, or why there are none.
-fn decode_all(files: &[PathBuf], side: usize, limits: &DecodeLimits) -> Vec<Result<Vec<u8>, FileError>> {
+/// The `[side, side, 3]` bytes of a file, or why there are none.
+type Decoded = Result<Vec<u8>, FileError>;
+
+/// What is in every file.
+fn decode_all(
+    files: &[PathBuf],
+    side: usize,
+    limits: &DecodeLimits,
+    stop: &Stop,
+) -> std::result::Result<Vec<Decoded>, Stopped> {
     let preprocess = Preprocess::default();
-    files.par_iter().map(|path| Ok(preprocess.fit(&read_image(path, limits)?, side))).collect()
+    let decoded = files.par_iter().map(|path| {
+        stop.check()?;
+        Ok(read_image(path, limits).map(|image| preprocess.fit(&image, side)))
+    });
+    decoded.collect()
 }
 
 fn content_hash(image: &[u8]) -> u64 {
@@ -99,7 +112,7 @@ mod tests {
     fn classes_are_the_sorted_subfolders() {
         let (red, blue) = (bmp([255, 0, 0]), bmp([0, 0, 255]));
         let folder = folder(&[("dog/1.BMP", &red), ("cat/a.bmp", &blue), (".x/y.bmp", &red)]);
-        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert_eq!(opened.dataset.class_names, ["cat", "dog"]);
         assert_eq!(opened.dataset.labels, [0, 1]);
         assert_eq!(opened.dataset.image(1), [255, 0, 0].repeat(4));
@@ -110,7 +123,7 @@ mod tests {
     #[test]
     fn train_and_test_subfolders_are_the_parts() {
         let folder = folder(&[("train/a/1.bmp", &bmp([1; 3])), ("test/a/1.bmp", &bmp([2; 3]))]);
-        let first = |part| open(folder.path(), part, &OPTIONS).unwrap().dataset.images[0];
+        let first = |part| open(folder.path(), part, &OPTIONS, &Stop::default()).unwrap().dataset.images[0];
         assert_eq!((first(Part::Train), first(Part::Test)), (1, 2));
     }
 
@@ -119,10 +132,11 @@ mod tests {
         let files: [(&str, &[u8]); 3] =
             [("a/bad.png", b"not a picture"), ("a/empty.jpg", b""), ("a/good.bmp", &bmp([1; 3]))];
         let folder = folder(&files);
-        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert_eq!((opened.dataset.len(), opened.skipped.len()), (1, 2));
         assert!(opened.skipped[0].contains("bad.png"), "{:?}", opened.skipped);
-        let error = open(folder.path(), Part::Train, &OpenOptions { strict: true, ..OPTIONS }).unwrap_err();
+        let error =
+            open(folder.path(), Part::Train, &OpenOptions { strict: true, ..OPTIONS }, &Stop::default()).unwrap_err();
         assert!(error.to_string().contains("--strict"), "{error}");
     }
 
@@ -144,14 +158,15 @@ mod tests {
             ("val/a/8.bmp", &image),
         ];
         let folder = folder(&files);
-        let Opened { dataset, skipped, .. } = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let Opened { dataset, skipped, .. } = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert_eq!((dataset.class_names, dataset.labels), (vec!["a".into(), "b".into()], vec![0, 0, 0, 1]));
         let mentioned = ["val: ", "__MACOSX: ", "loose.bmp: ", "more: ", "4.tif: TIFF", "5.avif: AVIF", "6.heic: HEIC"];
         for words in mentioned {
             assert!(skipped.iter().any(|line| line.contains(words)), "{words} in {skipped:?}");
         }
         assert_eq!(skipped.len(), mentioned.len(), "{skipped:?}");
-        let error = open(folder.path(), Part::Train, &OpenOptions { strict: true, ..OPTIONS }).unwrap_err();
+        let error =
+            open(folder.path(), Part::Train, &OpenOptions { strict: true, ..OPTIONS }, &Stop::default()).unwrap_err();
         assert!(error.to_string().contains("--strict"), "{error}");
     }
 
@@ -160,7 +175,7 @@ mod tests {
         let folder = folder(&[("a/1.bmp", &bmp([1; 3]))]);
         let made = std::process::Command::new("mkfifo").arg(folder.path().join("a/pipe")).status().unwrap();
         assert!(made.success());
-        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert!(opened.skipped[0].contains("no regular file"), "{:?}", opened.skipped);
     }
 
@@ -168,21 +183,29 @@ mod tests {
     fn images_with_more_pixels_than_asked_for_are_listed() {
         let folder = folder(&[("a/1.bmp", &bmp([1; 3]))]);
         let options = OpenOptions { max_pixels: 3, ..OPTIONS };
-        let error = format!("{:#}", open(folder.path(), Part::Train, &options).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Train, &options, &Stop::default()).unwrap_err());
         assert!(error.contains("2x2 pixels; at most 3"), "{error}");
     }
 
     #[test]
     fn a_set_of_one_class_is_said_to_teach_nothing() {
         let folder = folder(&[("a/1.bmp", &bmp([1; 3])), ("a/2.bmp", &bmp([2; 3]))]);
-        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert!(opened.warnings.iter().any(|line| line.contains("one class, a")), "{:?}", opened.warnings);
+    }
+
+    #[test]
+    fn reading_ends_when_it_is_to_stop() {
+        let folder = folder(&[("a/1.bmp", &bmp([1; 3])), ("a/2.bmp", &bmp([2; 3]))]);
+        let late = Stop::after(Some(std::time::Duration::from_nanos(1)));
+        let error = open(folder.path(), Part::Train, &OPTIONS, &late).unwrap_err();
+        assert!(error.downcast_ref::<Stopped>().is_some(), "{error:#}");
     }
 
     #[test]
     fn an_empty_class_is_named() {
         let folder = folder(&[("a/1.bmp", &bmp([1; 3])), ("b/readme.md", b"")]);
-        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap_err());
         assert!(error.contains("class b has no usable image"), "{error}");
     }
 
@@ -191,9 +214,9 @@ mod tests {
         let folder = folder(&[("a/1.bmp", &bmp([1; 3]))]);
         let odd = OsString::from_vec(b"\xff\xfe.bmp".to_vec());
         fs::write(folder.path().join("a").join(&odd), bmp([2; 3])).unwrap();
-        assert_eq!(open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset.len(), 2);
+        assert_eq!(open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap().dataset.len(), 2);
         fs::create_dir(folder.path().join(&odd)).unwrap();
-        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS).unwrap_err());
+        let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap_err());
         assert!(error.contains("not UTF-8"), "{error}");
     }
 
@@ -201,7 +224,7 @@ mod tests {
     fn the_same_image_under_two_labels_is_reported() {
         let image = bmp([9; 3]);
         let folder = folder(&[("a/1.bmp", &image), ("b/2.bmp", &image)]);
-        let opened = open(folder.path(), Part::Train, &OPTIONS).unwrap();
+        let opened = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap();
         assert!(
             opened.warnings.iter().any(|w| w.contains("exactly like an image of class a")),
             "{:?}",

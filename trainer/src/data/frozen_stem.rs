@@ -20,6 +20,7 @@ use super::Dataset;
 use super::augment::Augment;
 use super::random::{Purpose, rng};
 use crate::files::{create_folder, write_atomically};
+use crate::stop::Stop;
 
 /// The first layers of a finished backbone's stem.
 #[derive(Debug, Clone)]
@@ -146,8 +147,9 @@ impl StemOutputs {
     /// Reads what is in the folder of `views`, and computes the rest.
     ///
     /// # Errors
-    /// When the views take more than their budget, the stem does not fit the images, or a file cannot be written.
-    pub fn prepare(stem: &FrozenStem, dataset: &Dataset, views: &Views) -> Result<Self> {
+    /// When the views take more than their budget, the stem does not fit the images, or a file cannot be written; and
+    /// [`crate::stop::Stopped`] when `stop` says so, with the views that are whole kept.
+    pub fn prepare(stem: &FrozenStem, dataset: &Dataset, views: &Views, stop: &Stop) -> Result<Self> {
         let backbone = stem.backbone(dataset.side)?;
         let config = backbone.config();
         let (grid, d_model) = (config.grid_side(), config.d_model);
@@ -164,11 +166,12 @@ impl StemOutputs {
         );
         create_folder(&views.folder)?;
         let outputs = (0..views.count).map(|view| {
+            stop.check()?;
             let path = views.folder.join(file_name(stem, dataset, views, view));
             match read(&path, bytes)? {
                 Some(outputs) => Ok(outputs),
                 None => {
-                    let outputs = compute(stem, &backbone, dataset, views, view)?;
+                    let outputs = compute(stem, &backbone, dataset, (views, view), stop)?;
                     let mut bytes: Vec<u8> = outputs.iter().flat_map(|code| code.to_le_bytes()).collect();
                     let digest = Digest::of("", &bytes).to_string();
                     bytes.extend_from_slice(digest.as_bytes());
@@ -226,8 +229,8 @@ fn compute(
     stem: &FrozenStem,
     backbone: &Arc<Backbone>,
     dataset: &Dataset,
-    views: &Views,
-    view: u64,
+    (views, view): (&Views, u64),
+    stop: &Stop,
 ) -> Result<Vec<i16>> {
     let row = backbone.config().num_tokens() * backbone.config().d_model;
     let bar = if views.quiet { ProgressBar::hidden() } else { ProgressBar::new(dataset.len() as u64) };
@@ -238,10 +241,11 @@ fn compute(
     const SHARD: usize = 256;
     let mut codes = vec![0; dataset.len() * row];
     let shards = codes.chunks_mut(SHARD * row).enumerate().collect();
-    in_turn(views.threads, shards, |(shard, codes): (usize, &mut [i16])| -> Result<()> {
+    let done = in_turn(views.threads, shards, |(shard, codes): (usize, &mut [i16])| -> Result<()> {
         let mut session = Session::new(backbone, 1, 1);
         let (mut varied, mut tokens) = (vec![0; dataset.image_bytes()], vec![0.0; row]);
         for (index, codes) in (shard * SHARD..).zip(codes.chunks_exact_mut(row)) {
+            stop.check()?;
             let mut image = dataset.image(index);
             if view > 0 {
                 // Views are numbered like epochs.
@@ -255,7 +259,8 @@ fn compute(
             bar.inc(1);
         }
         Ok(())
-    })?;
+    });
     bar.finish_and_clear();
+    done?;
     Ok(codes)
 }

@@ -53,7 +53,7 @@ pub fn set_name(path: &Path) -> Result<String> {
 ///
 /// # Errors
 /// When there is such a name, which the message says.
-pub fn check_distinct(names: &[String]) -> Result<()> {
+pub fn check_set_names(names: &[String]) -> Result<()> {
     let mut seen = BTreeSet::new();
     for name in names {
         ensure!(
@@ -141,7 +141,7 @@ mod tests {
         std::fs::create_dir(&spaced).unwrap();
         assert!(set_name(&spaced).unwrap_err().to_string().contains("cannot name its expert set: a name has"));
         let names = ["birds", "cars", "birds"].map(String::from);
-        assert!(check_distinct(&names).unwrap_err().to_string().contains("called birds"));
-        check_distinct(&names[1..]).unwrap();
+        assert!(check_set_names(&names).unwrap_err().to_string().contains("called birds"));
+        check_set_names(&names[1..]).unwrap();
     }
 }

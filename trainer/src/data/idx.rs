@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use flate2::bufread::MultiGzDecoder;
 
 use super::{Dataset, Opened, Part};
+use crate::stop::Stop;
 
 /// No file of this kind is larger; stops a small gzip file from filling the memory.
 const MAX_BYTES: u64 = 4 << 30;
@@ -34,14 +35,14 @@ pub(super) fn is_idx(folder: &Path) -> bool {
     find(folder, Part::Train, "images", 3).is_some() || find(folder, Part::Test, "images", 3).is_some()
 }
 
-pub(super) fn open(folder: &Path, part: Part) -> Result<Opened> {
+pub(super) fn open(folder: &Path, part: Part, stop: &Stop) -> Result<Opened> {
     let file = |what, dimensions| {
         find(folder, part, what, dimensions).with_context(|| format!("no {what} file of the {part:?} part"))
     };
     let images_path = file("images", 3)?;
     let labels_path = file("labels", 1)?;
-    let ([count, height, width], pixels) = read(&images_path)?;
-    let ([label_count], labels) = read(&labels_path)?;
+    let ([count, height, width], pixels) = read(&images_path, stop)?;
+    let ([label_count], labels) = read(&labels_path, stop)?;
     ensure!(count == label_count, "{count} images, but {label_count} labels");
     ensure!(height == width && height > 0, "images of {height}x{width} are not square");
 
@@ -59,6 +60,7 @@ pub(super) fn open(folder: &Path, part: Part) -> Result<Opened> {
     let mut skipped = Vec::new();
     dataset.images.reserve(pixels.len() * 3);
     for (number, (image, &label)) in pixels.chunks_exact(height * width).zip(&labels).enumerate() {
+        stop.check()?;
         if usize::from(label) >= dataset.class_names.len() {
             let classes = dataset.class_names.len();
             skipped.push(format!("image {number} has label {label}, but class_names.txt names {classes}"));
@@ -71,7 +73,7 @@ pub(super) fn open(folder: &Path, part: Part) -> Result<Opened> {
 }
 
 /// Sizes and bytes of one file of `D` dimensions.
-fn read<const D: usize>(path: &Path) -> Result<([usize; D], Vec<u8>)> {
+fn read<const D: usize>(path: &Path, stop: &Stop) -> Result<([usize; D], Vec<u8>)> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let reader = BufReader::new(File::open(path).with_context(|| name.clone())?);
     let mut reader: Box<dyn Read> =
@@ -94,7 +96,13 @@ fn read<const D: usize>(path: &Path) -> Result<([usize; D], Vec<u8>)> {
     }
     ensure!(expected <= MAX_BYTES, "{name} claims {expected} bytes");
     let mut bytes = Vec::new();
-    let read = reader.take(expected + 1).read_to_end(&mut bytes).with_context(|| name.clone())? as u64;
+    // A piece at a time, with a look at the clock between two.
+    const PIECE: u64 = 1 << 20;
+    let mut reader = reader.take(expected + 1);
+    while reader.by_ref().take(PIECE).read_to_end(&mut bytes).with_context(|| name.clone())? > 0 {
+        stop.check()?;
+    }
+    let read = bytes.len() as u64;
     ensure!(
         read == expected,
         "{name} promises {expected} bytes, but holds {}",
@@ -118,6 +126,16 @@ mod tests {
     }
 
     #[test]
+    fn reading_ends_when_it_is_to_stop() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("train-images-idx3-ubyte"), idx(&[1, 2, 2], &[1, 2, 3, 4])).unwrap();
+        fs::write(folder.path().join("train-labels-idx1-ubyte"), idx(&[1], &[0])).unwrap();
+        let late = Stop::after(Some(std::time::Duration::from_nanos(1)));
+        let error = open(folder.path(), Part::Train, &OPTIONS, &late).unwrap_err();
+        assert!(error.downcast_ref::<crate::stop::Stopped>().is_some(), "{error:#}");
+    }
+
+    #[test]
     fn plain_and_gzipped_files_become_grey_rgb() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("train-images-idx3-ubyte"), idx(&[2, 2, 2], &[1, 2, 3, 4, 5, 6, 7, 8])).unwrap();
@@ -125,7 +143,7 @@ mod tests {
         let mut gz = flate2::write::GzEncoder::new(labels, flate2::Compression::fast());
         gz.write_all(&idx(&[2], &[9, 0])).unwrap();
         gz.finish().unwrap();
-        let dataset = open(folder.path(), Part::Train, &OPTIONS).unwrap().dataset;
+        let dataset = open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap().dataset;
         assert_eq!((dataset.side, dataset.labels.as_slice(), dataset.num_classes()), (2, &[9, 0][..], 10));
         assert_eq!(dataset.image(1), [5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8]);
     }
@@ -148,7 +166,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             fs::write(folder.path().join("train-images-idx3-ubyte"), images).unwrap();
             fs::write(folder.path().join("train-labels-idx1-ubyte"), idx(&[1], &[0])).unwrap();
-            let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS).unwrap_err());
+            let error = format!("{:#}", open(folder.path(), Part::Train, &OPTIONS, &Stop::default()).unwrap_err());
             assert!(error.contains(sentence), "{sentence}: {error}");
         }
     }

@@ -21,11 +21,14 @@ pub mod random;
 pub mod soft_labels;
 pub mod split;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use model_core::image::{Preprocess, RgbImage};
 use rayon::prelude::*;
+
+use crate::stop::Stop;
 
 /// Labelled RGB images of one size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,17 +98,54 @@ impl Dataset {
     }
 
     /// Every image cropped and resized to `side`, as the server does with what it is sent.
-    pub fn fit(mut self, side: usize) -> Self {
+    ///
+    /// # Errors
+    /// When `stop` says so.
+    pub fn fit(mut self, side: usize, stop: &Stop) -> Result<Self> {
         if self.side != side {
             let (preprocess, from) = (Preprocess::default(), self.side as u32);
             let fit = |image: &[u8]| {
+                stop.check()?;
                 let image = RgbImage::from_raw(from, from, image.to_vec()).expect("an image has side * side * 3 bytes");
-                preprocess.fit(&image, side)
+                Ok(preprocess.fit(&image, side))
             };
-            self.images = self.images.par_chunks_exact(self.image_bytes()).flat_map_iter(fit).collect();
+            let fitted = self.images.par_chunks_exact(self.image_bytes()).map(fit).collect::<Result<Vec<_>>>()?;
+            self.images = fitted.concat();
             self.side = side;
         }
-        self
+        Ok(self)
+    }
+
+    /// Gives every class the number that it has among `labels`, which become the class names. There may be more of them.
+    ///
+    /// # Errors
+    /// When a class is none of `labels`, or several of them have its name.
+    pub fn take_labels(&mut self, labels: &[String]) -> Result<()> {
+        if self.class_names == labels {
+            return Ok(());
+        }
+        let mut numbers: HashMap<&str, Vec<u16>> = HashMap::new();
+        for (number, label) in (0..=u16::MAX).zip(labels) {
+            numbers.entry(label).or_default().push(number);
+        }
+        let named = |name: &String| numbers.get(name.as_str()).map_or(&[][..], Vec::as_slice);
+        let unknown: Vec<&String> = self.class_names.iter().filter(|name| named(name).is_empty()).collect();
+        ensure!(
+            unknown.is_empty(),
+            "{} of the {} classes are no labels: {}; the labels are {}",
+            unknown.len(),
+            self.num_classes(),
+            listed(&unknown),
+            listed(labels)
+        );
+        let several = self.class_names.iter().find(|name| named(name).len() > 1);
+        if let Some(name) = several {
+            bail!("the class {name} may be either of {} labels of that name", named(name).len());
+        }
+        let own: Vec<u16> = self.class_names.iter().map(|name| named(name)[0]).collect();
+        self.labels.iter_mut().for_each(|label| *label = own[usize::from(*label)]);
+        self.class_names = labels.to_vec();
+        Ok(())
     }
 
     /// A number that changes when any pixel, label or name does (64-bit FNV-1a over words).
@@ -125,6 +165,14 @@ impl Dataset {
         mix(self.side as u64);
         hash
     }
+}
+
+/// Some names, as a sentence has them.
+fn listed(names: &[impl AsRef<str>]) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    let more = names.len().saturating_sub(SHOWN);
+    if more > 0 { format!("{} and {more} more", shown.join(", ")) } else { shown.join(", ") }
 }
 
 /// Which part of a data folder is wanted.
@@ -176,23 +224,28 @@ pub struct Opened {
 ///
 /// # Errors
 /// When the folder holds no known format, a file is damaged as a whole, nothing is left, or (with
-/// [`OpenOptions::strict`]) a single image had to be left out.
-pub fn open(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
+/// [`OpenOptions::strict`]) a single image had to be left out; and [`crate::stop::Stopped`] when `stop` says so.
+pub fn open(folder: &Path, part: Part, options: &OpenOptions, stop: &Stop) -> Result<Opened> {
     ensure!(folder.is_dir(), "{} is not a folder", folder.display());
     // Of its own, because the global pool is kept to one thread: see `main`.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    rayon::ThreadPoolBuilder::new().num_threads(cores).build()?.install(|| read(folder, part, options))
+    rayon::ThreadPoolBuilder::new().num_threads(cores).build()?.install(|| read(folder, part, options, stop))
 }
 
-fn read(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
+/// Whether the images in `folder` have labels of both [`LabelColumn`]s.
+pub fn has_columns(folder: &Path) -> bool {
+    cifar::is_cifar100(folder)
+}
+
+fn read(folder: &Path, part: Part, options: &OpenOptions, stop: &Stop) -> Result<Opened> {
     let mut opened = if cifar::is_cifar100(folder) {
-        cifar::open_cifar100(folder, part, options.labels)
+        cifar::open_cifar100(folder, part, options.labels, stop)
     } else if cifar::is_cifar10(folder) {
-        cifar::open_cifar10(folder, part)
+        cifar::open_cifar10(folder, part, stop)
     } else if idx::is_idx(folder) {
-        idx::open(folder, part)
+        idx::open(folder, part, stop)
     } else if folder::is_folder(folder) {
-        folder::open(folder, part, options)
+        folder::open(folder, part, options, stop)
     } else {
         bail!(
             "{}: no known data set: looked for train.bin (CIFAR-100), data_batch_1.bin (CIFAR-10), \
@@ -215,7 +268,7 @@ fn read(folder: &Path, part: Part, options: &OpenOptions) -> Result<Opened> {
     if let [only] = opened.dataset.class_names.as_slice() {
         opened.warnings.push(format!("the data set has one class, {only}: there is nothing to tell apart"));
     }
-    opened.dataset = opened.dataset.fit(options.side);
+    opened.dataset = opened.dataset.fit(options.side, stop)?;
     Ok(opened)
 }
 
@@ -258,17 +311,33 @@ mod tests {
     fn unknown_folders_say_what_was_looked_for() {
         let folder = tempfile::tempdir().unwrap();
         let options = OpenOptions { side: 32, labels: LabelColumn::Fine, strict: false, max_pixels: u64::MAX };
-        let error = open(folder.path(), Part::Train, &options).unwrap_err().to_string();
+        let error = open(folder.path(), Part::Train, &options, &Stop::default()).unwrap_err().to_string();
         assert!(error.contains("train.bin"), "{error}");
-        let error = open(&folder.path().join("none"), Part::Train, &options).unwrap_err().to_string();
+        let error = open(&folder.path().join("none"), Part::Train, &options, &Stop::default()).unwrap_err().to_string();
         assert!(error.contains("not a folder"), "{error}");
     }
 
     #[test]
     fn fitting_keeps_grey_grey_and_scales() {
         let grey = Dataset { images: vec![90; 28 * 28 * 3], side: 28, labels: vec![0], class_names: vec!["a".into()] };
-        let fitted = grey.clone().fit(32);
+        let fitted = grey.clone().fit(32, &Stop::default()).unwrap();
         assert_eq!((fitted.side, fitted.images), (32, vec![90; 32 * 32 * 3]));
-        assert_eq!(grey.clone().fit(28), grey);
+        assert_eq!(grey.clone().fit(28, &Stop::default()).unwrap(), grey);
+    }
+
+    #[test]
+    fn labels_are_found_by_name() {
+        let names = |names: &[&str]| -> Vec<String> { names.iter().map(|&name| name.to_owned()).collect() };
+        let given = |labels: &[&str]| {
+            let mut dataset = two_pixels();
+            dataset.take_labels(&names(labels)).map(|()| dataset)
+        };
+        assert_eq!(given(&["a", "b"]).unwrap(), two_pixels());
+        let turned = given(&["c", "b", "a"]).unwrap();
+        assert_eq!((turned.labels, turned.class_names), (vec![2, 1], names(&["c", "b", "a"])));
+        let refused = |labels: &[&str]| given(labels).unwrap_err().to_string();
+        assert_eq!(refused(&["a", "c"]), "1 of the 2 classes are no labels: b; the labels are a, c");
+        assert_eq!(refused(&["b", "a", "b"]), "the class b may be either of 2 labels of that name");
+        assert!(refused(&["x"; 10]).ends_with("x, x and 2 more"));
     }
 }

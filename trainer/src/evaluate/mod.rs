@@ -8,6 +8,8 @@ pub use picture::confusion_picture;
 pub use probe::{Artifacts, LayerProbe, Probe};
 pub use report::{ClassScore, Confusion, LayerRouting, Report};
 
+use std::collections::BTreeMap;
+
 use model_core::config::ViTConfig;
 use model_core::routing_map::Pairs;
 
@@ -29,8 +31,8 @@ pub struct Tally {
     top5: usize,
     cross_entropy: f64,
     bins: [Bin; BINS],
-    /// Counts of images, `[label, prediction]`.
-    confusion: Vec<u32>,
+    /// Counts of images by label and prediction. Of many classes most pairs never occur.
+    confusion: BTreeMap<(usize, usize), u32>,
     layers: Vec<LayerTally>,
 }
 
@@ -83,7 +85,7 @@ impl Tally {
             top5: 0,
             cross_entropy: 0.0,
             bins: [Bin::default(); BINS],
-            confusion: vec![0; config.num_classes.pow(2)],
+            confusion: BTreeMap::new(),
             layers: vec![layer; config.backbone.num_layers],
         }
     }
@@ -115,7 +117,7 @@ impl Tally {
         self.right.push(rank == 0);
         self.top5 += usize::from(rank < 5);
         self.cross_entropy += sum.ln() + max - f64::from(logits[label]);
-        self.confusion[label * self.classes + first] += 1;
+        *self.confusion.entry((label, first)).or_default() += 1;
         let confidence = 1.0 / sum;
         let bin = &mut self.bins[((confidence * BINS as f64) as usize).min(BINS - 1)];
         bin.count += 1;
@@ -126,6 +128,16 @@ impl Tally {
     /// Of every image seen, in order, whether its label came first.
     pub fn right(&self) -> &[bool] {
         &self.right
+    }
+
+    /// Images with each label, and how many of them were recognised.
+    fn by_label(&self) -> Vec<(u32, u32)> {
+        let mut counts = vec![(0, 0); self.classes];
+        for (&(label, prediction), &count) in &self.confusion {
+            counts[label].0 += count;
+            counts[label].1 += if label == prediction { count } else { 0 };
+        }
+        counts
     }
 
     /// The main figures so far.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use plotters::prelude::*;
 
 use super::Tally;
@@ -12,23 +12,26 @@ use crate::plot::{FONT, drawing, png};
 const MAX_NAMED: usize = 40;
 
 /// Rows are what images show, columns what they were taken for; dark is often. Right answers are on the diagonal.
+///
+/// # Errors
+/// When there are more classes than a picture of a sensible size shows, or it cannot be written.
 pub fn confusion_picture(path: &Path, tally: &Tally, names: &[String]) -> Result<()> {
+    /// At four pixels a class a picture of 64 million.
+    const MOST: usize = 2000;
     let classes = tally.classes;
+    ensure!(classes <= MOST, "a confusion matrix of {classes} classes is too large to draw; at most {MOST} fit");
     let cell = (900 / classes as i32).clamp(4, 40);
     let margin = if classes <= MAX_NAMED { 150 } else { 40 };
     let size = (margin + classes as i32 * cell + 20) as u32;
     png(path, (size, size), |root| {
-        for label in 0..classes {
-            let row = &tally.confusion[label * classes..][..classes];
-            let total = f64::from(row.iter().sum::<u32>().max(1));
-            for (prediction, &count) in row.iter().enumerate() {
-                let (x, y) = (margin + prediction as i32 * cell, margin + label as i32 * cell);
-                // The root makes rare confusions visible beside a strong diagonal.
-                let share = (f64::from(count) / total).sqrt();
-                let color = if label == prediction { RGBColor(20, 90, 160) } else { RGBColor(190, 30, 30) };
-                let cell = Rectangle::new([(x, y), (x + cell - 1, y + cell - 1)], color.mix(share).filled());
-                root.draw(&cell).map_err(drawing)?;
-            }
+        let by_label = tally.by_label();
+        for (&(label, prediction), &count) in &tally.confusion {
+            let (x, y) = (margin + prediction as i32 * cell, margin + label as i32 * cell);
+            // The root makes rare confusions visible beside a strong diagonal.
+            let share = (f64::from(count) / f64::from(by_label[label].0)).sqrt();
+            let color = if label == prediction { RGBColor(20, 90, 160) } else { RGBColor(190, 30, 30) };
+            let cell = Rectangle::new([(x, y), (x + cell - 1, y + cell - 1)], color.mix(share).filled());
+            root.draw(&cell).map_err(drawing)?;
         }
         let edge = margin + classes as i32 * cell;
         root.draw(&Rectangle::new([(margin - 1, margin - 1), (edge, edge)], BLACK.mix(0.5))).map_err(drawing)?;

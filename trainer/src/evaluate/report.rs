@@ -73,19 +73,16 @@ impl Report {
     /// Sums up a tally.
     pub fn new(tally: &Tally, names: &[String], path: &'static str, skipped: usize, seconds: f64) -> Self {
         let scores = tally.scores();
-        let row = |class: usize| &tally.confusion[class * tally.classes..][..tally.classes];
-        let classes = names.iter().enumerate().map(|(class, name)| {
-            let images: u32 = row(class).iter().sum();
-            let accuracy = f64::from(row(class)[class]) / f64::from(images.max(1));
+        let classes = names.iter().zip(tally.by_label()).map(|(name, (images, right))| {
+            let accuracy = f64::from(right) / f64::from(images.max(1));
             ClassScore { name: name.clone(), images, accuracy }
         });
-        let pairs = (0..tally.classes).flat_map(|a| (0..tally.classes).map(move |b| (a, b)));
-        let mut confusions: Vec<(usize, usize)> = pairs.filter(|&(a, b)| a != b && row(a)[b] > 0).collect();
-        confusions.sort_by_key(|&(a, b)| std::cmp::Reverse(row(a)[b]));
-        let confusion = |(a, b): (usize, usize)| Confusion {
+        let mut confusions: Vec<_> = tally.confusion.iter().filter(|((a, b), _)| a != b).collect();
+        confusions.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let confusion = |(&(a, b), &count): (&(usize, usize), &u32)| Confusion {
             label: names[a].clone(),
             prediction: names[b].clone(),
-            count: row(a)[b],
+            count,
         };
         let layers = tally.layers.iter().map(|layer| {
             let total = layer.load.iter().sum::<u64>().max(1) as f64;
@@ -132,10 +129,12 @@ impl Report {
         writeln!(out, "top-5                 {:6.2} %", percent(self.top5))?;
         writeln!(out, "cross-entropy         {:7.3}", self.cross_entropy)?;
         writeln!(out, "calibration error     {:6.2} %", percent(self.calibration_error))?;
-        writeln!(
-            out,
-            "\nrouting      neighbours agree   far patches agree   same first choice   peak load   unused experts"
-        )?;
+        if !self.layers.is_empty() {
+            writeln!(
+                out,
+                "\nrouting      neighbours agree   far patches agree   same first choice   peak load   unused experts"
+            )?;
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             writeln!(
                 out,
@@ -147,8 +146,11 @@ impl Report {
                 layer.unused
             )?;
         }
-        let mut classes: Vec<&ClassScore> = self.classes.iter().collect();
+        let mut classes: Vec<&ClassScore> = self.classes.iter().filter(|class| class.images > 0).collect();
         classes.sort_by(|a, b| b.accuracy.total_cmp(&a.accuracy));
+        if classes.len() < self.classes.len() {
+            writeln!(out, "\nof {} labels {} have images", self.classes.len(), classes.len())?;
+        }
         writeln!(out, "\nclass accuracy, best first")?;
         for class in classes {
             writeln!(out, "{:6.1} %  {}", percent(class.accuracy), class.name)?;
