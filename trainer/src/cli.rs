@@ -354,7 +354,7 @@ fn artifact_name(name: &str) -> Result<String, &'static str> {
     if store_layout::is_valid_name(name) { Ok(name.to_owned()) } else { Err(store_layout::NAME_RULE) }
 }
 
-/// A whole number in a range.
+/// Reads a whole number that is in a range.
 fn within<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
     let number = text.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
     match number {

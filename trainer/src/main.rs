@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use butterflyvit_trainer::cli::{Cli, Command, LoopArgs};
-use butterflyvit_trainer::stop::Stop;
-use butterflyvit_trainer::train::Ended;
+use butterflyvit_trainer::stop::{Ended, Stop};
 use butterflyvit_trainer::{commands, encode, import};
 use clap::Parser;
 

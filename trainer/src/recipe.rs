@@ -294,10 +294,6 @@ impl Recipe {
             let value = distillation.share;
             ensure!((0.0..=1.0).contains(&value), "distillation.share is {value}; it must be in 0..=1");
         }
-        let LossWeights { balance, smoothness, contiguity } = self.losses;
-        for (value, name) in [(balance, "balance"), (smoothness, "smoothness"), (contiguity, "contiguity")] {
-            ensure!(value >= 0.0 && value.is_finite(), "losses.{name} is {value}; it must be a number from 0");
-        }
         ensure!((0.0..=1.0).contains(&self.final_rate), "final_rate is {}; it must be in 0..=1", self.final_rate);
         self.validate_variation()
     }
@@ -325,8 +321,12 @@ impl Recipe {
         Ok(())
     }
 
-    /// [`Recipe::validate`] for how images are varied.
+    /// [`Recipe::validate`] for the losses and for how images are varied.
     fn validate_variation(&self) -> Result<()> {
+        let LossWeights { balance, smoothness, contiguity } = self.losses;
+        for (value, name) in [(balance, "balance"), (smoothness, "smoothness"), (contiguity, "contiguity")] {
+            ensure!(value >= 0.0 && value.is_finite(), "losses.{name} is {value}; it must be a number from 0");
+        }
         for (value, name) in
             [(self.mixing.probability, "mixing.probability"), (self.mixing.cutmix_share, "mixing.cutmix_share")]
         {

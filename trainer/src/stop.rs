@@ -5,7 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::train::Ended;
+/// Why a run returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The recipe is done.
+    Finished,
+    OutOfTime,
+    Interrupted,
+}
 
 /// Whether to end early. What takes long asks many times a second.
 #[derive(Debug, Clone, Default)]
@@ -22,18 +29,18 @@ impl Stop {
         Self { asked: Some(asked), ..Self::after(limit) }
     }
 
-    /// Ends `limit` from now.
+    /// Ends when that much time has gone by.
     pub fn after(limit: Option<Duration>) -> Self {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         Self { asked: None, deadline, one_step: limit.is_some_and(|limit| limit.is_zero()) }
     }
 
-    /// Whether somebody asked.
+    /// Whether somebody asked it to end.
     pub fn is_asked(&self) -> bool {
         self.asked.as_ref().is_some_and(|asked| asked.load(Ordering::Relaxed))
     }
 
-    /// Whether the time is over.
+    /// Whether its time is over, if that has an end.
     pub fn is_late(&self) -> bool {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }

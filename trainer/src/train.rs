@@ -31,7 +31,7 @@ use crate::evaluate::{Scores, Tally};
 use crate::files::create_folder;
 use crate::predict::{Candle, Prediction, by_shards, for_each_shard};
 use crate::recipe::Recipe;
-use crate::stop::Stop;
+use crate::stop::{Ended, Stop};
 use crate::teacher::Teacher;
 
 /// Settings that do not change the result.
@@ -45,15 +45,6 @@ pub struct Settings {
     pub log_every: u64,
     /// Draw no progress bar.
     pub quiet: bool,
-}
-
-/// Why a run returned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
-    /// The recipe is done.
-    Finished,
-    OutOfTime,
-    Interrupted,
 }
 
 /// A run in memory.

@@ -11,17 +11,17 @@ use serde_json::{Value, json};
 
 use super::shared::{drive, frozen_stem, measure, open_options, open_train, teacher, unless_stopped};
 use crate::checkpoint::{self, Checkpoint};
-use crate::cli::{CompareArgs, threads};
+use crate::cli::{CompareArgs, DataArgs, threads};
 use crate::compare::{self, Outcome, SAMPLE_IMAGES, Sample, Variant};
 use crate::data::frozen_stem::{FrozenStem, StemOutputs, Views};
-use crate::data::{self, Dataset, Part};
+use crate::data::{self, Dataset, LabelColumn, Part};
 use crate::evaluate::{Report, Tally};
 use crate::files::write_atomically;
 use crate::predict::{Candle, Integer, Predictor, by_shards};
 use crate::recipe::Recipe;
-use crate::stop::Stop;
+use crate::stop::{Ended, Stop};
 use crate::terminal::{print, say};
-use crate::train::{Ended, Run, Settings, averaged};
+use crate::train::{Run, Settings, averaged};
 
 /// Refuses what is named twice: a run that counts twice would narrow every interval.
 fn check_named_once<T: Ord>(named: &[T], what: &str) -> Result<()> {
@@ -48,21 +48,11 @@ fn compare_until(args: &CompareArgs, stop: &Stop) -> Result<Ended> {
     base.model.num_classes = dataset.num_classes();
     let teacher = teacher(&args.teacher, &mut base)?;
     base.validate()?;
-    let options = open_options(&args.data.reading, side, base.labels);
-    let mut test = data::open(&args.data.data, Part::Test, &options, stop)?.dataset;
-    test.take_labels(&dataset.class_names).with_context(|| format!("the test part of {}", args.data.data.display()))?;
+    let test = open_test(&args.data, side, base.labels, &dataset, stop)?;
     crate::files::create_folder(&args.run.out)?;
     compare::write_memory(&args.run.out, &base.model, stem.as_ref().map(|stem| &stem.weights[..]))?;
-    let behind = match &stem {
-        None => None,
-        Some(stem) => {
-            let views = args.stem.views(&base, &args.run.settings());
-            let outputs = |dataset: &Dataset, count| {
-                StemOutputs::prepare(stem, dataset, &Views { count, ..views.clone() }, stop).map(Arc::new)
-            };
-            Some(Behind { stem, train: outputs(&dataset, base.views)?, test: outputs(&test, 1)? })
-        }
-    };
+    let views = args.stem.views(&base, &args.run.settings());
+    let behind = stem.as_ref().map(|stem| Behind::new(stem, (&dataset, &test), &views, stop)).transpose()?;
     let preprocess = stem.as_ref().map_or_else(|| dataset.preprocess(), |stem| stem.preprocess.clone());
     let train = |folder: &str, recipe: Recipe| -> Result<Trained> {
         say(folder);
@@ -105,11 +95,26 @@ fn compare_until(args: &CompareArgs, stop: &Stop) -> Result<Ended> {
     Ok(Ended::Finished)
 }
 
+/// The test images, with the labels of the training images.
+fn open_test(args: &DataArgs, side: usize, labels: LabelColumn, train: &Dataset, stop: &Stop) -> Result<Dataset> {
+    let mut test = data::open(&args.data, Part::Test, &open_options(&args.reading, side, labels), stop)?.dataset;
+    test.take_labels(&train.class_names).with_context(|| format!("the test part of {}", args.data.display()))?;
+    Ok(test)
+}
+
 /// The stem that all runs are behind, and what it made of the images.
 struct Behind<'a> {
     stem: &'a FrozenStem,
     train: Arc<StemOutputs>,
     test: Arc<StemOutputs>,
+}
+
+impl<'a> Behind<'a> {
+    fn new(stem: &'a FrozenStem, (train, test): (&Dataset, &Dataset), views: &Views, stop: &Stop) -> Result<Self> {
+        let train = StemOutputs::prepare(stem, train, views, stop)?;
+        let test = StemOutputs::prepare(stem, test, &Views { count: 1, ..views.clone() }, stop)?;
+        Ok(Self { stem, train: Arc::new(train), test: Arc::new(test) })
+    }
 }
 
 /// How a run ended, and its last checkpoint if it is done.

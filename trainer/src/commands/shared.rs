@@ -21,11 +21,11 @@ use crate::evaluate::Tally;
 use crate::plot::learning_curve;
 use crate::predict::{Candle, Integer, Predictor, for_each_shard};
 use crate::recipe::{Origin, Recipe, SoftLabelsOf};
-use crate::stop::{Stop, Stopped};
+use crate::stop::{Ended, Stop, Stopped};
 use crate::store::load_backbone;
 use crate::teacher::Teacher;
 use crate::terminal::say;
-use crate::train::{Ended, Run, Settings};
+use crate::train::{Run, Settings};
 
 /// Sets the parameters of `vit` that `taken` names to those of `from`.
 pub(super) fn take(vit: &ViT, from: &ViT, taken: impl Fn(&str) -> bool) -> Result<()> {

@@ -15,9 +15,9 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::SpecialiseArgs;
 use crate::data::Dataset;
 use crate::recipe::{Origin, Recipe, angle_start};
-use crate::stop::Stop;
+use crate::stop::{Ended, Stop};
 use crate::store::{Store, load_backbone, load_own_set};
-use crate::train::{Ended, Run, averaged};
+use crate::train::{Run, averaged};
 
 /// `specialise`: a new expert set on a frozen backbone.
 pub fn specialise(args: &SpecialiseArgs, stop: &Stop) -> Result<Ended> {

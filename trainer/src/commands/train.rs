@@ -15,9 +15,9 @@ use crate::cli::{StartArgs, TrainArgs};
 use crate::data::Dataset;
 use crate::data::frozen_stem::StemOutputs;
 use crate::recipe::{Origin, Recipe, angle_start};
-use crate::stop::Stop;
+use crate::stop::{Ended, Stop};
 use crate::store::{Store, load_backbone, load_own_set};
-use crate::train::{Ended, Run, averaged};
+use crate::train::{Run, averaged};
 
 /// `train`: a backbone and its first expert set.
 ///

@@ -6,8 +6,8 @@ use model_core::config::{FeedForwardKind, ViTConfig};
 use super::ViT;
 
 impl ViT {
-    /// Most parameters of a model here. In training each takes 20 bytes: itself, its gradient, two moments and the moving
-    /// average.
+    /// Most parameters of a model here. In training each takes 20 bytes: its value, its gradient, two moments and a moving
+    /// average of the value.
     pub const MAX_PARAMETERS: u64 = 1 << 29;
 
     /// The parameters of [`ViT::init_kind`] of a valid configuration.
