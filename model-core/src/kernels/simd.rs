@@ -43,6 +43,19 @@ pub(super) trait Simd: Copy {
     /// product must be normal.
     fn mul_pow2(self, a: Self::V, shifted: Self::V) -> Self::V;
 
+    /// Whether [`Simd::look_up`] is one instruction.
+    const LOOKS_UP: bool = false;
+
+    /// Elements of `table`, each chosen by the lowest four bits of a float's pattern.
+    #[inline(always)]
+    fn look_up(self, table: &[f32; 16], indices: Self::V) -> Self::V {
+        let mut lanes = self.to_array(indices, 0.0);
+        for lane in &mut lanes {
+            *lane = table[(lane.to_bits() & 15) as usize];
+        }
+        self.load(&lanes)
+    }
+
     /// Cosines and sines of the first [`Simd::LANES`] of `codes`, by whatever way of reading `turn` is fastest.
     ///
     /// # Safety
@@ -365,7 +378,14 @@ mod x86 {
     impl Simd for Avx512 {
         type V = __m512;
         const LANES: usize = 16;
+        const LOOKS_UP: bool = true;
 
+        #[inline(always)]
+        fn look_up(self, table: &[f32; 16], indices: __m512) -> __m512 {
+            // SAFETY: the token proves AVX-512F; the table has sixteen floats, and the lookup sees the lowest four bits of
+            // an index only.
+            unsafe { _mm512_permutexvar_ps(_mm512_castps_si512(indices), _mm512_loadu_ps(table.as_ptr())) }
+        }
         #[inline(always)]
         fn splat(self, value: f32) -> __m512 {
             // SAFETY: the token proves AVX-512F.
