@@ -10,6 +10,7 @@ use crate::examples::Examples;
 use crate::logistic::{Rows, log_sum_exp, logits};
 use crate::report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
 use crate::statistics::{DRAWS, Distances, fit as fit_statistics, threshold, with_room};
+use crate::temperature::best_temperature;
 use crate::{Options, Taught, TeachError, folds};
 
 /// Strengths of the penalty that are tried, strongest first, on rows whose mean squared length is one.
@@ -18,8 +19,6 @@ const STRENGTHS: [f64; 6] = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4];
 const WORTH: f64 = 0.01;
 /// If a larger share of the held-out images is right, the classes lie well apart, and projected features know strangers.
 const WELL_APART: f64 = 0.9;
-/// Temperatures, between which the best one is looked for.
-const TEMPERATURES: (f64, f64) = (0.02, 50.0);
 /// Entries of a list in the report.
 const LISTED: usize = 10;
 /// Score of another label from which an image is probably mislabelled.
@@ -280,34 +279,6 @@ fn head(scaling: &Scaling, parameters: &[f32], d_model: usize) -> Linear {
         weight.extend(row);
     }
     Linear { weight: Matrix::encode(&weight, bias.len(), Precision::Int8), bias }
-}
-
-/// Mean loss of logits over a temperature. Labels are as certain as so many images can say (Platt, 1999): a classifier that
-/// is right about all of sixty images may still be wrong about the next.
-fn loss_at(held: &[(&[f64], usize)], temperature: f64) -> f64 {
-    let mut sum = 0.0;
-    for (logits, label) in held {
-        let scaled: Vec<f64> = logits.iter().map(|logit| logit / temperature).collect();
-        let doubt = 1.0 / (held.len() + 2) as f64;
-        let total = log_sum_exp(&scaled);
-        let others = scaled.iter().sum::<f64>() - scaled[*label];
-        let others = others / (scaled.len() - 1).max(1) as f64;
-        sum += total - (1.0 - doubt) * scaled[*label] - doubt * others;
-    }
-    sum / held.len().max(1) as f64
-}
-
-/// The temperature of least loss, and that loss: a golden-section search over its logarithm, in which the loss has one
-/// valley (it is convex in the reciprocal).
-fn best_temperature(held: &[(&[f64], usize)]) -> (f64, f64) {
-    let golden = (5f64.sqrt() - 1.0) / 2.0;
-    let (mut low, mut high) = (TEMPERATURES.0.ln(), TEMPERATURES.1.ln());
-    for _ in 0..40 {
-        let (a, b) = (high - golden * (high - low), low + golden * (high - low));
-        if loss_at(held, a.exp()) < loss_at(held, b.exp()) { high = b } else { low = a }
-    }
-    let temperature = ((low + high) / 2.0).exp();
-    (temperature, loss_at(held, temperature))
 }
 
 /// The strength whose held-out logits have the least loss at their best temperature; the stronger one of near equals.

@@ -13,6 +13,7 @@ mod logistic;
 mod report;
 mod spread;
 mod statistics;
+mod temperature;
 
 use model_core::artifact::{Digest, ExpertSetArtifact};
 use model_core::config::{BackboneShape, ExpertConfig};
@@ -24,6 +25,7 @@ use serde_json::{Value, json};
 pub use examples::{Examples, MOST_CLASSES, MOST_IMAGES, check_counts, is_none_label};
 pub use fit::{memory, teach};
 pub use report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
+pub use temperature::best_temperature;
 
 /// How to fit a classifier to examples.
 #[derive(Debug, Clone, Copy, PartialEq)]

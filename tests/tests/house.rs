@@ -32,7 +32,8 @@ const TRAINING: Rooms = &[
     &["ops", "quantize"],
     &["matmul", "shards"],
 ];
-const TEACHING: Rooms = &[&["fit"], &["report", "statistics"], &["examples", "folds", "logistic", "spread"]];
+const TEACHING: Rooms =
+    &[&["fit"], &["report", "statistics", "temperature"], &["examples", "folds", "logistic", "spread"]];
 const SERVER: Rooms = &[
     &["main", "serve", "commands"],
     &["logging", "config"],

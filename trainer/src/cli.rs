@@ -47,7 +47,7 @@ pub enum Command {
     Export(ExportArgs),
     /// Measure artifacts on the test part of a data folder.
     Evaluate(EvaluateArgs),
-    /// Write a backbone and its expert sets in other encodings, without training.
+    /// Write a backbone and its expert sets in other encodings or with fitted temperatures, without training.
     Encode(EncodeArgs),
     /// Make a backbone for photographs and the expert set `imagenet` from the weights of EfficientNet-Lite0.
     Import(ImportArgs),

@@ -52,6 +52,9 @@ pub struct Validation {
     pub routing_agreement: Option<f64>,
     /// Since the start of the run, interruptions not counted.
     pub seconds: f64,
+    /// What the logits are best divided by; 1 of several heads, each of which has its own.
+    #[serde(default = "one")]
+    pub temperature: f32,
     /// Of each of several heads, in their order; empty for one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub heads: Vec<HeadValidation>,
@@ -65,6 +68,21 @@ pub struct HeadValidation {
     pub cross_entropy: f64,
     pub top1: f64,
     pub top5: f64,
+    /// What the head's logits are best divided by.
+    #[serde(default = "one")]
+    pub temperature: f32,
+}
+
+impl Validation {
+    /// The temperature of one head of several, or of the only one.
+    pub fn temperature_of(&self, head: usize) -> f32 {
+        self.heads.get(head).map_or(self.temperature, |head| head.temperature)
+    }
+}
+
+/// The temperature of runs that fitted none.
+fn one() -> f32 {
+    1.0
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -10,6 +10,7 @@
 //! | [`checkpoint`], [`diary`], [`files`] | what a run leaves on the disk, and how it survives a crash |
 //! | [`predict`], [`evaluate`] | running a model over a data set; accuracy, calibration, routing |
 //! | [`compare`] | variants of one recipe over several seeds, as table and picture |
+//! | [`temperature`] | how sure a set may be, by the held-out images |
 //! | [`speed`] | images/s, and the share of the machine's matrix products in it |
 //! | [`plot`] | the learning curve, and what pictures share |
 //! | [`encode`] | the same model in other encodings |
@@ -37,5 +38,6 @@ pub mod speed;
 pub mod stop;
 pub mod store;
 pub mod teacher;
+pub mod temperature;
 mod terminal;
 pub mod train;

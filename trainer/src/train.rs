@@ -33,6 +33,7 @@ use crate::predict::{Candle, Prediction, by_shards, for_each_shard};
 use crate::recipe::Recipe;
 use crate::stop::{Ended, Stop};
 use crate::teacher::Teacher;
+use crate::temperature::HeldOutLogits;
 
 /// Settings that do not change the result.
 #[derive(Debug, Clone)]
@@ -316,7 +317,7 @@ impl Run {
         }
         let model = Candle { vit: self.averaged()?, quantizers: self.quantizers };
         let config = &self.recipe.model;
-        let mut tallies = HeadTallies::new(&self.recipe);
+        let mut tallies = HeadTallies::new(&self.recipe, self.parts.validation.len());
         let mut tally = Tally::new(config);
         let (dataset, indices) = (&self.dataset, &self.parts.validation);
         let mut take = |shard: &[u32], mut answer: Prediction| {
@@ -343,6 +344,7 @@ impl Run {
             top5: scores.top5,
             routing_agreement: scores.routing_agreement,
             seconds: self.seconds(),
+            temperature: tallies.of_only_head.temperature(),
             heads: tallies.scores(&self.recipe),
         });
         Ok(self.validation.clone())
@@ -401,46 +403,62 @@ impl Run {
     }
 }
 
-/// What each of several heads does on the images of its data set; nothing where there is one.
+/// What each of several heads does on the images of its data set; where there is one, its logits alone.
 struct HeadTallies {
     classes: Vec<Range<usize>>,
-    tallies: Vec<Tally>,
+    tallies: Vec<(Tally, HeldOutLogits)>,
+    of_only_head: HeldOutLogits,
 }
 
 impl HeadTallies {
-    fn new(recipe: &Recipe) -> Self {
-        let of = |head: &Head| Tally::new(&ViTConfig { num_classes: head.classes, ..recipe.model.clone() });
+    fn new(recipe: &Recipe, images: usize) -> Self {
+        let of = |head: &Head| {
+            let tally = Tally::new(&ViTConfig { num_classes: head.classes, ..recipe.model.clone() });
+            (tally, HeldOutLogits::new(head.classes, images))
+        };
         Self {
             classes: ranges(&recipe.head_classes(), recipe.model.num_classes),
             tallies: recipe.heads.iter().map(of).collect(),
+            of_only_head: HeldOutLogits::new(recipe.model.num_classes, images),
         }
     }
 
     /// Counts the answers for images with these labels, and with these most probable classes of soft ones. In `answer` only the logits of an image's own head stay finite.
     fn add(&mut self, labels: &[u16], soft: Option<&[usize]>, answer: &mut Prediction) {
+        let width = self.classes.last().map_or(1, |last| last.end);
         if self.tallies.is_empty() {
+            let rows = answer.logits.chunks_exact(width).zip(labels);
+            rows.for_each(|(row, &label)| self.of_only_head.add(row, usize::from(label)));
             return;
         }
-        let width = self.classes.last().map_or(1, |last| last.end);
+        let count = |(tally, held): &mut (Tally, HeldOutLogits), logits: &[f32], label: usize| {
+            tally.add(&[label as u16], &Prediction { logits: logits.to_vec(), experts: Vec::new() });
+            held.add(logits, label);
+        };
         for (i, (row, &label)) in answer.logits.chunks_exact_mut(width).zip(labels).enumerate() {
             if let (Some(soft), Some(classes), Some(tally)) = (soft, self.classes.last(), self.tallies.last_mut()) {
-                let logits = row[classes.clone()].to_vec();
-                tally.add(&[soft[i] as u16], &Prediction { logits, experts: Vec::new() });
+                count(tally, &row[classes.clone()], soft[i]);
             }
             let own = self.classes.iter().position(|classes| classes.contains(&usize::from(label)));
             let Some(head) = own else { continue };
             let classes = self.classes[head].clone();
-            let logits = row[classes.clone()].to_vec();
-            self.tallies[head].add(&[label - classes.start as u16], &Prediction { logits, experts: Vec::new() });
+            count(&mut self.tallies[head], &row[classes.clone()], usize::from(label) - classes.start);
             row[..classes.start].fill(f32::NEG_INFINITY);
             row[classes.end..].fill(f32::NEG_INFINITY);
         }
     }
 
     fn scores(&self, recipe: &Recipe) -> Vec<HeadValidation> {
-        let of = |(head, tally): (&Head, &Tally)| {
+        let of = |(head, (tally, held)): (&Head, &(Tally, HeldOutLogits))| {
             let Scores { images, cross_entropy, top1, top5, .. } = tally.scores();
-            HeadValidation { name: head.name.clone(), images, cross_entropy, top1, top5 }
+            HeadValidation {
+                name: head.name.clone(),
+                images,
+                cross_entropy,
+                top1,
+                top5,
+                temperature: held.temperature(),
+            }
         };
         recipe.heads.iter().zip(&self.tallies).map(of).collect()
     }

@@ -105,6 +105,17 @@ fn train_evaluate_and_specialise() {
     assert_eq!(integer["classes"].as_array().unwrap().len(), 3);
     assert_eq!(integer["layers"].as_array().unwrap().len(), 2);
     assert!(picture.is_file());
+    // The held-out images say how sure it may be, in training and afterwards.
+    let temperature = |set: &Path| read_expert_set(&fs::read(set).unwrap()).unwrap().weights.temperature;
+    let fitted = temperature(&set);
+    assert_ne!(fitted, 1.0);
+    let again = root.path().join("again");
+    let encode = ["encode", "--backbone", text(&backbone), "--set", text(&set), "--store", text(&again)];
+    let said = String::from_utf8(succeed(&[&encode[..], &["--temperature-data", &data]].concat()).stderr).unwrap();
+    assert!(said.contains("fitted on 12 held-out images"), "{said}");
+    let once_more = temperature(&again.join("expert-sets/default/1.safetensors"));
+    // By the integer path in place of the one that was trained.
+    assert!((once_more / fitted).ln().abs() < 0.2, "{fitted} and {once_more}");
     // Some of the classes, below names that put them in another order, are found by name.
     let some = root.path().join("some");
     for class in ["red", "blue"] {
@@ -143,7 +154,7 @@ fn train_evaluate_and_specialise() {
     let report: Value = serde_json::from_slice(&succeed(&evaluate).stdout).unwrap();
     assert!(report["top1"].as_f64().unwrap() > 0.8, "{report}");
     let error = fail(&["evaluate", "--data", &data, "--backbone", text(&backbone), "--set", text(&set)]);
-    assert!(error.contains("labels are not the classes"), "{error}");
+    assert!(error.contains("3 of the 3 classes are no labels"), "{error}");
 }
 
 #[test]
@@ -551,6 +562,12 @@ fn endless_files_and_impossible_names_are_refused_at_once() {
         let error = fail(&args);
         assert!(error.contains(file) && error.contains("this is not a file"), "{args:?}: {error}");
     }
+    succeed(&["init", "--preset", "tiny", "--store", store]);
+    let (backbone, set) =
+        (root.path().join("backbones/tiny.safetensors"), root.path().join("expert-sets/set-0000/1.safetensors"));
+    let encode = ["encode", "--backbone", text(&backbone), "--set", text(&set), "--store", store];
+    let error = fail(&[&encode[..], &["--temperature-data", text(&data)]].concat());
+    assert!(error.contains("does not say which images were held out"), "{error}");
     for option in ["--set-name", "--backbone-name"] {
         let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", option, "a/b"]));
         assert!(error.contains("a/b") && error.contains("a name has"), "{error}");

@@ -9,6 +9,7 @@ use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use serde_json::{Value, json};
 
+use super::export::temperature;
 use super::shared::{drive, frozen_stem, measure, open_options, open_train, teacher, unless_stopped};
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{CompareArgs, DataArgs, threads};
@@ -166,10 +167,11 @@ fn measure_run(
     let recipe = &state.recipe;
     let vit = averaged(recipe, &checkpoint.parameters, &checkpoint.average)?;
     let model: Box<dyn Predictor> = if recipe.is_servable() {
-        let (mut backbone, set) = vit.to_weights(&state.labels)?;
+        let (mut backbone, mut set) = vit.to_weights(&state.labels)?;
         if let Some(behind) = behind {
             backbone.stem.clone_from(&behind.stem.weights);
         }
+        set.temperature = temperature(checkpoint, 0);
         let backbone = read_backbone(&write_backbone("run", &backbone, &state.preprocess, &Value::Null)?)?;
         let bound_to = (&backbone.weights.config, backbone.digest);
         let set = read_expert_set(&write_expert_set("run", &set, bound_to, &Value::Null)?)?;

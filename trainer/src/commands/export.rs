@@ -59,6 +59,11 @@ fn summary(checkpoint: &Checkpoint) -> Result<Value> {
     }))
 }
 
+/// What the held-out images say that a head's logits are to be divided by; 1 without such images.
+pub(super) fn temperature(checkpoint: &Checkpoint, head: usize) -> f32 {
+    checkpoint.state.validation.as_ref().map_or(1.0, |validation| validation.temperature_of(head))
+}
+
 pub(super) fn export_backbone(
     checkpoint: &Checkpoint,
     store: &Store,
@@ -91,6 +96,7 @@ pub(super) fn export_backbone(
     for (i, (name, classes)) in sets.iter().zip(classes).enumerate() {
         let mut set = with_head(&set, classes);
         encodings.encode_expert_set(&mut set);
+        set.temperature = temperature(checkpoint, i);
         let mut summary = summary.clone();
         if let Some(own) = state.validation.as_ref().and_then(|validation| validation.heads.get(i)) {
             summary["held_out"] = serde_json::to_value(own)?;
@@ -138,6 +144,7 @@ pub(super) fn export_set(
     let vit = averaged(&state.recipe, &checkpoint.parameters, &checkpoint.average)?;
     let (_, mut set) = vit.to_weights(&state.labels)?;
     encodings.encode_expert_set(&mut set);
+    set.temperature = temperature(checkpoint, 0);
     let version = store.next_version(name);
     let path =
         store.write_set(name, version, &set, (&backbone.weights.config, backbone.digest), &summary(checkpoint)?)?;

@@ -17,19 +17,21 @@ impl ViT {
     /// # Errors
     /// When the shapes of the weights do not fit their configuration.
     pub fn from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
-        Self::from_weights_with(backbone, set, values)
+        Self::from_weights_with(backbone, set, values, set.temperature)
     }
 
     /// Latent parameters that round to the artifact's values ([`ViT::to_weights`]), so that training can go on
-    /// from it with [`Quantizers::ALL`](crate::parameters::Quantizers::ALL).
+    /// from it with [`Quantizers::ALL`](crate::parameters::Quantizers::ALL). The head is as it was before its temperature, which
+    /// was fitted when training had ended.
     pub fn latent_from_weights(backbone: &BackboneWeights, set: &ExpertSetWeights) -> Result<Self> {
-        Self::from_weights_with(backbone, set, latent)
+        Self::from_weights_with(backbone, set, latent, 1.0)
     }
 
     fn from_weights_with(
         backbone: &BackboneWeights,
         set: &ExpertSetWeights,
         substrate: fn(&Ternary) -> Vec<f32>,
+        temperature: f32,
     ) -> Result<Self> {
         let config = set.vit_config(&backbone.config);
         // Angles of a seed take no bytes in a file, and many here.
@@ -70,7 +72,7 @@ impl ViT {
             }
             insert_experts(&mut p, l, layer, &config)?;
         }
-        let scaled = |values: &[f32]| values.iter().map(|value| value / set.temperature).collect::<Vec<_>>();
+        let scaled = |values: &[f32]| values.iter().map(|value| value / temperature).collect::<Vec<_>>();
         let (mut weight, bias) = (scaled(&set.head.weight.to_f32()), scaled(&set.head.bias));
         if let Some(projection) = set.projection {
             weight = projection.unfold(&weight, backbone.config.d_model);
