@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use model_core::projection::Projection;
-use model_core::weights::{Background, Linear, Matrix, Precision};
+use model_core::weights::{Background, Familiarity, Linear, Matrix, Precision};
 
 use crate::examples::Examples;
 use crate::logistic::{Rows, log_sum_exp, logits};
@@ -78,11 +78,11 @@ impl Scaling {
 }
 
 /// What a fold says of the images that it holds out.
-struct Held {
-    image: usize,
+pub(crate) struct Held {
+    pub(crate) image: usize,
     /// One row a strength.
-    logits: Vec<Vec<f64>>,
-    distance: f64,
+    pub(crate) logits: Vec<Vec<f64>>,
+    pub(crate) distance: f64,
 }
 
 /// Fits a classifier to `examples`. `background` is that of the backbone; `progress` is told the share that is done, and
@@ -145,10 +145,32 @@ fn teach_on(
     let parameters = parameters.last().expect("one fit a strength");
     progress(0.95);
 
+    let unknown = unknown_images(examples, &mut statistics, &held, (background, projection), options, cancelled)?;
+    let report = report(examples, (&held, best), (strength, temperature), count, unknown);
+    progress(1.0);
+    Ok(Taught {
+        head: head(&scaling, parameters, examples.d_model),
+        projection,
+        temperature: temperature as f32,
+        familiarity: statistics,
+        labels: examples.classes.to_vec(),
+        report,
+    })
+}
+
+/// Sets the threshold of `statistics` by the images that were held out, and says what it does to these and to others.
+pub(crate) fn unknown_images(
+    examples: &Examples<'_>,
+    statistics: &mut Familiarity,
+    held: &[Held],
+    (background, projection): (Option<&Background>, Option<Projection>),
+    options: &Options,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<UnknownReport, TeachError> {
     let none = examples.none_class();
     let own = |image: usize| Some(examples.labels[image]) != none;
     let mut distances: Vec<f64> = held.iter().filter(|h| own(h.image)).map(|h| h.distance).collect();
-    let measure = Distances::new(&statistics)?;
+    let measure = Distances::new(statistics)?;
     let drawn = |seed| background.map(|background| measure.of_draws(background, projection, seed)).unwrap_or_default();
     let limit = with_room(threshold(&mut distances, options.known_share), &drawn(NEAREST_SEED));
     statistics.threshold = limit as f32;
@@ -162,17 +184,7 @@ fn teach_on(
     let none_passes =
         none.map(|_| Share::new(others.iter().filter(|held| held.distance <= limit).count(), others.len()));
     statistics.pass_share = none_passes.or(background_passes).map_or(0.0, |share| share.share as f32);
-    let unknown = UnknownReport { threshold: limit, refused, background_passes, class_passes, none_passes };
-    let report = report(examples, (&held, best), (strength, temperature), count, unknown);
-    progress(1.0);
-    Ok(Taught {
-        head: head(&scaling, parameters, examples.d_model),
-        projection,
-        temperature: temperature as f32,
-        familiarity: statistics,
-        labels: examples.classes.to_vec(),
-        report,
-    })
+    Ok(UnknownReport { threshold: limit, refused, background_passes, class_passes, none_passes })
 }
 
 /// How many images of a class lie within `limit` of the others when these are all that there is.
@@ -295,7 +307,7 @@ fn best_strength(examples: &Examples<'_>, held: &[Held]) -> (usize, f64) {
     best.map_or((0, 1.0), |(strength, temperature, _)| (strength, temperature))
 }
 
-fn report(
+pub(crate) fn report(
     examples: &Examples<'_>,
     (held, best): (&[Held], usize),
     (strength, temperature): (f64, f64),
@@ -305,6 +317,7 @@ fn report(
     let classes = examples.classes;
     let none = examples.none_class();
     let mut confusion = vec![0usize; classes.len() * classes.len()];
+    let images = held.len();
     let (mut suspects, mut scores, mut log_loss) = (Vec::new(), Vec::new(), 0.0);
     for held in held {
         let label = examples.labels[held.image];
@@ -317,7 +330,7 @@ fn report(
         let score = (score - total).exp();
         confusion[label * classes.len() + taken] += 1;
         scores.push((score, taken == label));
-        log_loss += (total - scaled[label]) / examples.labels.len() as f64;
+        log_loss += (total - scaled[label]) / images as f64;
         if taken != label && score >= SUSPECT_SCORE {
             let (label, taken_for) = (classes[label].clone(), classes[taken].clone());
             suspects.push(Suspect { image: held.image, label, taken_for, score });
@@ -344,7 +357,7 @@ fn report(
         few: count(class) < FEW_IMAGES,
     };
     Report {
-        images: examples.labels.len(),
+        images,
         folds,
         accuracy: Share::new(others().map(right).sum(), others().map(count).sum()),
         none_accuracy: none.map(|class| Share::new(right(class), count(class))),

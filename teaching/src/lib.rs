@@ -6,6 +6,7 @@
 //!
 //! Nothing here reads or writes files, and time and memory are bounded by the images that are given.
 
+mod calibrate;
 mod examples;
 mod fit;
 mod folds;
@@ -20,8 +21,9 @@ use model_core::config::{BackboneShape, ExpertConfig};
 use model_core::image::View;
 use model_core::projection::Projection;
 use model_core::weights::{ExpertLayerWeights, ExpertSetWeights, Familiarity, Linear};
-use serde_json::{Value, json};
+use serde_json::Value;
 
+pub use calibrate::{FEWEST_HELD_OUT, calibrate};
 pub use examples::{Examples, MOST_CLASSES, MOST_IMAGES, check_counts, is_none_label};
 pub use fit::{memory, teach};
 pub use report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};
@@ -61,6 +63,14 @@ pub struct Taught {
     pub report: Report,
 }
 
+/// What a classifier that was trained elsewhere lacks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calibrated {
+    pub temperature: f32,
+    pub familiarity: Familiarity,
+    pub report: Report,
+}
+
 /// What a taught set rests on.
 #[derive(Debug, Clone)]
 pub struct Base {
@@ -80,13 +90,7 @@ impl Taught {
     /// The expert set, without a digest, which [`ExpertSetArtifact::to_bytes`] computes. What it says of itself is short:
     /// the report without the images it names, in numbers of four digits.
     pub fn into_artifact(self, name: &str, base: Base) -> ExpertSetArtifact {
-        let report = short(json!({
-            "images": self.report.images,
-            "accuracy": self.report.accuracy,
-            "calibration": self.report.calibration,
-            "confusions": self.report.confusions,
-            "unknown": self.report.unknown,
-        }));
+        let report = self.report.summary();
         let weights = ExpertSetWeights {
             config: base.experts,
             layers: Vec::<ExpertLayerWeights>::new(),
@@ -109,21 +113,6 @@ impl Taught {
             training: Value::Null,
             digest: Digest::of("", &[]),
         }
-    }
-}
-
-/// The same with numbers of four digits behind the point, or of four that count where they are small or large.
-fn short(value: Value) -> Value {
-    match value {
-        Value::Array(values) => values.into_iter().map(short).collect(),
-        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, short(value))).collect(),
-        Value::Number(number) if number.is_f64() => {
-            let value = number.as_f64().unwrap_or_default();
-            let digits =
-                if (0.01..10.0).contains(&value.abs()) { format!("{value:.4}") } else { format!("{value:.3e}") };
-            digits.parse::<f64>().map_or(Value::Number(number), Value::from)
-        }
-        other => other,
     }
 }
 
@@ -155,6 +144,9 @@ pub enum TeachError {
         got: usize,
         limit: usize,
     },
+    /// Too little was kept back to say anything.
+    #[error("{images} images were held out, and {needed} are needed at least")]
+    FewHeldOut { images: usize, needed: usize },
     /// What is given does not belong together.
     #[error("{what}: {got} where {expected} are due")]
     Length {

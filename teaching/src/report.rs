@@ -1,6 +1,7 @@
 //! What is known of a classifier that was fitted: all of it from images that were held out.
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 /// Images of a class below which the report says that they are few.
 pub const FEW_IMAGES: usize = 10;
@@ -109,6 +110,34 @@ pub struct Report {
     /// Strength of the penalty that did best.
     pub strength: f64,
     pub unknown: UnknownReport,
+}
+
+impl Report {
+    /// What a set's file says of the set: without the images that the report names, in numbers of four digits.
+    pub fn summary(&self) -> Value {
+        short(json!({
+            "images": self.images,
+            "accuracy": self.accuracy,
+            "calibration": self.calibration,
+            "confusions": self.confusions,
+            "unknown": self.unknown,
+        }))
+    }
+}
+
+/// The same with numbers of four digits behind the point, or of four that count where they are small or large.
+fn short(value: Value) -> Value {
+    match value {
+        Value::Array(values) => values.into_iter().map(short).collect(),
+        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, short(value))).collect(),
+        Value::Number(number) if number.is_f64() => {
+            let value = number.as_f64().unwrap_or_default();
+            let digits =
+                if (0.01..10.0).contains(&value.abs()) { format!("{value:.4}") } else { format!("{value:.3e}") };
+            digits.parse::<f64>().map_or(Value::Number(number), Value::from)
+        }
+        other => other,
+    }
 }
 
 #[cfg(test)]

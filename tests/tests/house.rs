@@ -33,7 +33,7 @@ const TRAINING: Rooms = &[
     &["matmul", "shards"],
 ];
 const TEACHING: Rooms =
-    &[&["fit"], &["report", "statistics", "temperature"], &["examples", "folds", "logistic", "spread"]];
+    &[&["calibrate", "fit"], &["report", "statistics", "temperature"], &["examples", "folds", "logistic", "spread"]];
 const SERVER: Rooms = &[
     &["main", "serve", "commands"],
     &["logging", "config"],

@@ -47,8 +47,12 @@ pub enum Command {
     Export(ExportArgs),
     /// Measure artifacts on the test part of a data folder.
     Evaluate(EvaluateArgs),
-    /// Write a backbone and its expert sets in other encodings or with fitted temperatures, without training.
+    /// Write a backbone and its expert sets in other encodings, without training.
     Encode(EncodeArgs),
+    /// Fit temperature and statistics of unknown images to what a run held out, and write its sets with them.
+    ///
+    /// The images that the backbone or the sets learned from say nothing here. A set's record says which were held out.
+    Calibrate(CalibrateArgs),
     /// Make a backbone for photographs and the expert set `imagenet` from the weights of EfficientNet-Lite0.
     Import(ImportArgs),
     /// Print the logits of image files, one line of JSON each.
@@ -633,6 +637,40 @@ pub struct LogitsArgs {
     /// Take the float path instead of the integer path that serves.
     #[arg(long)]
     pub float: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// The folders that the sets were trained on, all of them and in that order.
+    #[arg(long, value_name = "DIR", required = true)]
+    pub data: Vec<PathBuf>,
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// The backbone's artifact, a .safetensors file.
+    #[arg(long, value_name = "FILE")]
+    pub backbone: PathBuf,
+    /// Files of expert sets of one run; a set that borrows its experts after the one that lends them.
+    #[arg(long = "set", value_name = "FILE", num_args = 1.., required = true)]
+    pub sets: Vec<PathBuf>,
+    /// The model store to write to.
+    #[arg(long, value_name = "DIR")]
+    pub store: PathBuf,
+    /// Fit the temperature only: the sets call no image unknown.
+    #[arg(long)]
+    pub no_unknown: bool,
+    /// Folder of images of everything, none of which the run learned from; the backbone gets a background of them, with the
+    /// experts of the first set.
+    #[arg(long, value_name = "DIR")]
+    pub background: Option<PathBuf>,
+    /// Images of the background, spread over the folder.
+    #[arg(long, value_name = "N", default_value_t = 4000, requires = "background")]
+    pub background_images: usize,
+    /// Where these images come from, with their terms, for the model card.
+    #[arg(long, value_name = "TEXT", default_value = "unsaid", requires = "background")]
+    pub background_source: String,
+    /// Threads that compute [default: one per core]. Does not change the result.
+    #[arg(long)]
+    pub threads: Option<usize>,
 }
 
 #[derive(Debug, Args)]

@@ -5,14 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use model_core::artifact::{Digest, ExpertSetArtifact, read_backbone};
+use model_core::artifact::{BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set};
 use model_core::config::{FloatFormat, TernaryPacking};
-use model_core::weights::{Encodings, ExpertLayerWeights, Precision};
+use model_core::weights::{Encodings, Precision};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::store::{Store, load_backbone, load_set};
-use crate::temperature;
 use crate::terminal::say;
 
 /// How tensors are stored; what is not given stays as it is.
@@ -67,54 +66,53 @@ pub struct EncodeArgs {
     /// The model store to write to.
     #[arg(long, value_name = "DIR")]
     pub store: PathBuf,
-    /// Also fit the temperature of each set to the images in this folder that its training held out, and to no others. The
-    /// folder is the one that the set was trained on.
-    #[arg(long, value_name = "DIR")]
-    pub temperature_data: Option<PathBuf>,
     #[command(flatten)]
     pub encodings: EncodingArgs,
 }
 
-/// Writes a backbone and its sets in other encodings, or with other temperatures, into a store. The sets are bound to the new backbone.
+/// Writes a backbone and its sets in other encodings into a store. The sets are bound to the new backbone.
 ///
 /// # Errors
 /// When an artifact cannot be read or written, or a borrowed set was not encoded before.
 pub fn run(args: &EncodeArgs) -> Result<()> {
-    let (store, encodings) = (Store::new(&args.store), args.encodings.encodings());
-    let original = load_backbone(&args.backbone)?;
-    let mut backbone = original.clone();
-    encodings.encode_backbone(&mut backbone.weights);
-    let bytes = backbone.to_bytes().with_context(|| args.backbone.display().to_string())?;
-    let encoded_backbone = read_backbone(&bytes)?;
-    let digest = encoded_backbone.digest;
-    say(&format!("{} {digest}", store.put_backbone(&backbone.name, &bytes)?.display()));
-    let mut lenders: HashMap<Digest, (Digest, Vec<ExpertLayerWeights>)> = HashMap::new();
+    let encodings = args.encodings.encodings();
+    let mut backbone = load_backbone(&args.backbone)?;
+    let mut sets = Vec::new();
     for path in &args.sets {
-        let mut set = load_set(path, &original)?;
+        let mut set = load_set(path, &backbone)?;
         encodings.encode_expert_set(&mut set.weights);
+        sets.push((path.clone(), set));
+    }
+    encodings.encode_backbone(&mut backbone.weights);
+    put_sets(&Store::new(&args.store), &backbone, sets)
+}
+
+/// Writes a changed backbone and its changed sets into a store, each bound to what was written before.
+///
+/// # Errors
+/// When an artifact cannot be written, or a set that borrows its experts comes before the one that lends them.
+pub fn put_sets(
+    store: &Store,
+    backbone: &BackboneArtifact,
+    sets: impl IntoIterator<Item = (PathBuf, ExpertSetArtifact)>,
+) -> Result<()> {
+    let bytes = backbone.to_bytes().with_context(|| format!("the backbone {}", backbone.name))?;
+    let digest = read_backbone(&bytes)?.digest;
+    say(&format!("{} {digest}", store.put_backbone(&backbone.name, &bytes)?.display()));
+    let mut lenders: HashMap<Digest, Digest> = HashMap::new();
+    for (path, mut set) in sets {
         (set.backbone, set.backbone_digest, set.backbone_config) = (backbone.weights.config.shape(), digest, None);
-        let mut layers = set.weights.layers.clone();
         if let Some(lender) = &mut set.borrowed_experts {
-            let (encoded, lent) = lenders.get(lender).with_context(|| {
-                format!("{}: the set {lender}, which lends the experts, must be encoded before", path.display())
+            let written = lenders.get(lender).with_context(|| {
+                format!("{}: the set {lender}, which lends the experts, must be given before", path.display())
             })?;
-            *lender = *encoded;
-            layers.clone_from(lent);
-        }
-        if let Some(folder) = &args.temperature_data {
-            let mut complete = set.clone();
-            complete.weights.layers.clone_from(&layers);
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            let (fitted, images) = temperature::fit(&encoded_backbone, &complete, folder, threads)
-                .with_context(|| format!("{}: its temperature", path.display()))?;
-            say(&format!("{}: temperature {fitted:.3}, fitted on {images} held-out images", set.name));
-            set.weights.temperature = fitted;
+            *lender = *written;
         }
         let ExpertSetArtifact { name, digest: before, .. } = &set;
         let bytes = set.to_bytes().with_context(|| path.display().to_string())?;
-        let digest = model_core::artifact::read_expert_set(&bytes)?.digest;
+        let digest = read_expert_set(&bytes)?.digest;
         say(&format!("{} {digest}", store.put_set(name, store.next_version(name), &bytes)?.display()));
-        lenders.insert(*before, (digest, layers));
+        lenders.insert(*before, digest);
     }
     Ok(())
 }

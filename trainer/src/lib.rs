@@ -14,6 +14,7 @@
 //! | [`speed`] | images/s, and the share of the machine's matrix products in it |
 //! | [`plot`] | the learning curve, and what pictures share |
 //! | [`encode`] | the same model in other encodings |
+//! | [`background`] | mean and covariance of features over images of everything |
 //! | [`import`] | a backbone for photographs from weights that others trained |
 //! | [`store`] | artifacts in the layout that the server reads |
 //! | [`cli`], [`commands`] | from arguments to files |
@@ -21,6 +22,7 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::too_many_lines)]
 
+pub mod background;
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;

@@ -54,6 +54,7 @@ fn run(cli: &Cli) -> Result<Ended> {
         Command::Export(args) => commands::export(args)?,
         Command::Evaluate(args) => commands::evaluate(args)?,
         Command::Encode(args) => encode::run(args)?,
+        Command::Calibrate(args) => commands::calibrate(args)?,
         Command::Import(args) => import::run(args)?,
         Command::Logits(args) => commands::logits(args)?,
         Command::Speed(args) => commands::speed(args)?,

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use indicatif::ProgressBar;
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
 use model_core::engine::{Backbone, ExpertSet, Row, Session};
 use model_core::image::Preprocess;
@@ -21,6 +22,8 @@ pub struct Prediction {
     pub logits: Vec<f32>,
     /// For every layer the chosen experts `[images, tokens, top_k]`, best first.
     pub experts: Vec<Vec<u16>>,
+    /// What the integer path's head sees, `[images, d_model]`; nothing from the float path.
+    pub features: Vec<f32>,
 }
 
 /// A model ready to look at images.
@@ -60,6 +63,7 @@ impl Prediction {
         Ok(Self {
             logits: output.logits.flatten_all()?.to_vec1()?,
             experts: output.routing.iter().map(|routing| routing.experts.to_vec()).collect(),
+            features: Vec::new(),
         })
     }
 }
@@ -97,16 +101,18 @@ impl Predictor for Integer {
         let (classes, layers) = (self.set.labels().len(), self.backbone.config().num_layers);
         let mut logits = vec![0.0; len * classes];
         let mut routing = vec![vec![0; layers * self.choices]; len];
-        let outputs = logits.chunks_exact_mut(classes).zip(&mut routing);
+        let d_model = self.backbone.config().d_model;
+        let mut features = vec![0.0; len * d_model];
+        let outputs = logits.chunks_exact_mut(classes).zip(&mut routing).zip(features.chunks_exact_mut(d_model));
         let mut rows: Vec<Row<'_>> = pixels
             .chunks_exact(self.backbone.pixels_len())
             .zip(outputs)
-            .map(|(pixels, (logits, routing))| Row {
+            .map(|(pixels, ((logits, routing), features))| Row {
                 set: &self.set,
                 pixels,
                 logits,
                 routing: Some(routing),
-                features: None,
+                features: Some(features),
             })
             .collect();
         session.forward(&mut rows)?;
@@ -115,12 +121,27 @@ impl Predictor for Integer {
         let of_layer = |layer: usize| {
             routing.iter().flat_map(|image| &image[layer * self.choices..][..self.choices]).copied().collect()
         };
-        Ok(Prediction { experts: (0..layers).map(of_layer).collect(), logits })
+        Ok(Prediction { experts: (0..layers).map(of_layer).collect(), logits, features })
     }
 }
 
 /// Images a thread looks at in one go.
 const SHARD: usize = 32;
+
+/// What the head of `engine` sees of images of normalised pixels, `[images, d_model]`.
+///
+/// # Errors
+/// When the model does not fit the images.
+pub fn features(engine: &Integer, images: &[Vec<f32>], threads: usize) -> Result<Vec<f32>> {
+    let bar = ProgressBar::new(images.len() as u64);
+    let features = in_turn(threads, images.chunks(SHARD).collect(), |shard| {
+        let features = engine.predict(shard.concat(), shard.len())?.features;
+        bar.inc(shard.len() as u64);
+        anyhow::Ok(features)
+    })?;
+    bar.finish_and_clear();
+    Ok(features.concat())
+}
 
 /// Shows the images `indices` of `dataset` to `model` and hands every shard's answer, with the shard's indices,
 /// to `take`, in order.

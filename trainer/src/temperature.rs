@@ -1,17 +1,6 @@
 //! The temperature of a trained set, fitted on images that were held out of its training: the same fit as `teach` makes.
 
-use std::path::Path;
-
-use anyhow::{Context, Result, ensure};
-use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
-use model_core::image::DecodeLimits;
 use teaching::best_temperature;
-
-use crate::data::split::hold_out;
-use crate::data::{self, Dataset, OpenOptions, Part};
-use crate::predict::{Integer, for_each_shard};
-use crate::recipe::Recipe;
-use crate::stop::Stop;
 
 /// Logits of held-out images, with their labels.
 #[derive(Debug, Clone)]
@@ -52,53 +41,6 @@ impl HeldOutLogits {
             self.rows.chunks_exact(self.classes).zip(self.labels.iter().copied()).collect();
         best_temperature(&held).0 as f32
     }
-}
-
-/// Fits the temperature of a finished set to the images in `folder` that its training held out, and to no others.
-///
-/// # Errors
-/// When the set's record does not say which these are, or the images are not those of its classes.
-pub fn fit(
-    backbone: &BackboneArtifact,
-    set: &ExpertSetArtifact,
-    folder: &Path,
-    threads: usize,
-) -> Result<(f32, usize)> {
-    let (dataset, held_out) = held_out_images(backbone, set, folder)?;
-    let model = Integer::new(backbone, set)?;
-    let classes = set.weights.labels.len();
-    let mut logits = HeldOutLogits::new(classes, held_out.len());
-    for_each_shard(&model, &dataset, &held_out, &backbone.preprocess, threads, &mut |shard, answer| {
-        for (row, &image) in answer.logits.chunks_exact(classes).zip(shard) {
-            // As they were before the temperature that the set has.
-            let row: Vec<f32> = row.iter().map(|logit| logit * set.weights.temperature).collect();
-            logits.add(&row, usize::from(dataset.labels[image as usize]));
-        }
-    })?;
-    Ok((logits.temperature(), held_out.len()))
-}
-
-fn held_out_images(backbone: &BackboneArtifact, set: &ExpertSetArtifact, folder: &Path) -> Result<(Dataset, Vec<u32>)> {
-    let recipe = set.training.get("recipe").cloned().unwrap_or_default();
-    let recipe: Recipe = serde_json::from_value(recipe)
-        .with_context(|| format!("the record of the set {} does not say which images were held out", set.name))?;
-    ensure!(
-        recipe.heads.is_empty(),
-        "the set {} learned beside others, whose images decide which were held out; its temperature is fitted in training",
-        set.name
-    );
-    let options = OpenOptions {
-        side: backbone.weights.config.image_size,
-        labels: recipe.labels,
-        strict: false,
-        max_pixels: DecodeLimits::default().max_pixels,
-    };
-    let mut dataset = data::open(folder, Part::Train, &options, &Stop::default())?.dataset;
-    // Which images these are goes by the order of the classes in training, which is that of the labels.
-    dataset.take_labels(&set.weights.labels).with_context(|| folder.display().to_string())?;
-    let held_out = hold_out(&dataset, recipe.hold_out, recipe.seed).validation;
-    ensure!(!held_out.is_empty(), "the training of the set {} held no images out", set.name);
-    Ok((dataset, held_out))
 }
 
 #[cfg(test)]

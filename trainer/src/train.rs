@@ -432,7 +432,7 @@ impl HeadTallies {
             return;
         }
         let count = |(tally, held): &mut (Tally, HeldOutLogits), logits: &[f32], label: usize| {
-            tally.add(&[label as u16], &Prediction { logits: logits.to_vec(), experts: Vec::new() });
+            tally.add(&[label as u16], &Prediction { logits: logits.to_vec(), ..Prediction::default() });
             held.add(logits, label);
         };
         for (i, (row, &label)) in answer.logits.chunks_exact_mut(width).zip(labels).enumerate() {

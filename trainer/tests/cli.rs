@@ -105,17 +105,15 @@ fn train_evaluate_and_specialise() {
     assert_eq!(integer["classes"].as_array().unwrap().len(), 3);
     assert_eq!(integer["layers"].as_array().unwrap().len(), 2);
     assert!(picture.is_file());
-    // The held-out images say how sure it may be, in training and afterwards.
+    // The held-out images say how sure it may be.
     let temperature = |set: &Path| read_expert_set(&fs::read(set).unwrap()).unwrap().weights.temperature;
     let fitted = temperature(&set);
     assert_ne!(fitted, 1.0);
     let again = root.path().join("again");
-    let encode = ["encode", "--backbone", text(&backbone), "--set", text(&set), "--store", text(&again)];
-    let said = String::from_utf8(succeed(&[&encode[..], &["--temperature-data", &data]].concat()).stderr).unwrap();
-    assert!(said.contains("fitted on 12 held-out images"), "{said}");
-    let once_more = temperature(&again.join("expert-sets/default/1.safetensors"));
-    // By the integer path in place of the one that was trained.
-    assert!((once_more / fitted).ln().abs() < 0.2, "{fitted} and {once_more}");
+    let model = ["--backbone", text(&backbone), "--set", text(&set), "--store", text(&again)];
+    let error = fail(&[&["calibrate", "--data", &data][..], &model].concat());
+    assert!(error.contains("12 images were held out, and 19 are needed at least"), "{error}");
+    assert!(!again.exists());
     // Some of the classes, below names that put them in another order, are found by name.
     let some = root.path().join("some");
     for class in ["red", "blue"] {
@@ -565,9 +563,9 @@ fn endless_files_and_impossible_names_are_refused_at_once() {
     succeed(&["init", "--preset", "tiny", "--store", store]);
     let (backbone, set) =
         (root.path().join("backbones/tiny.safetensors"), root.path().join("expert-sets/set-0000/1.safetensors"));
-    let encode = ["encode", "--backbone", text(&backbone), "--set", text(&set), "--store", store];
-    let error = fail(&[&encode[..], &["--temperature-data", text(&data)]].concat());
-    assert!(error.contains("does not say which images were held out"), "{error}");
+    let model = ["--backbone", text(&backbone), "--set", text(&set), "--store", store];
+    let error = fail(&[&["calibrate", "--data", text(&data)][..], &model].concat());
+    assert!(error.contains("it does not say how it was trained"), "{error}");
     for option in ["--set-name", "--backbone-name"] {
         let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", option, "a/b"]));
         assert!(error.contains("a/b") && error.contains("a name has"), "{error}");
@@ -575,6 +573,62 @@ fn endless_files_and_impossible_names_are_refused_at_once() {
     let error = fail(&train(text(&data), text(&out), &["--preset", "tiny", "--operations", "1000000000"]));
     assert!(error.contains("operations is 1000000000"), "{error}");
     assert!(!out.exists());
+}
+
+#[test]
+fn calibrate_gives_trained_sets_a_temperature_and_what_knows_strangers() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (images(root.path()), root.path().join("run"));
+    let other = root.path().join("other");
+    for class in ["red", "blue"] {
+        fs::create_dir_all(other.join(class)).unwrap();
+        for number in 0..20 {
+            let name = format!("{class}/{number}.png");
+            fs::copy(data.join("train").join(&name), other.join(&name)).unwrap();
+        }
+    }
+    let more = ["--preset", "tiny", "--epochs", "2", "--batch-size", "12", "--shard-size", "6", "--threads", "2"];
+    let (first, second) = (text(&data), text(&other));
+    let train = ["train", "--quiet", "--data", first, "--data", second, "--out", text(&out), "--hold-out", "0.5"];
+    succeed(&[&train[..], &more].concat());
+
+    let store = root.path().join("store");
+    let made = |kind: &str| out.join("store").join(kind);
+    let (backbone, own) = (made("backbones/backbone.safetensors"), made("expert-sets/data/1.safetensors"));
+    let borrower = made("expert-sets/other/1.safetensors");
+    let given =
+        ["calibrate", "--data", first, "--data", second, "--backbone", text(&backbone), "--store", text(&store)];
+    let error = fail(&[&given[..], &["--set", text(&borrower)]].concat());
+    assert!(error.contains("give the set that lends them"), "{error}");
+    let error = fail(&[&given[..2], &[first], &given[5..], &["--set", text(&own), text(&borrower)]].concat());
+    assert!(error.contains("its 2 labels are the classes of no --data"), "{error}");
+    assert!(!store.exists());
+
+    let everything = root.path().join("everything/all");
+    fs::create_dir_all(&everything).unwrap();
+    for number in 0..70 {
+        let from = data.join(["train/red", "train/green", "train/blue", "test/red"][number % 4]);
+        fs::copy(from.join(format!("{}.png", number / 4 % 5)), everything.join(format!("{number}.png"))).unwrap();
+    }
+    let everything = everything.parent().unwrap();
+    let background = ["--background", text(everything), "--background-source", "drawn"];
+    succeed(&[&given[..], &background, &["--set", text(&own), text(&borrower)]].concat());
+    let written = read_backbone(&fs::read(store.join("backbones/backbone.safetensors")).unwrap()).unwrap();
+    assert_eq!(written.weights.background.unwrap().source, "drawn");
+    let read = |set: &str| {
+        let path = store.join("expert-sets").join(set).join("1.safetensors");
+        read_expert_set(&fs::read(path).unwrap()).unwrap()
+    };
+    let (lender, borrower) = (read("data"), read("other"));
+    assert_eq!(borrower.borrowed_experts, Some(lender.digest));
+    for (set, held_out) in [(lender, 30), (borrower, 20)] {
+        assert_ne!(set.weights.temperature, 1.0);
+        assert!(set.weights.familiarity.is_some());
+        assert_eq!(set.report["images"], held_out, "{}", set.report);
+    }
+    succeed(&[&given[..], &["--no-unknown", "--set", text(&own)]].concat());
+    let second = store.join("expert-sets/data/2.safetensors");
+    assert!(read_expert_set(&fs::read(second).unwrap()).unwrap().weights.familiarity.is_none());
 }
 
 #[test]

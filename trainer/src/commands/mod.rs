@@ -1,5 +1,6 @@
 //! What each command does, from arguments to files: one file a command.
 
+mod calibrate;
 mod compare;
 mod evaluate;
 mod export;
@@ -10,6 +11,7 @@ mod specialise;
 mod speed;
 mod train;
 
+pub use calibrate::calibrate;
 pub use compare::compare;
 pub use evaluate::evaluate;
 pub use export::export;

@@ -18,6 +18,7 @@ pub mod heads;
 pub mod idx;
 pub mod loader;
 pub mod random;
+pub mod sample;
 pub mod soft_labels;
 pub mod split;
 

@@ -178,7 +178,7 @@ mod tests {
         let mut config = ViTConfig::preset("tiny").unwrap();
         config.num_classes = 6;
         let mut tally = Tally::new(&config);
-        tally.add(labels, &Prediction { logits: logits.to_vec(), experts: Vec::new() });
+        tally.add(labels, &Prediction { logits: logits.to_vec(), ..Prediction::default() });
         tally
     }
 

@@ -3,27 +3,26 @@
 //! The network up to its 1280 features becomes the stem of a backbone without blocks; its last layer becomes the head of the
 //! set. Everything is int8, calibrated on a folder of images.
 
-mod background;
 mod calibrate;
 mod lite0;
 mod pickle;
 mod torch;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use model_core::artifact::{BackboneArtifact, Card, ExpertSetArtifact, read_backbone, read_expert_set};
 use model_core::artifact::{write_backbone, write_expert_set};
 use model_core::config::ExpertConfig;
-use model_core::image::{DecodeLimits, ImageFolder, read_image};
-use model_core::weights::{BackboneWeights, ExpertSetWeights, Linear, Matrix, Precision};
-use rayon::prelude::*;
-use serde_json::{Value, json};
-use training::shards::in_turn;
 
+use model_core::weights::{BackboneWeights, ExpertSetWeights, Linear, Matrix, Precision};
+use serde_json::{Value, json};
+
+use crate::background::background;
 use crate::cli::{ImportArgs, threads};
-use crate::predict::{Integer, Predictor};
+use crate::data::sample::sample;
+use crate::predict::{Integer, features};
 use crate::store::Store;
 use crate::terminal::say;
 use lite0::Shape;
@@ -31,11 +30,6 @@ use torch::Tensors;
 
 /// The classes of ImageNet, in the order of Lite0's last layer. Two names that occur twice there say which is meant.
 const LABELS: &str = include_str!("imagenet_labels.txt");
-
-/// Rows of the background's factor.
-const BACKGROUND_RANK: usize = 64;
-/// Images whose features are computed in one go.
-const SHARD: usize = 8;
 
 /// What becomes of the weights in a file.
 struct Import<'a> {
@@ -78,9 +72,9 @@ pub fn run(args: &ImportArgs) -> Result<()> {
     let folder = args.background.as_ref().unwrap_or(folder);
     let images = import.images(folder, args.background_images)?;
     say(&format!("the background of {} images", images.len()));
-    let features = import.features(&backbone, &images)?;
-    let d_model = backbone.weights.config.d_model;
-    let background = background::background(&features, d_model, BACKGROUND_RANK, &args.images_source)
+    let engine = Integer::new(&backbone, &import.bound(&set, &backbone)?)?;
+    let features = features(&engine, &images, import.threads)?;
+    let background = background(&features, backbone.weights.config.d_model, &args.images_source)
         .with_context(|| folder.display().to_string())?;
     backbone.weights.background = Some(background);
     import.write(backbone, set, &Store::new(&args.store))
@@ -94,44 +88,8 @@ impl Import<'_> {
         Ok((backbone, set_of(head, self.labels)))
     }
 
-    /// Normalised pixels of so many images of a folder, or all, spread over it.
     fn images(&self, folder: &Path, count: usize) -> Result<Vec<Vec<f32>>> {
-        let listed = ImageFolder::list(folder, "train")?;
-        let files: Vec<&PathBuf> = listed.classes.iter().flat_map(|class| &class.files).collect();
-        let count = count.min(files.len());
-        let preprocess = lite0::preprocess();
-        let limits = DecodeLimits::default().for_input(&preprocess, self.image_size);
-        let bar = ProgressBar::new(count as u64);
-        let decoded: Vec<Result<Vec<f32>, String>> = (0..count)
-            .into_par_iter()
-            .map(|i| {
-                let path = files[i * files.len() / count];
-                let image = read_image(path, &limits).map_err(|error| format!("{}: {error}", path.display()));
-                bar.inc(1);
-                Ok(preprocess.pixels(&image?, self.image_size))
-            })
-            .collect();
-        bar.finish_and_clear();
-        let mut images = Vec::with_capacity(count);
-        let mut unusable = Vec::new();
-        for image in decoded {
-            match image {
-                Ok(image) => images.push(image),
-                Err(reason) => unusable.push(reason),
-            }
-        }
-        if let Some(first) = unusable.first() {
-            say(&format!(
-                "{} of {count} files are no usable images and are left out; the first one: {first}",
-                unusable.len()
-            ));
-        }
-        ensure!(
-            !images.is_empty(),
-            "{}: there is no image in it; it must have one subfolder of images for each class",
-            folder.display()
-        );
-        Ok(images)
+        sample(folder, count, (&lite0::preprocess(), self.image_size))
     }
 
     /// Backbone and set in int8, still without a background.
@@ -147,25 +105,6 @@ impl Import<'_> {
         let training = json!({ "imported": true, "calibration_images": images.len() });
         let bytes = write_backbone(self.names.0, &backbone, &lite0::preprocess(), &training)?;
         Ok((read_backbone(&bytes)?, set))
-    }
-
-    /// What the engine pools of every image, `[images, d_model]`.
-    fn features(&self, backbone: &BackboneArtifact, images: &[Vec<f32>]) -> Result<Vec<f32>> {
-        let d_model = backbone.weights.config.d_model;
-        // A head that hands the features on.
-        let identity = (0..d_model * d_model).map(|i| if i % (d_model + 1) == 0 { 1.0 } else { 0.0 });
-        let head = Linear { weight: identity.collect::<Vec<f32>>().into(), bias: vec![0.0; d_model] };
-        let labels: Vec<String> = (0..d_model).map(|i| i.to_string()).collect();
-        let set = self.bound(&set_of(head, &labels), backbone)?;
-        let engine = Integer::new(backbone, &set)?;
-        let bar = ProgressBar::new(images.len() as u64);
-        let features = in_turn(self.threads, images.chunks(SHARD).collect(), |shard| {
-            let features = engine.predict(shard.concat(), shard.len())?.logits;
-            bar.inc(shard.len() as u64);
-            anyhow::Ok(features)
-        })?;
-        bar.finish_and_clear();
-        Ok(features.concat())
     }
 
     fn bound(&self, set: &ExpertSetWeights, backbone: &BackboneArtifact) -> Result<ExpertSetArtifact> {
@@ -204,7 +143,8 @@ fn set_of(head: Linear, labels: &[String]) -> ExpertSetWeights {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::predict::Candle;
+    use crate::background::low_rank;
+    use crate::predict::{Candle, Predictor};
     use training::parameters::Quantizers;
     use training::vit::ViT;
 
@@ -245,34 +185,15 @@ mod tests {
         let spread: f32 = exact.iter().map(|v| (v - mean).powi(2)).sum();
         assert!(error < 0.01 * spread, "{} of the logits' variance is error", error / spread);
 
-        let features = import.features(&backbone, &images).unwrap();
+        let features = features(&Integer::new(&backbone, &bound).unwrap(), &images, 2).unwrap();
         let d_model = backbone.weights.config.d_model;
         assert_eq!(features.len(), images.len() * d_model);
-        backbone.weights.background = Some(background::background(&features, d_model, 2, "test").unwrap());
+        backbone.weights.background = Some(low_rank(&features, d_model, 2, "test").unwrap());
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path());
         import.write(backbone, set, &store).unwrap();
         let backbone = crate::store::load_backbone(&store.backbone_path("b")).unwrap();
         assert_eq!(backbone.weights.background.as_ref().unwrap().images, 39);
         crate::store::load_set(&store.set_path("s", 1), &backbone).unwrap();
-    }
-
-    #[test]
-    fn a_folder_without_images_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let import = Import {
-            shape: lite0::tests::SMALL,
-            labels: &[],
-            image_size: 16,
-            threads: 1,
-            card: Card::default(),
-            names: ("b", "s"),
-        };
-        let error = import.images(folder.path(), 10).unwrap_err().to_string();
-        assert!(error.contains("there is no image in it"), "{error}");
-        std::fs::create_dir(folder.path().join("a")).unwrap();
-        std::fs::write(folder.path().join("a/text.jpg"), "no picture").unwrap();
-        assert!(import.images(folder.path(), 10).is_err());
-        assert!(import.images(&folder.path().join("missing"), 10).is_err());
     }
 }

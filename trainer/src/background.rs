@@ -5,6 +5,8 @@ use candle_core::{Device, Tensor};
 use model_core::random::SplitMix64;
 use model_core::weights::{Background, Covariance};
 
+/// Rows of the factor.
+const RANK: usize = 64;
 /// Rounds of subspace iteration; the eigenvalues asked for are a few percent apart.
 const ROUNDS: usize = 30;
 /// Least variance of a feature once the factor is taken away, as a share of the mean variance: a feature that no image of
@@ -13,11 +15,15 @@ const FLOOR: f64 = 0.01;
 /// Least images for each row of the factor.
 const IMAGES_PER_ROW: usize = 4;
 
-/// The background of `features` `[images, d_model]`, with a factor of `rank` rows.
+/// The background of `features` `[images, d_model]` of images from `source`.
 ///
 /// # Errors
-/// When there are too few images for that rank.
-pub(super) fn background(features: &[f32], d_model: usize, rank: usize, source: &str) -> Result<Background> {
+/// When there are too few images.
+pub fn background(features: &[f32], d_model: usize, source: &str) -> Result<Background> {
+    low_rank(features, d_model, RANK, source)
+}
+
+pub(crate) fn low_rank(features: &[f32], d_model: usize, rank: usize, source: &str) -> Result<Background> {
     let images = features.len() / d_model;
     let rank = rank.min(d_model);
     let needed = (IMAGES_PER_ROW * rank).max(2);
@@ -106,7 +112,7 @@ mod tests {
             let root = 0.5f32.sqrt();
             features.extend([a * root + 5.0 + noise[0], a * root + noise[1], b + noise[2], noise[3]]);
         }
-        let got = background(&features, d_model, 2, "test").unwrap();
+        let got = low_rank(&features, d_model, 2, "test").unwrap();
         assert_eq!((got.images, &*got.source), (4000, "test"));
         let Covariance::Diagonal { diagonal, factor } = got.covariance else { panic!("not low rank") };
         let value = |r: usize, c: usize| {
@@ -121,13 +127,13 @@ mod tests {
             }
         }
         assert!((got.mean[0] - 5.0).abs() < 0.3, "{:?}", got.mean);
-        assert!(background(&features[..20], d_model, 2, "test").unwrap_err().to_string().contains("needs 8 images"));
+        assert!(low_rank(&features[..20], d_model, 2, "test").unwrap_err().to_string().contains("needs 8 images"));
     }
 
     #[test]
     fn features_that_never_vary_have_some_variance_all_the_same() {
         let features: Vec<f32> = (0..40).flat_map(|i| [i as f32, 0.0, 0.0]).collect();
-        let Covariance::Diagonal { diagonal, factor } = background(&features, 3, 2, "test").unwrap().covariance else {
+        let Covariance::Diagonal { diagonal, factor } = low_rank(&features, 3, 2, "test").unwrap().covariance else {
             panic!("not low rank")
         };
         assert!(diagonal.iter().all(|v| *v > 0.4), "{diagonal:?}");

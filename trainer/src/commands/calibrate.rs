@@ -1,0 +1,199 @@
+//! `calibrate`: temperature, and statistics of unknown images, for sets that were trained.
+
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
+use model_core::image::Preprocess;
+use teaching::{Calibrated, Examples, MOST_IMAGES, Options, Share};
+
+use super::shared::open_train;
+use crate::background::background;
+use crate::cli::{CalibrateArgs, threads};
+use crate::data::Dataset;
+use crate::data::heads::join;
+use crate::data::sample::sample;
+use crate::data::split::{HeldOut, hold_out};
+use crate::encode::put_sets;
+use crate::predict::{Integer, features, for_each_shard};
+use crate::recipe::Recipe;
+use crate::stop::Stop;
+use crate::store::{Store, load_backbone, load_set};
+use crate::terminal::say;
+
+/// `calibrate`: fits temperature and statistics to what was held out of a run, and writes its sets with them.
+///
+/// # Errors
+/// When an artifact or the data is unusable, they do not belong together, or too little was held out.
+pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
+    let store = Store::new(&args.store);
+    let mut backbone = load_backbone(&args.backbone)?;
+    let mut sets = Vec::new();
+    for path in &args.sets {
+        sets.push(load_set(path, &backbone)?);
+    }
+    let lenders = sets.clone();
+    let complete =
+        |set: &ExpertSetArtifact, path: &Path| complete(set, &lenders).with_context(|| path.display().to_string());
+    let threads = threads(args.threads);
+    if let (Some(folder), Some(first)) = (&args.background, sets.first()) {
+        let first = complete(first, &args.sets[0])?;
+        measure_background(&mut backbone, &first, folder, args, threads)?;
+    }
+    let recipe = recipe(&sets[0]).with_context(|| args.sets[0].display().to_string())?;
+    let data = Data::open(args, &recipe, &backbone)?;
+    for (set, path) in sets.iter_mut().zip(&args.sets) {
+        let engine = Integer::new(&backbone, &complete(set, path)?)?;
+        let calibrated =
+            data.calibrate(&engine, set, &backbone, threads).with_context(|| path.display().to_string())?;
+        say(&describe(&set.name, &calibrated));
+        set.weights.temperature = calibrated.temperature;
+        if !args.no_unknown {
+            set.weights.familiarity = Some(calibrated.familiarity);
+        }
+        set.report = calibrated.report.summary();
+    }
+    put_sets(&store, &backbone, args.sets.iter().cloned().zip(sets))
+}
+
+/// The set with the experts that it borrows, as if it had not been calibrated before.
+fn complete(set: &ExpertSetArtifact, lenders: &[ExpertSetArtifact]) -> Result<ExpertSetArtifact> {
+    let mut set = set.clone();
+    ensure!(set.weights.projection.is_none(), "`teach` made the set, and has calibrated it");
+    let lender = set.borrowed_experts.and_then(|digest| lenders.iter().find(|lender| lender.digest == digest));
+    if let (Some(digest), None) = (set.borrowed_experts, lender) {
+        bail!("it borrows its experts; give the set that lends them, {digest}, too");
+    }
+    set.check_lender(lender.map(ExpertSetArtifact::as_lender))?;
+    if let Some(lender) = lender {
+        set.weights.layers.clone_from(&lender.weights.layers);
+    }
+    (set.weights.temperature, set.weights.familiarity) = (1.0, None);
+    Ok(set)
+}
+
+/// How the set was trained.
+fn recipe(set: &ExpertSetArtifact) -> Result<Recipe> {
+    let recipe = set.training.get("recipe").context("it does not say how it was trained")?;
+    serde_json::from_value(recipe.clone()).context("it does not say in words of this version how it was trained")
+}
+
+fn measure_background(
+    backbone: &mut BackboneArtifact,
+    set: &ExpertSetArtifact,
+    folder: &Path,
+    args: &CalibrateArgs,
+    threads: usize,
+) -> Result<()> {
+    let config = &backbone.weights.config;
+    let images = sample(folder, args.background_images, (&backbone.preprocess, config.image_size))?;
+    say(&format!("the background of {} images", images.len()));
+    let features = features(&Integer::new(backbone, set)?, &images, threads)?;
+    let background =
+        background(&features, config.d_model, &args.background_source).with_context(|| folder.display().to_string())?;
+    backbone.weights.background = Some(background);
+    if let Some(card) = &mut backbone.card {
+        card.data = format!("{}. Background: {}", card.data, args.background_source);
+    }
+    Ok(())
+}
+
+/// The images of a run, as it saw them.
+struct Data {
+    dataset: Dataset,
+    parts: HeldOut,
+    /// Of each data set, the numbers of its classes.
+    classes: Vec<Range<usize>>,
+}
+
+impl Data {
+    fn open(args: &CalibrateArgs, recipe: &Recipe, backbone: &BackboneArtifact) -> Result<Self> {
+        let (mut sets, mut classes, mut end) = (Vec::new(), Vec::new(), 0);
+        for folder in &args.data {
+            let set =
+                open_train(folder, &args.reading, backbone.weights.config.image_size, recipe.labels, &Stop::default())?;
+            classes.push(end..end + set.num_classes());
+            end += set.num_classes();
+            sets.push(set);
+        }
+        let dataset = join(sets)?;
+        let parts = hold_out(&dataset, recipe.hold_out, recipe.seed);
+        Ok(Self { dataset, parts, classes })
+    }
+
+    /// The classes that are those of the set.
+    fn classes_of(&self, set: &ExpertSetArtifact) -> Result<Range<usize>> {
+        let own =
+            self.classes.iter().find(|classes| self.dataset.class_names[(*classes).clone()] == set.weights.labels);
+        own.cloned().with_context(|| format!("its {} labels are the classes of no --data", set.weights.labels.len()))
+    }
+
+    fn calibrate(
+        &self,
+        engine: &Integer,
+        set: &ExpertSetArtifact,
+        backbone: &BackboneArtifact,
+        threads: usize,
+    ) -> Result<Calibrated> {
+        let classes = self.classes_of(set)?;
+        let own = |image: &u32| classes.contains(&usize::from(self.dataset.labels[*image as usize]));
+        let held: Vec<u32> = self.parts.validation.iter().copied().filter(own).collect();
+        ensure!(held.len() <= MOST_IMAGES / 2, "{} images are too many to hold out", held.len());
+        let learned: Vec<u32> = self.parts.train.iter().copied().filter(own).collect();
+        let some = learned.len().min(MOST_IMAGES - held.len());
+        let chosen = (0..some).map(|i| learned[i * learned.len() / some]);
+        let images: Vec<u32> = held.iter().copied().chain(chosen).collect();
+        let (logits, features) = self.look(engine, &images, &backbone.preprocess, threads)?;
+        let labels = images.iter().map(|&image| usize::from(self.dataset.labels[image as usize]) - classes.start);
+        let labels: Vec<usize> = labels.collect();
+        let examples = Examples {
+            features: &features,
+            views: 1,
+            d_model: backbone.weights.config.d_model,
+            labels: &labels,
+            classes: &set.weights.labels,
+        };
+        let held: Vec<usize> = (0..held.len()).collect();
+        let logits = &logits[..held.len() * classes.len()];
+        let background = backbone.weights.background.as_ref();
+        Ok(teaching::calibrate(&examples, (&held, logits), background, &Options::default())?)
+    }
+
+    /// Logits and features of images.
+    fn look(
+        &self,
+        engine: &Integer,
+        images: &[u32],
+        preprocess: &Preprocess,
+        threads: usize,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (mut logits, mut features) = (Vec::new(), Vec::new());
+        for_each_shard(engine, &self.dataset, images, preprocess, threads, &mut |_, answer| {
+            logits.extend(answer.logits);
+            features.extend(answer.features);
+        })?;
+        Ok((logits, features))
+    }
+}
+
+fn describe(name: &str, calibrated: &Calibrated) -> String {
+    let report = &calibrated.report;
+    let percent = |share: &Share| format!("{:.1}% of {}", 100.0 * share.share, share.of);
+    let mut text = format!(
+        "{name}: held-out images: right {}, called unknown {}; temperature {:.2}, calibration error {:.1}%",
+        percent(&report.accuracy),
+        percent(&report.unknown.refused),
+        calibrated.temperature,
+        100.0 * report.calibration.expected_error,
+    );
+    for (what, share) in [
+        ("of the background", &report.unknown.background_passes),
+        ("of a class left out", &report.unknown.class_passes),
+    ] {
+        if let Some(share) = share {
+            text += &format!("; not called unknown {what} {}", percent(share));
+        }
+    }
+    text
+}
