@@ -86,7 +86,7 @@ fn the_embedded_model_knows_the_committed_images() {
     assert!(right >= 3, "{right} of 12");
 }
 
-/// `models/store`, whose other sets `specialise` and `teach` made. One image says that a set is the one it should be, not
+/// `models/store`, whose other sets the trainer made. One image says that a set is the one it should be, not
 /// how good it is.
 #[test]
 fn the_example_sets_serve_beside_the_default_one() {
@@ -108,6 +108,7 @@ fn the_example_sets_serve_beside_the_default_one() {
         ("cifar100", "test-00.png", "hamster"),
         ("cifar100-coarse", "test-00.png", "small_mammals"),
         ("cifar100-photo", "test-00.png", "hamster"),
+        ("caltech", "photo-coffee.jpg", "cup"),
         ("fashion-mnist", "fashion/test-00.png", "Ankle boot"),
         ("fashion-mnist", "fashion/test-02.png", "Trouser"),
     ] {
@@ -117,6 +118,8 @@ fn the_example_sets_serve_beside_the_default_one() {
     for set in ["grocery", "waste"] {
         let answer = Answer::of(server.post(&format!("/classify/{set}")).body(image("photo-cat.jpg")));
         assert_eq!(answer.json()["unknown_reason"], "unfamiliar", "{set} of a cat: {}", answer.text);
+        let answer = Answer::of(server.post(&format!("/classify/{set}?routing=true")).body(image("photo-coffee.jpg")));
+        assert_eq!(answer.json()["routing"]["layers"].as_array().map(Vec::len), Some(3), "{set}: {}", answer.text);
     }
 }
 
