@@ -29,12 +29,21 @@ impl Work for WeightedSum<'_> {
         let n = self.out.len();
         let body = n / S::LANES * S::LANES;
         let row = |id: u32| &self.rows[id as usize * n..][..n];
-        for i in (0..body).step_by(S::LANES) {
-            let mut sum = simd.splat(0.0);
-            for (&id, &weight) in self.ids.iter().zip(self.weights) {
-                sum = simd.mul_add(simd.splat(weight), simd.load(&row(id)[i..]), sum);
+        if let (&[first, second], &[w1, w2]) = (self.ids, self.weights) {
+            let (first, second) = (row(first), row(second));
+            let (w1, w2, zero) = (simd.splat(w1), simd.splat(w2), simd.splat(0.0));
+            for i in (0..body).step_by(S::LANES) {
+                let sum = simd.mul_add(w1, simd.load(&first[i..]), zero);
+                simd.store(&mut self.out[i..], simd.mul_add(w2, simd.load(&second[i..]), sum));
             }
-            simd.store(&mut self.out[i..], sum);
+        } else {
+            for i in (0..body).step_by(S::LANES) {
+                let mut sum = simd.splat(0.0);
+                for (&id, &weight) in self.ids.iter().zip(self.weights) {
+                    sum = simd.mul_add(simd.splat(weight), simd.load(&row(id)[i..]), sum);
+                }
+                simd.store(&mut self.out[i..], sum);
+            }
         }
         for i in body..n {
             self.out[i] = self.ids.iter().zip(self.weights).map(|(&id, &weight)| weight * row(id)[i]).sum();
@@ -85,6 +94,10 @@ mod tests {
                 weighted_sum(isa, &rows, &[2, 0], &[0.5, 2.0], &mut out);
                 let expected: Vec<f32> = (0..n).map(|i| 0.5 * (2 * n + i) as f32 + 2.0 * i as f32).collect();
                 assert_eq!(out, expected, "{isa}, {n}");
+                let mut all = vec![0.0; n];
+                weighted_sum(isa, &rows, &[2, 0, 1], &[0.5, 2.0, 1.0], &mut all);
+                let third = |(i, v): (usize, &f32)| v + (n + i) as f32;
+                assert!(all.into_iter().eq(expected.iter().enumerate().map(third)), "{isa}, {n}");
                 add_assign(isa, &mut out, &rows[..n]);
                 assert!(out.iter().zip(&expected).enumerate().all(|(i, (a, b))| *a == b + i as f32), "{isa}, {n}");
             }
