@@ -108,6 +108,7 @@ pub(super) trait Simd: Copy {
         self.to_array(v, 0.0)[..Self::LANES].iter().sum()
     }
 
+    /// The largest lane, where all are numbers.
     #[inline(always)]
     fn max_lane(self, v: Self::V) -> f32 {
         self.to_array(v, f32::NEG_INFINITY).iter().copied().fold(f32::NEG_INFINITY, f32::max)
@@ -419,6 +420,11 @@ mod x86 {
                 let ([c1, s1], [c2, s2]) = ([lookup(0, 0), lookup(0, 1)], [lookup(1, 0), lookup(1, 1)]);
                 (_mm512_fnmadd_ps(s1, s2, _mm512_mul_ps(c1, c2)), _mm512_fmadd_ps(s1, c2, _mm512_mul_ps(c1, s2)))
             }
+        }
+        #[inline(always)]
+        fn max_lane(self, v: __m512) -> f32 {
+            // SAFETY: the token proves AVX-512F.
+            unsafe { _mm512_reduce_max_ps(v) }
         }
         value_op!(add(a, b) -> __m512 = _mm512_add_ps(a, b));
         value_op!(sub(a, b) -> __m512 = _mm512_sub_ps(a, b));

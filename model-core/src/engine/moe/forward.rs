@@ -9,7 +9,7 @@ use crate::engine::crew::Loops;
 use crate::engine::parts::Parts;
 use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
-use crate::kernels::router::top_k;
+use crate::kernels::router::choose;
 
 /// One layer at work on a batch.
 pub(in crate::engine) struct Moe<'a, F> {
@@ -50,7 +50,7 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
                 for (logits, (ids, weights)) in
                     logits.chunks_exact(layer.num_experts).zip(ids.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)))
                 {
-                    top_k(logits, ids, weights);
+                    choose(isa, logits, ids, weights);
                 }
             }
         });
