@@ -169,7 +169,8 @@ impl Work for Gelu<'_> {
     }
 }
 
-struct GeluVector;
+/// [`gelu`] of a vector.
+pub(super) struct GeluVector;
 
 impl<S: Simd> Map<S> for GeluVector {
     #[inline(always)]

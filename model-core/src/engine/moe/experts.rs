@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use crate::config::{BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig, TernaryPacking};
 use crate::kernels::gemm::float::{PANEL, Rows, RowsMut, matmul_panels};
-use crate::kernels::rotation::{Coefficients, rotate};
 use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary, Scales, TernaryStorage};
 use crate::weights::{ExpertLayerWeights, Ternary};
 
@@ -223,12 +222,4 @@ fn decode_nibbles(codes: &[u8], scale: &[f32], panel: &mut [f32]) {
     // Shifts of signed numbers keep the sign.
     rows(low, |code| (code << 4).cast_signed() >> 4);
     rows(high, |code| code.cast_signed() >> 4);
-}
-
-/// Rotates the rows of one expert.
-pub(super) fn apply(isa: Isa, angles: &PackedAngles, expert: usize, coefficients: &mut Coefficients, rows: &mut [f32]) {
-    if angles.stages() > 0 {
-        angles.decode(isa, expert, coefficients);
-        rotate(isa, coefficients, rows);
-    }
 }

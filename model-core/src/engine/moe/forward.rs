@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use super::experts::{ExpertLayer, LENGTHS, Substrates, apply};
+use super::experts::{ExpertLayer, LENGTHS, Substrates};
 use super::plan::{CHUNK_ROWS, MoeScratch, Span};
 use super::thread::{LOGITS, MoeThread};
 use crate::engine::crew::Loops;
 use crate::engine::parts::Parts;
-use crate::kernels::activation::gelu;
 use crate::kernels::combine::{add_assign, weighted_sum};
+use crate::kernels::rotation::{Then, rotate_by};
 use crate::kernels::router::choose;
 
 /// One layer at work on a batch.
@@ -104,14 +104,15 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
             }
             for segment in segments {
                 let rows = &mut rows[(segment.first - first) * d_model..][..segment.rows * d_model];
-                apply(*isa, &(self.experts)(segment.set).rotation_in, segment.expert, coefficients, rows);
+                let angles = &(self.experts)(segment.set).rotation_in;
+                rotate_by(*isa, angles, segment.expert, Then::Nothing, coefficients, rows);
             }
             let (codes, steps) = quantized.rows(*isa, rows, d_model).expect(LENGTHS);
             up.matmul(codes, steps, hidden).expect(LENGTHS);
             for segment in segments {
                 let rows = &mut hidden[(segment.first - first) * d_ff..][..segment.rows * d_ff];
-                apply(*isa, &(self.experts)(segment.set).rotation_hidden, segment.expert, coefficients, rows);
-                gelu(*isa, rows);
+                let angles = &(self.experts)(segment.set).rotation_hidden;
+                rotate_by(*isa, angles, segment.expert, Then::Gelu, coefficients, rows);
             }
             if (self.experts)(segments[0].set).rotation_out.stages() == 0 {
                 return;
@@ -126,7 +127,8 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
             }
             for segment in segments {
                 let rows = &mut outputs[(segment.first - first) * d_model..][..segment.rows * d_model];
-                apply(*isa, &(self.experts)(segment.set).rotation_out, segment.expert, coefficients, rows);
+                let angles = &(self.experts)(segment.set).rotation_out;
+                rotate_by(*isa, angles, segment.expert, Then::Nothing, coefficients, rows);
             }
         });
     }

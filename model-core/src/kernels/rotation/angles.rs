@@ -88,6 +88,18 @@ impl PackedAngles {
         self.stages
     }
 
+    pub(super) fn order(&self) -> LaneOrder {
+        self.order
+    }
+
+    /// The codes of one expert, in lane order, where they have eight bits.
+    pub(super) fn bytes(&self, expert: usize) -> Option<&[u8]> {
+        match &self.codes {
+            Codes::Stored { bits: 8, expert_bytes, bytes } => Some(&bytes[expert * expert_bytes..][..*expert_bytes]),
+            _ => None,
+        }
+    }
+
     /// Bytes on the heap.
     pub fn resident_bytes(&self) -> usize {
         match &self.codes {
@@ -173,7 +185,7 @@ const SIN: [f32; 5] = [1.570_796_3, -0.645_963_37, 0.079_688_48, -0.004_672_228,
 const QUARTER: f32 = 16384.0;
 
 /// Made once, from f64.
-static TURN: LazyLock<Turn> = LazyLock::new(Turn::new);
+pub(super) static TURN: LazyLock<Turn> = LazyLock::new(Turn::new);
 
 struct Decode<'a> {
     bytes: &'a [u8],

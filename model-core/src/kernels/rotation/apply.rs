@@ -1,8 +1,10 @@
 //! Applying a decoded rotation to rows.
 
-use super::{Coefficients, LaneOrder};
+use super::angles::TURN;
+use super::{Coefficients, LaneOrder, PackedAngles};
+use crate::kernels::activation::{GeluVector, gelu};
 use crate::kernels::isa::Isa;
-use crate::kernels::simd::{Simd, Work, dispatch};
+use crate::kernels::simd::{Map, Simd, Turn, Work, dispatch};
 
 /// `x <- B x` for every row of `x` `[rows, features]`, in lane order.
 ///
@@ -32,6 +34,124 @@ impl Work for Rotate<'_> {
         let Coefficients { cos, sin, order, stages, .. } = self.coefficients;
         for row in self.x.chunks_exact_mut(order.features()) {
             rotate_row(simd, *order, *stages, cos, sin, row);
+        }
+    }
+}
+
+/// What comes behind a rotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    Nothing,
+    Gelu,
+}
+
+/// [`PackedAngles::decode`] of one expert, [`rotate`], and what comes then, to the last bit. Where angles are cheap to
+/// decode, sines and cosines stay in registers, and what comes then joins the last stages.
+///
+/// # Panics
+/// When `x` is not a whole number of rows, there is no such expert, or `coefficients` is too small.
+pub fn rotate_by(
+    isa: Isa,
+    angles: &PackedAngles,
+    expert: usize,
+    then: Then,
+    coefficients: &mut Coefficients,
+    x: &mut [f32],
+) {
+    let (order, stages) = (angles.order(), angles.stages());
+    assert!(x.len().is_multiple_of(order.features().max(1)), "rows of another length");
+    if let Some(codes) = angles.bytes(expert)
+        && dispatch(isa, RotateBy { order, stages, codes, then, x })
+    {
+        return;
+    }
+    if stages > 0 {
+        angles.decode(isa, expert, coefficients);
+        rotate(isa, coefficients, x);
+    }
+    if then == Then::Gelu {
+        gelu(isa, x);
+    }
+}
+
+/// Rows that share the decoding of an angle: few enough to stay in the first-level cache between stages.
+const ROWS: usize = 4;
+
+struct RotateBy<'a> {
+    order: LaneOrder,
+    stages: usize,
+    codes: &'a [u8],
+    then: Then,
+    x: &'a mut [f32],
+}
+
+impl Work for RotateBy<'_> {
+    /// Whether it was done: not every rotation, nor every instruction set, is worth it.
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> bool {
+        let Self { order, stages, codes, then, x } = self;
+        let double = |stage| {
+            let stride = order.stride(stage);
+            stride.is_multiple_of(S::LANES) && order.stride(stage + 1) == 2 * stride
+        };
+        if !S::LOOKS_UP || stages == 0 || stages % 2 == 1 || !(0..stages).step_by(2).all(double) {
+            return false;
+        }
+        let (features, turn) = (order.features(), &*TURN);
+        for rows in x.chunks_mut(ROWS * features) {
+            for stage in (0..stages).step_by(2) {
+                let (stride, codes) = (order.stride(stage), &codes[stage * features / 2..][..features]);
+                if then == Then::Gelu && stage + 2 == stages {
+                    two_stages_by::<S, true>(simd, (stride, features), turn, codes, rows);
+                } else {
+                    two_stages_by::<S, false>(simd, (stride, features), turn, codes, rows);
+                }
+            }
+        }
+        true
+    }
+}
+
+/// [`two_stages`] of several rows, with the codes of the angles; `GELU` says that it comes then.
+#[inline(always)]
+fn two_stages_by<S: Simd, const GELU: bool>(
+    simd: S,
+    (stride, features): (usize, usize),
+    turn: &Turn,
+    codes: &[u8],
+    x: &mut [f32],
+) {
+    let (pairs, rows) = (features / 2, x.len() / features);
+    assert!(stride.is_multiple_of(S::LANES) && features.is_multiple_of(4 * stride));
+    assert!(codes.len() == features && x.len() == rows * features);
+    let (x, codes) = (x.as_mut_ptr(), codes.as_ptr());
+    for block in (0..features).step_by(4 * stride) {
+        for j in (0..stride).step_by(S::LANES) {
+            // SAFETY: `block + 4 * stride <= features` and `j + LANES <= stride`, so the four quarters of the block at j lie
+            // in each of the rows, of which `x` has that many. The pairs of this block are `block / 2 .. block / 2 + 2 *
+            // stride` in each stage, and both stages have `pairs` of them. Asserted above.
+            unsafe {
+                let angle = |stage: usize, half: usize| {
+                    simd.cos_sin_ptr(turn, codes.add(stage * pairs + block / 2 + half * stride + j))
+                };
+                let angles = [angle(0, 0), angle(0, 1), angle(1, 0), angle(1, 1)];
+                for row in 0..rows {
+                    let at = |quarter: usize| x.add(row * features + block + quarter * stride + j);
+                    let [(c, s), ..] = angles;
+                    let (x0, x1) = givens(simd, c, s, simd.load_ptr(at(0)), simd.load_ptr(at(1)));
+                    let [_, (c, s), ..] = angles;
+                    let (x2, x3) = givens(simd, c, s, simd.load_ptr(at(2)), simd.load_ptr(at(3)));
+                    let [.., (c, s), _] = angles;
+                    let (x0, x2) = givens(simd, c, s, x0, x2);
+                    let [.., (c, s)] = angles;
+                    let (x1, x3) = givens(simd, c, s, x1, x3);
+                    for (quarter, v) in [x0, x1, x2, x3].into_iter().enumerate() {
+                        simd.store_ptr(at(quarter), if GELU { GeluVector.map(simd, v) } else { v });
+                    }
+                }
+            }
         }
     }
 }

@@ -12,7 +12,8 @@
 //!   order of the features is ours to choose, though: it is folded into the rows and columns of the substrates when
 //!   they are packed, and into the angle codes when a set is loaded. In lane order the bits of a feature's index that
 //!   the *last* stages use select the lane, so that the first stages pair whole registers, without one shuffle.
-//! - **Angles are decoded once for all rows of an expert** ([`PackedAngles::decode`]): codes stay integers in memory.
+//! - **Angles are decoded once for all rows of an expert** ([`PackedAngles::decode`]), or for a few of them where that is
+//!   cheap, and then never leave the registers ([`rotate_by`]): codes stay integers in memory.
 //!   Up to eight bits a code, sine and cosine come from one table of a turn: a load of the pair, or with AVX-512 two
 //!   lookups in registers, one for each half of the code, joined by the addition theorem. Sixteen bits are a fraction of a
 //!   turn whose reduction is exact integer arithmetic, and one odd polynomial on a quarter turn gives both.
@@ -28,6 +29,6 @@ mod seeded;
 mod tests;
 
 pub use angles::{Coefficients, PackedAngles, SINCOS_ERROR};
-pub use apply::rotate;
+pub use apply::{Then, rotate, rotate_by};
 pub use order::LaneOrder;
 pub use seeded::{SeededAngles, splitmix64};
