@@ -1,5 +1,6 @@
 //! Attention of one head of one image: `softmax(q k^T / sqrt(head_dim)) v`, f32.
 
+use super::lines::Lines;
 use crate::kernels::Isa;
 use crate::kernels::gemm::float::{Rows, RowsMut, matmul_panels, panels_len, panels_mut};
 use crate::kernels::softmax::softmax;
@@ -10,19 +11,19 @@ const QUERIES: usize = 32;
 #[derive(Debug)]
 pub(super) struct AttentionScratch {
     /// k as the weights of a product, `[tokens, head_dim]` in panels.
-    keys: Vec<f32>,
+    keys: Lines,
     /// v^T as the weights of a product, `[head_dim, tokens]` in panels.
-    values: Vec<f32>,
+    values: Lines,
     /// Scores of a few queries, `[QUERIES, tokens]`.
-    scores: Vec<f32>,
+    scores: Lines,
 }
 
 impl AttentionScratch {
     pub(super) fn new(tokens: usize, head_dim: usize) -> Self {
         Self {
-            keys: vec![0.0; panels_len(tokens, head_dim)],
-            values: vec![0.0; panels_len(head_dim, tokens)],
-            scores: vec![0.0; QUERIES.min(tokens) * tokens],
+            keys: Lines::new(panels_len(tokens, head_dim)),
+            values: Lines::new(panels_len(head_dim, tokens)),
+            scores: Lines::new(QUERIES.min(tokens) * tokens),
         }
     }
 

@@ -22,6 +22,7 @@ pub mod bench;
 mod crew;
 mod expert_set;
 mod group;
+mod lines;
 mod moe;
 mod packed;
 mod parts;

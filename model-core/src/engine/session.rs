@@ -6,6 +6,7 @@ use super::attention::{AttentionScratch, Head};
 use super::backbone::{Backbone, Block};
 use super::crew::{Crew, Loops, Member};
 use super::expert_set::ExpertSet;
+use super::lines::Lines;
 use super::moe::{LENGTHS, Moe, MoeScratch, MoeThread, Span};
 use super::packed::{Quantized, TILE};
 use super::parts::{Parts, PerThread};
@@ -54,13 +55,13 @@ pub(super) struct Pass {
     spans: Vec<Span>,
     stem: StemScratch,
     /// `[max_batch, tokens, d_model]`, the residual stream.
-    x: Vec<f32>,
+    x: Lines,
     /// `[max_batch, tokens, d_model]`, normed for the experts, in lane order.
-    normed: Vec<f32>,
+    normed: Lines,
     /// `[max_batch, tokens, 3 d_model]`.
-    qkv: Vec<f32>,
+    qkv: Lines,
     /// `[max_batch, heads, tokens, head_dim]`.
-    heads: Vec<f32>,
+    heads: Lines,
     moe: MoeScratch,
     stem_threads: Arc<PerThread<StemThread>>,
     threads: Arc<PerThread<ThreadScratch>>,
@@ -74,9 +75,9 @@ pub(super) struct Pass {
 #[derive(Debug)]
 struct ThreadScratch {
     /// A tile's rows, `[TILE, d_model]`.
-    rows: Vec<f32>,
+    rows: Lines,
     /// As `rows`, for what comes out.
-    out: Vec<f32>,
+    out: Lines,
     quantized: Quantized,
     /// What a head sees of the features, `[d_model]` at most.
     projected: Vec<f32>,
@@ -89,8 +90,8 @@ impl ThreadScratch {
         // Without blocks nothing is normed, and only the pooled features of one image come out.
         let (rows, out) = if config.has_blocks() { (TILE, TILE) } else { (0, 1) };
         Self {
-            rows: vec![0.0; rows * config.d_model],
-            out: vec![0.0; out * config.d_model],
+            rows: Lines::new(rows * config.d_model),
+            out: Lines::new(out * config.d_model),
             quantized: Quantized::new(config.d_model),
             projected: vec![0.0; config.d_model],
             attention: AttentionScratch::new(block_tokens(config), config.head_dim()),
@@ -197,10 +198,10 @@ impl Pass {
             sets: Vec::with_capacity(max_batch),
             spans: Vec::with_capacity(max_batch),
             stem: StemScratch::new(&backbone.stem, config, max_batch),
-            x: vec![0.0; max_batch * config.num_tokens() * d_model],
-            normed: vec![0.0; max_batch * tokens * d_model],
-            qkv: vec![0.0; max_batch * tokens * 3 * d_model],
-            heads: vec![0.0; max_batch * tokens * d_model],
+            x: Lines::new(max_batch * config.num_tokens() * d_model),
+            normed: Lines::new(max_batch * tokens * d_model),
+            qkv: Lines::new(max_batch * tokens * 3 * d_model),
+            heads: Lines::new(max_batch * tokens * d_model),
             moe: MoeScratch::sharing(d_model, d_ff, max_batch * tokens, moe_threads),
             stem_threads: Arc::clone(&threads.stem),
             threads: Arc::clone(&threads.rest),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::experts::ExpertLayer;
 use super::thread::MoeThread;
 use crate::config::ExpertConfig;
+use crate::engine::lines::Lines;
 use crate::engine::packed::TILE;
 use crate::engine::parts::PerThread;
 
@@ -79,7 +80,7 @@ pub(in crate::engine) struct MoeScratch {
     pub(super) segments: Vec<Segment>,
     pub(super) row_tiles: Vec<RowTile>,
     /// `[rows, d_ff]` hidden activations.
-    pub(super) hidden: Vec<f32>,
+    pub(super) hidden: Lines,
     /// `[rows, d_model]` outputs of experts with an `out` rotation, in lane order.
     pub(super) outputs: Vec<f32>,
     pub(super) threads: Arc<PerThread<MoeThread>>,
@@ -127,7 +128,7 @@ impl MoeScratch {
             counts: vec![0; INITIAL_COUNTS],
             segments: Vec::with_capacity(rows),
             row_tiles: Vec::with_capacity(rows),
-            hidden: vec![0.0; rows * d_ff],
+            hidden: Lines::new(rows * d_ff),
             outputs: Vec::new(),
             threads: buffers,
         }
@@ -157,7 +158,7 @@ impl MoeScratch {
         shrink(&mut self.counts, INITIAL_COUNTS);
         shrink(&mut self.segments, rows);
         shrink(&mut self.row_tiles, rows);
-        shrink(&mut self.hidden, rows * self.d_ff);
+        self.hidden.shrink(rows * self.d_ff);
         shrink(&mut self.outputs, 0);
     }
 
@@ -228,7 +229,7 @@ impl MoeScratch {
     ) {
         grow(&mut self.row_of_slot, slots);
         grow(&mut self.token_of_row, slots);
-        grow(&mut self.hidden, slots * self.d_ff);
+        self.hidden.grow(slots * self.d_ff);
         self.segments.clear();
         self.segments.reserve_exact(slots);
         let base_slot = self.tiles[tiles.start].first_slot;

@@ -1,6 +1,7 @@
 //! What one thread needs for itself to work on a layer.
 
 use crate::config::MAX_EXPERTS;
+use crate::engine::lines::Lines;
 use crate::engine::packed::{Quantized, TILE};
 use crate::kernels::LaneOrder;
 use crate::kernels::gemm::float::PANEL;
@@ -17,11 +18,11 @@ pub(in crate::engine) struct MoeThread {
     pub(super) coefficients: Coefficients,
     pub(super) quantized: Quantized,
     /// Rows on their way through an expert, `[TILE, max(d_model, d_ff)]`.
-    pub(super) rows: Vec<f32>,
+    pub(super) rows: Lines,
     /// Rows of the width of a token, `[TILE, d_model]`.
-    pub(super) narrow: Vec<f32>,
+    pub(super) narrow: Lines,
     /// One decoded router panel.
-    pub(super) panel: Vec<f32>,
+    pub(super) panel: Lines,
     /// `[LOGITS / num_experts, num_experts]`.
     pub(super) logits: Vec<f32>,
 }
@@ -31,9 +32,9 @@ impl MoeThread {
         Self {
             coefficients: Coefficients::new(&[LaneOrder::new(d_model), LaneOrder::new(d_ff)]),
             quantized: Quantized::new(d_model.max(d_ff)),
-            rows: vec![0.0; TILE * d_model.max(d_ff)],
-            narrow: vec![0.0; TILE * d_model],
-            panel: vec![0.0; PANEL * d_model],
+            rows: Lines::new(TILE * d_model.max(d_ff)),
+            narrow: Lines::new(TILE * d_model),
+            panel: Lines::new(PANEL * d_model),
             logits: vec![0.0; LOGITS],
         }
     }
