@@ -14,7 +14,7 @@ const LINE: usize = 64;
 const SLACK: usize = LINE / size_of::<f32>() - 1;
 
 impl Lines {
-    /// So many zeros.
+    /// A buffer of so many zeros.
     pub(super) fn new(len: usize) -> Self {
         let mut lines = Self::default();
         lines.grow(len);

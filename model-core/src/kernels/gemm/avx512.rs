@@ -5,11 +5,12 @@
 //! broadcasts, so they cost no instruction.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_maskz_loadu_epi8, _mm512_reduce_add_epi32,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
+    __m512i, _mm512_add_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_maskz_loadu_epi8, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
 };
 
-use super::{Acc, GROUP_BYTES, GROUPS, Kernel, MAX_TILE_ROWS, Packed, Sink, Tile};
+use super::{Acc, GROUP_BYTES, GROUPS, Kernel, MAX_TILE_ROWS, Packed, Scaled, Sink, Tile};
 
 pub(super) struct Avx512;
 
@@ -33,37 +34,51 @@ impl Kernel for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn scaled_dots(rows: usize, tile: Tile<'_>, weights: &[u8], scaled: &mut Scaled<'_>) -> bool {
+        // SAFETY: passed on to the caller.
+        unsafe { for_rows_scaled(rows, tile, weights, scaled) };
+        true
+    }
+
+    #[inline(always)]
     unsafe fn sum(row: &[i8]) -> i32 {
         // SAFETY: passed on to the caller.
         unsafe { sum(row) }
     }
 }
 
-/// Turns `rows` into a constant, so that the accumulators are registers.
-///
-/// # Safety
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn for_rows(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
-    match rows {
-        1 => dots::<1>(tile, weights, acc),
-        2 => dots::<2>(tile, weights, acc),
-        3 => dots::<3>(tile, weights, acc),
-        4 => dots::<4>(tile, weights, acc),
-        5 => dots::<5>(tile, weights, acc),
-        6 => dots::<6>(tile, weights, acc),
-        7 => dots::<7>(tile, weights, acc),
-        8 => dots::<8>(tile, weights, acc),
-        9 => dots::<9>(tile, weights, acc),
-        10 => dots::<10>(tile, weights, acc),
-        11 => dots::<11>(tile, weights, acc),
-        12 => dots::<12>(tile, weights, acc),
-        13 => dots::<13>(tile, weights, acc),
-        14 => dots::<14>(tile, weights, acc),
-        15 => dots::<15>(tile, weights, acc),
-        16 => dots::<16>(tile, weights, acc),
-        _ => unreachable!("a tile has 1..=16 rows"),
-    }
+/// Makes a function that turns `rows` into a constant, so that the accumulators are registers.
+macro_rules! for_rows {
+    ($name:ident, $dots:ident, $out:ty) => {
+        /// # Safety
+        /// The CPU has these features.
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+        unsafe fn $name(rows: usize, tile: Tile<'_>, weights: &[u8], out: $out) {
+            match rows {
+                1 => $dots::<1>(tile, weights, out),
+                2 => $dots::<2>(tile, weights, out),
+                3 => $dots::<3>(tile, weights, out),
+                4 => $dots::<4>(tile, weights, out),
+                5 => $dots::<5>(tile, weights, out),
+                6 => $dots::<6>(tile, weights, out),
+                7 => $dots::<7>(tile, weights, out),
+                8 => $dots::<8>(tile, weights, out),
+                9 => $dots::<9>(tile, weights, out),
+                10 => $dots::<10>(tile, weights, out),
+                11 => $dots::<11>(tile, weights, out),
+                12 => $dots::<12>(tile, weights, out),
+                13 => $dots::<13>(tile, weights, out),
+                14 => $dots::<14>(tile, weights, out),
+                15 => $dots::<15>(tile, weights, out),
+                16 => $dots::<16>(tile, weights, out),
+                _ => unreachable!("a tile has 1..=16 rows"),
+            }
+        }
+    };
 }
+
+for_rows!(for_rows, dots, &mut Acc);
+for_rows!(for_rows_scaled, scaled_dots, &mut Scaled<'_>);
 
 /// One function with everything in it, so that `sums` are registers whatever the inliner thinks of the driver.
 #[inline(never)]
@@ -77,24 +92,70 @@ fn dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
             sums[r] = unsafe { _mm512_loadu_si512(acc[r].as_ptr().cast()) };
         }
     }
+    // SAFETY: this function has the features; checked above.
+    unsafe { add_dots(tile, weights, &mut sums) };
+    for r in 0..ROWS {
+        // SAFETY: a row of `acc` is 64 bytes, and there are `ROWS` (checked above).
+        unsafe { _mm512_storeu_si512(acc[r].as_mut_ptr().cast(), sums[r]) };
+    }
+}
+
+/// The same for all of k, with the sums scaled on their way from registers to the output.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn scaled_dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], scaled: &mut Scaled<'_>) {
+    tile.check_reads(ROWS, weights);
+    scaled.check(ROWS);
+    let mut sums = [_mm512_setzero_si512(); ROWS];
+    // SAFETY: this function has the features; checked above.
+    unsafe { add_dots(tile, weights, &mut sums) };
+    // SAFETY: an array of sixteen floats.
+    let scale = unsafe { _mm512_loadu_ps(scaled.scale.as_ptr()) };
+    let (out, stride) = (scaled.out.as_mut_ptr(), scaled.stride);
+    let (steps, corrections) = (scaled.steps.as_ptr(), scaled.corrections.as_ptr());
+    let mut products = [_mm512_setzero_ps(); ROWS];
+    for r in 0..ROWS {
+        // SAFETY: there are `ROWS` steps and corrections (checked above).
+        let (step, correction) = unsafe { (*steps.add(r), *corrections.add(r)) };
+        let dots = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r], _mm512_set1_epi32(correction)));
+        products[r] = _mm512_mul_ps(_mm512_mul_ps(dots, _mm512_set1_ps(step)), scale);
+    }
+    if let Some(bias) = scaled.bias {
+        // SAFETY: an array of sixteen floats.
+        let bias = unsafe { _mm512_loadu_ps(bias.as_ptr()) };
+        for r in 0..ROWS {
+            products[r] = _mm512_add_ps(products[r], bias);
+        }
+    }
+    for r in 0..ROWS {
+        // SAFETY: `out` has sixteen floats in each of `ROWS` rows (checked above).
+        unsafe { _mm512_storeu_ps(out.add(r * stride), products[r]) };
+    }
+}
+
+/// Adds the products of a tile.
+///
+/// # Safety
+/// The CPU has the kernel's features, and `tile` and `weights` were checked for `ROWS` rows.
+#[inline(always)]
+unsafe fn add_dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], sums: &mut [__m512i; ROWS]) {
     for block in 0..tile.blocks {
         let (lhs, stride) = tile.lhs_block(block);
-        // SAFETY: `weights` has the groups of `blocks` blocks (checked above), of 64 bytes each.
+        // SAFETY: `weights` has the groups of `blocks` blocks, of 64 bytes each, as the caller vouches.
         let load = |group: usize| unsafe {
             _mm512_loadu_si512(weights.as_ptr().add((block * GROUPS + group) * GROUP_BYTES).cast())
         };
         let w: [__m512i; GROUPS] = [load(0), load(1), load(2), load(3)];
         for r in 0..ROWS {
             for (i, &w) in w.iter().enumerate() {
-                // SAFETY: `lhs_block` gives 16 bytes in each of `ROWS` rows (checked above); these are four of row r.
-                let a = unsafe { lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned() };
-                sums[r] = _mm512_dpbusd_epi32(sums[r], w, _mm512_set1_epi32(a));
+                // SAFETY: the caller vouches for the features, and `lhs_block` gives 16 bytes in each of `ROWS` rows; these
+                // are four of row r.
+                sums[r] = unsafe {
+                    let a = lhs.add(r * stride + 4 * i).cast::<i32>().read_unaligned();
+                    _mm512_dpbusd_epi32(sums[r], w, _mm512_set1_epi32(a))
+                };
             }
         }
-    }
-    for r in 0..ROWS {
-        // SAFETY: a row of `acc` is 64 bytes, and there are `ROWS` (checked above).
-        unsafe { _mm512_storeu_si512(acc[r].as_mut_ptr().cast(), sums[r]) };
     }
 }
 

@@ -65,6 +65,7 @@ pub use int8::{Int8Rows, PackedInt8};
 pub use pointwise::PackedPointwise;
 pub use ternary::{PackedTernary, TernaryStorage};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::{KernelError, expect_len};
@@ -169,6 +170,34 @@ enum Sink<'a> {
     },
 }
 
+impl Sink<'_> {
+    /// Where the scaled products of `rows` with the panel at `column` of `columns` go, if it is whole and they are wanted.
+    /// `scale` begins with the panel's.
+    #[inline(always)]
+    fn panel<'s>(
+        &'s mut self,
+        rows: Range<usize>,
+        columns: usize,
+        column: usize,
+        (corrections, scale): (&'s [i32], &'s [f32]),
+    ) -> Option<Scaled<'s>> {
+        match self {
+            Sink::Scaled { out, steps, bias, .. } if column + PANEL <= columns => Some(Scaled {
+                out: &mut out[rows.start * columns + column..],
+                stride: columns,
+                corrections: &corrections[..rows.len()],
+                steps: &steps[rows],
+                scale: scale.first_chunk()?,
+                bias: match bias {
+                    Some(bias) => Some(bias[column..].first_chunk()?),
+                    None => None,
+                },
+            }),
+            _ => None,
+        }
+    }
+}
+
 /// The part of a product that one call of a micro-kernel works on: a few rows of `lhs` and a segment of k.
 #[derive(Clone, Copy)]
 struct Tile<'a> {
@@ -198,11 +227,44 @@ impl Tile<'_> {
     /// What kernels rely on: `rows` rows, and blocks that lie inside them.
     #[inline(always)]
     fn check(&self, rows: usize, weights: &[u8], acc: &Acc) {
-        assert!(self.lhs.len() >= rows * self.cols && self.tail.len() >= rows && acc.len() >= rows);
+        assert!(acc.len() >= rows);
+        self.check_reads(rows, weights);
+    }
+
+    /// What they rely on before they read.
+    #[inline(always)]
+    fn check_reads(&self, rows: usize, weights: &[u8]) {
+        assert!(self.lhs.len() >= rows * self.cols && self.tail.len() >= rows);
         assert!(self.first_block + self.blocks <= self.cols.div_ceil(K_BLOCK));
         assert!(weights.len() >= self.blocks * GROUPS * GROUP_BYTES);
     }
 }
+
+/// Where the sums of a tile with one panel go, scaled: the first panel column of the tile's first row, and so on.
+struct Scaled<'a> {
+    /// From there on, `stride` from row to row.
+    out: &'a mut [f32],
+    stride: usize,
+    /// One for each row of the tile.
+    steps: &'a [f32],
+    /// To be subtracted from the sums of each row of the tile.
+    corrections: &'a [i32],
+    scale: &'a [f32; PANEL],
+    bias: Option<&'a [f32; PANEL]>,
+}
+
+impl Scaled<'_> {
+    /// What kernels rely on: `rows` rows.
+    #[inline(always)]
+    fn check(&self, rows: usize) {
+        assert!(rows > 0 && self.out.len() >= (rows - 1) * self.stride + PANEL);
+        assert!(self.steps.len() >= rows && self.corrections.len() >= rows);
+    }
+}
+
+/// An array that begins with a line of the cache, so that no register is loaded from two lines.
+#[repr(align(64))]
+struct Aligned<T>(T);
 
 /// A micro-kernel: the sums of a tile with one panel.
 trait Kernel {
@@ -218,6 +280,16 @@ trait Kernel {
     /// # Safety
     /// The CPU has the kernel's instruction set.
     unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc);
+
+    /// Writes scaled products of a tile that has all of k, if the kernel can, and returns whether it did. What
+    /// [`Sums::scaled_panel`] says, to the last bit.
+    ///
+    /// # Safety
+    /// The CPU has the kernel's instruction set.
+    #[inline(always)]
+    unsafe fn scaled_dots(_rows: usize, _tile: Tile<'_>, _weights: &[u8], _scaled: &mut Scaled<'_>) -> bool {
+        false
+    }
 
     /// The sum of a row's codes.
     ///
@@ -309,8 +381,8 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
         Format::Int8 if K::UNSIGNED_INT8 => 128,
         Format::Int8 => 0,
     };
-    let mut unpacked = [0; UNPACKED];
-    let mut acc = [[[0; PANEL]; ROWS]; PANELS_AT_ONCE];
+    let (mut unpacked, mut acc) = (Aligned([0; UNPACKED]), Aligned([[[0; PANEL]; ROWS]; PANELS_AT_ONCE]));
+    let (unpacked, acc) = (&mut unpacked.0, &mut acc.0);
     let mut tail = [[0; K_BLOCK]; ROWS];
     let mut corrections = [0; ROWS];
     let mut first = 0;
@@ -328,44 +400,68 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
         }
         for first_panel in (0..panels).step_by(PANELS_AT_ONCE) {
             let last_panel = panels.min(first_panel + PANELS_AT_ONCE);
-            for panel in first_panel..last_panel {
-                let acc = &mut acc[panel - first_panel][..rows];
-                multiply_panel::<K>(weights, panel, (lhs, &tail[..rows]), &mut unpacked, acc);
-            }
             let columns = first_panel * PANEL..weights.rows.min(last_panel * PANEL);
             let mut scale = [0.0; PANELS_AT_ONCE * PANEL];
             if let Sink::Scaled { scale: scales, .. } = sink {
                 scales.read(columns.start, &mut scale);
             }
-            if let Sink::Requantized { out, requantize, added } = sink {
-                let pixels = first * weights.rows..(first + rows) * weights.rows;
-                let (out, added) = (&mut out[pixels.clone()], added.map(|added| &added[pixels]));
-                for (acc, panel) in acc.iter().zip(first_panel..last_panel) {
-                    requantize.write(weights.isa, panel, (&acc[..rows], &corrections), added, out);
-                }
-                continue;
+            let mut written = 0;
+            for panel in first_panel..last_panel {
+                let column = panel * PANEL;
+                let scale = &scale[column - columns.start..];
+                let scaled = sink.panel(first..first + rows, weights.rows, column, (&corrections, scale));
+                let (lhs, acc) = ((lhs, &tail[..rows]), &mut acc[panel - first_panel][..rows]);
+                written += usize::from(multiply_panel::<K>(weights, panel, lhs, unpacked, acc, scaled));
             }
-            for r in 0..rows {
-                let at = (first + r) * weights.rows + columns.start;
-                let sums = Sums { acc: &acc, row: r, correction: corrections[r] };
-                match sink {
-                    Sink::Dots(out) => sums.write(&mut out[at..][..columns.len()]),
-                    Sink::Scaled { out, steps, bias, .. } => {
-                        let bias = match bias {
-                            Some(bias) => &bias[columns.start..],
-                            None => &[],
-                        };
-                        sums.write_scaled(&mut out[at..][..columns.len()], steps[first + r], &scale, bias);
-                    }
-                    Sink::Requantized { .. } => {}
-                }
+            // Panels that were written are the first ones: only the last may be narrower.
+            let left = first_panel + written..last_panel;
+            if !left.is_empty() {
+                let scale = &scale[written * PANEL..];
+                write_sums(weights, first..first + rows, left, &acc[written..], (&corrections, scale), sink);
             }
         }
         first += rows;
     }
 }
 
-/// Sets `acc` to the sums of the rows of `lhs` with one panel.
+/// Writes the sums of `rows` with a run of panels.
+#[inline(always)]
+fn write_sums<const ROWS: usize>(
+    weights: &Packed,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    acc: &[[[i32; PANEL]; ROWS]],
+    (corrections, scale): (&[i32; ROWS], &[f32]),
+    sink: &mut Sink<'_>,
+) {
+    if let Sink::Requantized { out, requantize, added } = sink {
+        let pixels = rows.start * weights.rows..rows.end * weights.rows;
+        let (out, added) = (&mut out[pixels.clone()], added.map(|added| &added[pixels]));
+        for (acc, panel) in acc.iter().zip(panels) {
+            requantize.write(weights.isa, panel, (&acc[..rows.len()], corrections), added, out);
+        }
+        return;
+    }
+    let columns = panels.start * PANEL..weights.rows.min(panels.end * PANEL);
+    for r in 0..rows.len() {
+        let at = (rows.start + r) * weights.rows + columns.start;
+        let sums = Sums { acc, row: r, correction: corrections[r] };
+        match sink {
+            Sink::Dots(out) => sums.write(&mut out[at..][..columns.len()]),
+            Sink::Scaled { out, steps, bias, .. } => {
+                let bias = match bias {
+                    Some(bias) => &bias[columns.start..],
+                    None => &[],
+                };
+                sums.write_scaled(&mut out[at..][..columns.len()], steps[rows.start + r], scale, bias);
+            }
+            Sink::Requantized { .. } => {}
+        }
+    }
+}
+
+/// Sets `acc` to the sums of the rows of `lhs` with one panel; or writes them to `scaled`, where the kernel can. Returns
+/// whether it did the latter.
 #[inline(always)]
 fn multiply_panel<K: Kernel>(
     weights: &Packed,
@@ -373,12 +469,14 @@ fn multiply_panel<K: Kernel>(
     (lhs, tail): (&[i8], &[[i8; K_BLOCK]]),
     unpacked: &mut [u8],
     acc: &mut Acc,
-) {
+    mut scaled: Option<Scaled<'_>>,
+) -> bool {
     let (cols, rows) = (weights.cols, acc.len());
     let all_blocks = cols.div_ceil(K_BLOCK);
     if all_blocks == 0 {
         acc.fill([0; PANEL]);
     }
+    let mut written = false;
     let mut first_block = 0;
     while first_block < all_blocks {
         let blocks = SEGMENT.min(all_blocks - first_block);
@@ -398,6 +496,20 @@ fn multiply_panel<K: Kernel>(
             // Tiles of nearly equal size: 17 rows run as 9 + 8, not as 16 + 1.
             let tile_rows = (rows - row).div_ceil((rows - row).div_ceil(K::TILE_ROWS));
             let tile = Tile { lhs: &lhs[row * cols..], cols, tail: &tail[row..], first_block, blocks };
+            if let Some(scaled) = scaled.as_mut().filter(|_| blocks == all_blocks) {
+                let mut scaled = Scaled {
+                    out: &mut scaled.out[row * scaled.stride..],
+                    steps: &scaled.steps[row..],
+                    corrections: &scaled.corrections[row..],
+                    ..*scaled
+                };
+                // SAFETY: the caller of the entry vouched for the instruction set.
+                written = unsafe { K::scaled_dots(tile_rows, tile, segment, &mut scaled) };
+                if written {
+                    row += tile_rows;
+                    continue;
+                }
+            }
             let acc = &mut acc[row..row + tile_rows];
             // SAFETY: the caller of the entry vouched for the instruction set.
             unsafe {
@@ -410,12 +522,13 @@ fn multiply_panel<K: Kernel>(
         }
         first_block += blocks;
     }
+    written
 }
 
 /// One row's sums with a group of panels, on their way out. Plain inlined functions without closures: a closure is
 /// compiled for the baseline CPU unless it happens to be inlined.
 struct Sums<'a, const ROWS: usize> {
-    acc: &'a [[[i32; PANEL]; ROWS]; PANELS_AT_ONCE],
+    acc: &'a [[[i32; PANEL]; ROWS]],
     row: usize,
     /// To be subtracted from every sum.
     correction: i32,
