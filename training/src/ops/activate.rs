@@ -96,7 +96,7 @@ impl CustomOp3 for Activate {
                 let rows = h_values.chunks_exact(n).zip(weight_values).zip(self.experts.iter());
                 let grads = grad_h.chunks_exact_mut(n).zip(&mut grad_weights);
                 for (row, (((h, &w), &expert), (dz, dw))) in rows.zip(grads).enumerate() {
-                    let g = &g[row / top_k * n..][..n];
+                    let (g, dz) = (&g[row / top_k * n..][..n], &mut dz[..n]);
                     z.copy_from_slice(h);
                     rotate(z, coefficients.of(expert), stages);
                     for i in 0..n {

@@ -36,6 +36,19 @@ pub(super) fn lane_sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32
     lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(&a, &b)| f(a, b)).sum::<f32>()
 }
 
+/// The largest value, in lanes as [`lane_sum`].
+#[inline(always)]
+pub(super) fn lane_max(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (blocks, rest) = values.as_chunks::<16>();
+    for block in blocks {
+        for i in 0..16 {
+            lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max })
+}
+
 /// Mean and reciprocal standard deviation of a row.
 #[inline(always)]
 fn moments(row: &[f32]) -> (f32, f32) {
@@ -104,7 +117,9 @@ impl CustomOp3 for LayerNorm {
             || {
                 let (grad_gamma, grad_beta, scaled) = (&mut grad_gamma[..n], &mut grad_beta[..n], &mut scaled[..n]);
                 let grad_norm = &mut grad_norm[..n];
+                let (gamma_values, beta_values) = (&gamma_values[..n], &beta_values[..n]);
                 for ((row, g), dx) in x_values.chunks_exact(n).zip(g.chunks_exact(n)).zip(grad_x.chunks_exact_mut(n)) {
+                    let (row, g, dx) = (&row[..n], &g[..n], &mut dx[..n]);
                     let (mean, rstd) = moments(row);
                     let g: &[f32] = if self.gelu {
                         for (i, out) in grad_norm.iter_mut().enumerate() {
@@ -112,7 +127,7 @@ impl CustomOp3 for LayerNorm {
                             let (cumulative, density) = normal(v);
                             *out = g[i] * (cumulative + v * density);
                         }
-                        grad_norm
+                        &grad_norm[..n]
                     } else {
                         g
                     };

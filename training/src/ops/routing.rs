@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use model_core::kernels::vectorized;
 
 use super::elementwise::exp_nonpositive;
-use super::norm::lane_sum;
+use super::norm::{lane_max, lane_sum};
 use super::{last_dim, output, slice, tensor_like, view};
 
 /// Softmax over the last axis.
@@ -16,7 +16,7 @@ struct Softmax;
 
 #[inline(always)]
 pub(super) fn softmax_row(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m });
+    let max = lane_max(row);
     for v in row.iter_mut() {
         *v = exp_nonpositive(*v - max);
     }
