@@ -10,6 +10,8 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use model_core::config::ViTConfig;
 use model_core::kernels::activation::gelu;
+use model_core::kernels::gemm::bf16::{Mat, Scratch, Write, matmul};
+use model_core::kernels::isa::Bf16;
 use model_core::kernels::norm::layer_norm;
 use model_core::kernels::rotation::{Coefficients, rotate};
 use model_core::kernels::softmax::softmax;
@@ -222,5 +224,21 @@ fn elementwise(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(kernels, ternary, int8, convolutions, dense, rotation, elementwise);
+/// Training's product, both factors packed each time, on a CPU that multiplies bf16.
+fn bf16(criterion: &mut Criterion) {
+    let Some(bf16) = Bf16::detect() else { return };
+    let mut group = criterion.benchmark_group("bf16");
+    for Shape { name, d_model, d_ff, tokens, .. } in shapes() {
+        let (m, n, k) = (16 * tokens, d_ff, d_model);
+        let (lhs, rhs, mut out) = (values(m * k), values(n * k), vec![0.0; m * n]);
+        let (lhs, rhs) = (Mat::new(&lhs, m, k), Mat::new(&rhs, n, k).t());
+        let mut scratch = Scratch::default();
+        group.throughput(Throughput::Elements((m * n * k) as u64));
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| matmul(bf16, lhs, rhs, 1.0, black_box(&mut out), n, Write::Set, &mut scratch))
+        });
+    }
+}
+
+criterion_group!(kernels, bf16, ternary, int8, convolutions, dense, rotation, elementwise);
 criterion_main!(kernels);

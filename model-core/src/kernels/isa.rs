@@ -131,6 +131,22 @@ impl Isa {
     }
 }
 
+/// The proof that this CPU multiplies bf16 numbers, 32 pairs in an instruction: AVX-512 with its bf16
+/// extension. Only [`Bf16::detect`] makes one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bf16(());
+
+impl Bf16 {
+    /// Nothing on a CPU without, e.g. AMD before Zen 4, Intel before Cooper Lake, Arm.
+    pub fn detect() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if Kind::Avx512.detected() && is_x86_feature_detected!("avx512bf16") {
+            return Some(Self(()));
+        }
+        None
+    }
+}
+
 impl Default for Isa {
     fn default() -> Self {
         Self::best()

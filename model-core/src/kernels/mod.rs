@@ -1,8 +1,8 @@
 //! Slices in, slices out; knows nothing of tensors. Every kernel has a scalar definition that is never optimised, and code
 //! for each instruction set that must equal it: bit for bit on integer paths, within a derived bound on float paths.
 //!
-//! Training has float operations of its own (the crate `training`) and takes only definitions and [`vectorized`] from
-//! here. These kernels want weights that were packed once and are used a million times, and every row's answer independent
+//! Training has float operations of its own (the crate `training`) and takes definitions, [`vectorized`], products of bf16
+//! ([`gemm::bf16`]) and the substrates' forward product from here. The other kernels want weights that were packed once and are used a million times, and every row's answer independent
 //! of its neighbours; training changes all weights in every step, multiplies by transposes on the way back, keeps what the
 //! way back needs, and sums over rows. Only the definitions are common ground, and the tests hold both sides to them.
 

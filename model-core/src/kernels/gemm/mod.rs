@@ -8,6 +8,8 @@
 //! | int8 | [`pointwise`] | int8, and int8 comes out | convolutions between int8 images |
 //! | f32 | [`float`] | f32 | what sees pixels, router, attention, head |
 //!
+//! Training's products, [`bf16`], pack nothing ahead and stand apart.
+//!
 //! Here is what the integer formats share: one packed layout, one tile driver, one micro-kernel per instruction set.
 //!
 //! ```text
@@ -49,11 +51,15 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
+mod mat;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pack;
 mod portable;
 
+pub mod bf16;
 pub mod float;
 pub mod int8;
 pub mod pointwise;
