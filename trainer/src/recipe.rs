@@ -12,6 +12,7 @@ use model_core::random::{AngleSpread, AngleStart};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use training::losses::LossWeights;
+use training::matmul::Products;
 use training::ops::Activations;
 use training::optimizer::AdamWConfig;
 use training::parameters::{Quantizers, is_expert_set_parameter};
@@ -87,6 +88,9 @@ pub struct Recipe {
     /// How activations meet the substrates; float is there to be compared with.
     #[serde(default)]
     pub activations: Activations,
+    /// The numbers that matrix products multiply; they decide roundings, hence part of the recipe.
+    #[serde(default)]
+    pub products: Products,
     /// Where the parameters come from.
     pub origin: Origin,
     /// How fresh angles are spread.
@@ -151,6 +155,7 @@ impl Recipe {
             model,
             feed_forward: FeedForwardKind::Butterfly,
             activations: Activations::Int8,
+            products: Products::fastest(),
             origin: Origin::Scratch,
             angle_spread: AngleSpread::Narrow,
             seed: 1,
@@ -232,6 +237,15 @@ impl Recipe {
         self.feed_forward == FeedForwardKind::Butterfly && self.activations == Activations::Int8
     }
 
+    /// [`Recipe::validate`] for what the CPU must multiply.
+    fn validate_products(&self) -> Result<()> {
+        ensure!(
+            self.products.is_available(),
+            "products are bf16, which this CPU does not multiply; --products f32 trains anywhere"
+        );
+        Ok(())
+    }
+
     /// Checks the numbers that have a range.
     ///
     /// # Errors
@@ -244,6 +258,7 @@ impl Recipe {
             ensure!((0.0..1.0).contains(&value), "{name} is {value}; it must be at least 0 and below 1");
             Ok(())
         };
+        self.validate_products()?;
         ensure!(self.epochs > 0, "epochs is 0");
         let (heads, classes) = (self.head_classes(), self.model.num_classes);
         ensure!(

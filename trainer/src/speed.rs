@@ -11,7 +11,7 @@ use model_core::config::{FeedForwardKind, ViTConfig};
 use serde::Serialize;
 use training::matmul::{Mat, Write, matmul};
 use training::optimizer::AdamW;
-use training::step::{Batch, Inputs, gradients};
+use training::step::{Batch, Inputs, gradients_in};
 
 use crate::recipe::Recipe;
 
@@ -74,7 +74,8 @@ pub fn measure(recipe: &Recipe, threads: usize, duration: Duration) -> Result<Sp
     let batch = synthetic(&recipe.model, recipe.batch_size);
     let mut step = || -> Result<Duration> {
         let started = Instant::now();
-        let (gradients, _) = gradients(&vit, recipe.quantizers(), &batch, recipe.losses, recipe.shard_size, threads)?;
+        let sizes = (recipe.shard_size, threads);
+        let (gradients, _) = gradients_in(recipe.products, &vit, recipe.quantizers(), &batch, recipe.losses, sizes)?;
         // A rate of nothing: the weights stay where they are, and the work is the same.
         optimizer.step(vit.parameters(), &gradients, 0.0)?;
         Ok(started.elapsed())

@@ -16,7 +16,7 @@ use model_core::image::Preprocess;
 use model_core::random::AngleStart;
 use training::optimizer::AdamW;
 use training::parameters::Quantizers;
-use training::step::{Batch, Inputs, StepStats, gradients};
+use training::step::{Batch, Inputs, StepStats, gradients_in};
 use training::vit::ViT;
 
 use crate::checkpoint::{Checkpoint, State, Values};
@@ -239,13 +239,13 @@ impl Run {
             noise_seeds: batch.noise_seeds,
         };
         let float = self.position.epoch < self.recipe.float_epochs;
-        let (gradients, stats) = gradients(
+        let (gradients, stats) = gradients_in(
+            self.recipe.products,
             &self.vit,
             if float { Quantizers::NONE } else { self.quantizers },
             &batch,
             self.recipe.losses,
-            self.recipe.shard_size,
-            self.settings.threads,
+            (self.recipe.shard_size, self.settings.threads),
         )?;
         let finite = gradients.values().all(|g| g.iter().all(|v| v.is_finite()));
         if !stats.loss.is_finite() || !finite {

@@ -1,57 +1,80 @@
-//! f32 matrix product, through the `gemm` crate: one thread, any strides.
+//! Matrix products of any strides on one thread: in f32 through the `gemm` crate, or of factors
+//! rounded to bf16 by the kernel [`model_core::kernels::gemm::bf16`].
+//!
+//! [`Products`] says which. Operations are called by the graph, with nothing but tensors, so the choice belongs to the
+//! thread: [`Products::scope`] makes it for the time that a closure runs.
+
+use std::cell::{Cell, RefCell};
 
 use gemm::Parallelism;
+use model_core::kernels::gemm::bf16::{self, Scratch};
+pub use model_core::kernels::gemm::bf16::{Mat, Write};
+use model_core::kernels::isa::Bf16;
 
-/// A strided view of a matrix.
-#[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+/// The numbers that matrix products multiply. Sums are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Products {
+    /// The factors as they are.
+    #[default]
+    F32,
+    /// The factors rounded to bf16: half the time, where the CPU has instructions for it.
+    Bf16,
 }
 
-impl<'a> Mat<'a> {
-    /// Row-major `[rows, cols]`.
-    ///
-    /// # Panics
-    /// When `data` is shorter than `rows * cols`.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self::strided(data, rows, cols, cols)
+thread_local! {
+    static BF16: Cell<Option<Bf16>> = const { Cell::new(None) };
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
+}
+
+impl Products {
+    /// The fastest that this CPU has instructions for.
+    pub fn fastest() -> Self {
+        if Self::Bf16.is_available() { Self::Bf16 } else { Self::F32 }
     }
 
-    /// `rows` rows of `cols` values, `row_stride` apart.
-    ///
-    /// # Panics
-    /// When the last row ends past `data`.
-    pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix exceeds its slice");
-        Self { data, rows, cols, row_stride, col_stride: 1 }
+    /// Whether this CPU has instructions for it.
+    pub fn is_available(self) -> bool {
+        self == Self::F32 || Bf16::detect().is_some()
     }
 
-    /// The transpose, without moving anything.
-    pub fn t(self) -> Self {
-        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    /// Those of the [`Products::scope`] around the call.
+    pub fn current() -> Self {
+        if BF16.get().is_some() { Self::Bf16 } else { Self::F32 }
+    }
+
+    /// Runs `work`, and with it every product that this thread makes meanwhile. What is not available is f32.
+    pub fn scope<R>(self, work: impl FnOnce() -> R) -> R {
+        /// Puts back what was there, also when `work` panics.
+        struct Restore(Option<Bf16>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                BF16.set(self.0);
+            }
+        }
+        let chosen = if self == Self::Bf16 { Bf16::detect() } else { None };
+        let _restore = Restore(BF16.replace(chosen));
+        work()
     }
 }
 
-/// Whether the product replaces or joins what `out` holds.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Write {
-    /// `out = scale * lhs rhs`.
-    Set,
-    /// `out += scale * lhs rhs`.
-    Add,
-}
-
-/// `out (+)= scale * lhs rhs`, `out` row-major with rows `out_stride` apart.
+/// `out (+)= scale * lhs rhs`, `out` row-major with rows `out_stride` apart, in the numbers of the [`Products::scope`]
+/// around it, which are f32 without one.
 ///
 /// # Panics
 /// When the inner sizes differ or the last row of the product ends past `out`.
 pub fn matmul(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32, out: &mut [f32], out_stride: usize, write: Write) {
-    let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
-    assert_eq!(k, rhs.rows, "inner sizes of a product differ");
+    match BF16.get() {
+        None => matmul_f32(lhs, rhs, scale, out, out_stride, write),
+        Some(bf16) => SCRATCH.with_borrow_mut(|scratch| {
+            bf16::matmul(bf16, lhs, rhs, scale, out, out_stride, write, scratch);
+        }),
+    }
+}
+
+fn matmul_f32(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32, out: &mut [f32], out_stride: usize, write: Write) {
+    let (m, n, k) = (lhs.rows(), rhs.cols(), lhs.cols());
+    assert_eq!(k, rhs.rows(), "inner sizes of a product differ");
     if m == 0 || n == 0 {
         return;
     }
@@ -69,12 +92,12 @@ pub fn matmul(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32, out: &mut [f32], out_strid
             1,
             out_stride as isize,
             add,
-            lhs.data.as_ptr(),
-            lhs.col_stride as isize,
-            lhs.row_stride as isize,
-            rhs.data.as_ptr(),
-            rhs.col_stride as isize,
-            rhs.row_stride as isize,
+            lhs.data().as_ptr(),
+            lhs.col_stride() as isize,
+            lhs.row_stride() as isize,
+            rhs.data().as_ptr(),
+            rhs.col_stride() as isize,
+            rhs.row_stride() as isize,
             1.0,
             scale,
             false,
@@ -103,5 +126,33 @@ mod tests {
                 assert!((out[i * n + j] - (1.0 + 2.0 * dot)).abs() <= 4.0 * k as f32 * f32::EPSILON);
             }
         }
+    }
+
+    #[test]
+    fn a_scope_chooses_for_its_thread_and_puts_back() {
+        assert_eq!(Products::current(), Products::F32);
+        Products::fastest().scope(|| {
+            assert_eq!(Products::current(), Products::fastest());
+            Products::F32.scope(|| assert_eq!(Products::current(), Products::F32));
+            assert_eq!(Products::current(), Products::fastest());
+            std::thread::scope(|scope| scope.spawn(|| assert_eq!(Products::current(), Products::F32)).join()).unwrap();
+        });
+        let panicked = std::panic::catch_unwind(|| Products::fastest().scope(|| panic!("inside")));
+        assert!(panicked.is_err());
+        assert_eq!(Products::current(), Products::F32);
+    }
+
+    /// Factors that bf16 holds give the same product in both numbers.
+    #[test]
+    fn what_bf16_holds_is_not_rounded() {
+        let (m, n, k) = (9, 33, 70);
+        let a: Vec<f32> = (0..m * k).map(|i| (i * 7919 % 255) as f32 - 127.0).collect();
+        let b: Vec<f32> = (0..n * k).map(|i| (i * 31 % 3) as f32 - 1.0).collect();
+        let product = |products: Products| {
+            let mut out = vec![0.0; m * n];
+            products.scope(|| matmul(Mat::new(&a, m, k), Mat::new(&b, n, k).t(), 0.5, &mut out, n, Write::Set));
+            out
+        };
+        assert_eq!(product(Products::fastest()), product(Products::F32));
     }
 }

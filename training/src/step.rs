@@ -6,6 +6,7 @@ use candle_core::{Device, Result, Tensor};
 
 use crate::layers::RouterNoise;
 use crate::losses::{LossWeights, expert_loads, losses};
+use crate::matmul::Products;
 use crate::optimizer::Gradients;
 use crate::parameters::Quantizers;
 use crate::shards::in_turn;
@@ -76,11 +77,29 @@ pub fn gradients(
     shard_size: usize,
     threads: usize,
 ) -> Result<(Gradients, StepStats)> {
+    gradients_in(Products::F32, vit, quantizers, batch, weights, (shard_size, threads))
+}
+
+/// [`gradients`] by products of the numbers given, and `(shard_size, threads)`.
+///
+/// # Errors
+/// When shapes do not fit, or a parameter receives no gradient.
+pub fn gradients_in(
+    products: Products,
+    vit: &ViT,
+    quantizers: Quantizers,
+    batch: &Batch,
+    weights: LossWeights,
+    (shard_size, threads): (usize, usize),
+) -> Result<(Gradients, StepStats)> {
     let shards = (0..batch.len).step_by(shard_size).map(|start| start..batch.len.min(start + shard_size)).collect();
-    let forward =
-        in_turn(threads, shards, |images| forward(vit, quantizers, batch, &images).map(|output| (output, images)))?;
+    let forward = in_turn(threads, shards, |images| {
+        products.scope(|| forward(vit, quantizers, batch, &images).map(|output| (output, images)))
+    })?;
     let loads = expert_loads(forward.iter().map(|(output, _)| output));
-    let shards = in_turn(threads, forward, |(output, images)| backward(vit, &output, &loads, batch, &images, weights))?;
+    let shards = in_turn(threads, forward, |(output, images)| {
+        products.scope(|| backward(vit, &output, &loads, batch, &images, weights))
+    })?;
     let mut sum = Gradients::new();
     let mut stats = StepStats::default();
     for (gradients, shard) in shards {

@@ -4,11 +4,12 @@ use candle_core::{Device, Tensor};
 use model_core::config::{ExpertConfig, FeedForwardKind, ViTConfig};
 use model_core::random::{AngleSpread, AngleStart};
 use training::losses::LossWeights;
+use training::matmul::Products;
 use training::ops::{self, Activations};
 use training::optimizer::{AdamW, AdamWConfig};
 use training::parameters::{Quantizers, is_expert_set_parameter};
 use training::quantize::router_snapped;
-use training::step::{Batch, Inputs, gradients};
+use training::step::{Batch, Inputs, gradients, gradients_in};
 use training::vit::{Variation, ViT};
 
 fn tiny() -> ViTConfig {
@@ -243,6 +244,36 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     let batch = batch(&config, 12);
     let run = |threads| gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 4, threads).unwrap();
     assert_eq!(run(1), run(3));
+}
+
+/// Factors of products lose up to 2^-9 of themselves, at random: a percent of a gradient's norm after the dozen products of
+/// a block is what that adds up to; a wrong operand, sign or scale would be off by all of it. Without what flips with the
+/// last bits: roundings to codes, and a choice among experts.
+#[test]
+fn gradients_by_products_of_bf16_are_those_of_f32() {
+    for preset in ["tiny", "study"] {
+        let config = ViTConfig::preset(preset).unwrap();
+        let experts = ExpertConfig { num_experts: 2, top_k: 2, ..config.experts };
+        let config = ViTConfig { experts, ..config };
+        let vit = ViT::init(&config, 3).unwrap();
+        let batch = batch(&config, 8);
+        let run = |products, quantizers| {
+            gradients_in(products, &vit, quantizers, &batch, LossWeights::default(), (4, 2)).unwrap()
+        };
+        let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let (expected, stats) = run(Products::F32, Quantizers::NONE);
+        let (got, got_stats) = run(Products::fastest(), Quantizers::NONE);
+        assert!((stats.cross_entropy - got_stats.cross_entropy).abs() < 0.01 * stats.cross_entropy);
+        let all: f64 = expected.values().map(|g| norm(&mut g.iter().copied()).powi(2)).sum::<f64>().sqrt();
+        for (name, expected) in &expected {
+            let difference = norm(&mut expected.iter().zip(&got[name]).map(|(a, b)| a - b));
+            // What is small beside the whole gradient is a difference of larger things.
+            let size = norm(&mut expected.iter().copied()).max(0.01 * all);
+            println!("{preset} {name}: {:.4}", difference / size);
+            assert!(difference < 0.05 * size, "{preset} {name}: {difference} of {size}");
+        }
+        assert_eq!(run(Products::fastest(), Quantizers::ALL), run(Products::fastest(), Quantizers::ALL));
+    }
 }
 
 /// What the loss says of a batch does not depend on how it is cut, so that small shards do not force every few images

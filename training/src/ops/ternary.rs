@@ -2,11 +2,11 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
-use model_core::kernels::vectorized;
+use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
+use model_core::kernels::{Isa, KernelError, PackedTernary, TernaryStorage, quantize_rows, vectorized};
 
 use super::{last_dim, output, slice, tensor_like, view};
-use crate::matmul::{Mat, Write, matmul};
+use crate::matmul::{Mat, Products, Write, matmul};
 use model_core::kernels::gemm::scalar::ternarize;
 
 /// How the activations of a substrate product are represented.
@@ -35,12 +35,55 @@ struct TernaryLinear {
 }
 
 impl TernaryLinear {
-    /// `Q(weight)`, dense: training multiplies in f32.
+    /// `Q(weight)` as a dense matrix.
     fn dense<'a>(&self, weight: &'a [f32], cols: usize) -> Cow<'a, [f32]> {
         if !self.ternarize {
             return Cow::Borrowed(weight);
         }
         Cow::Owned(ternarized(weight, cols))
+    }
+
+    /// The codes and scales of `Q(weight)`; none of a matrix that has no such codes.
+    fn codes(&self, weight: &[f32], cols: usize) -> Option<(Vec<i8>, Vec<f32>)> {
+        if self.ternarize {
+            return Some(vectorized(
+                #[inline(always)]
+                || ternarize(weight, cols),
+            ));
+        }
+        let mut scales = Vec::with_capacity(weight.len() / cols.max(1));
+        for row in weight.chunks_exact(cols.max(1)) {
+            let scale = row.iter().fold(0f32, |max, w| max.max(w.abs()));
+            if row.iter().any(|w| *w != 0.0 && w.abs() != scale) {
+                return None;
+            }
+            scales.push(scale);
+        }
+        let code = |w: &f32| i8::from(*w > 0.0) - i8::from(*w < 0.0);
+        Some((weight.iter().map(code).collect(), scales))
+    }
+
+    /// The product in integers, exactly as the engine computes it; none where the factors are no codes, and where products
+    /// are f32, whose runs keep their bits.
+    fn integer_product(&self, x: &[f32], weight: &[f32], [n, k]: [usize; 2]) -> Result<Option<Vec<f32>>> {
+        if Products::current() != Products::Bf16 || self.activations != Activations::Int8 {
+            return Ok(None);
+        }
+        let Some((codes, scales)) = self.codes(weight, k) else { return Ok(None) };
+        let failed = |error: KernelError| Error::Msg(error.to_string()).bt();
+        let isa = Isa::best();
+        let weight = PackedTernary::pack(isa, TernaryStorage::default(), &codes, &scales, [n, k]).map_err(failed)?;
+        let m = x.len() / k;
+        let mut y = vec![0.0; m * n];
+        // Few rows at a time: their codes stay in the cache.
+        const ROWS: usize = 256;
+        let (mut codes, mut steps) = (vec![0; ROWS.min(m) * k], vec![0.0; ROWS.min(m)]);
+        for (x, y) in x.chunks(ROWS * k).zip(y.chunks_mut(ROWS * n)) {
+            let (codes, steps) = (&mut codes[..x.len()], &mut steps[..x.len() / k]);
+            quantize_rows(isa, x, k, codes, steps).map_err(failed)?;
+            weight.matmul(codes, steps, y).map_err(failed)?;
+        }
+        Ok(Some(y))
     }
 
     fn activations<'a>(&self, x: &'a [f32], cols: usize) -> Cow<'a, [f32]> {
@@ -118,10 +161,17 @@ impl CustomOp2 for TernaryLinear {
         if last_dim(x_layout)? != k {
             candle_core::bail!("ternary-linear: input {shape:?} does not fit weight [{n}, {k}]");
         }
-        let (x, weight) = (self.activations(slice(x, x_layout)?, k), self.dense(slice(weight, weight_layout)?, k));
-        let m = x.len() / k;
-        let mut y = vec![0.0; m * n];
-        matmul(Mat::new(&x, m, k), Mat::new(&weight, n, k).t(), 1.0, &mut y, n, Write::Set);
+        let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
+        let y = match self.integer_product(x, weight, [n, k])? {
+            Some(y) => y,
+            None => {
+                let (x, weight) = (self.activations(x, k), self.dense(weight, k));
+                let m = x.len() / k;
+                let mut y = vec![0.0; m * n];
+                matmul(Mat::new(&x, m, k), Mat::new(&weight, n, k).t(), 1.0, &mut y, n, Write::Set);
+                y
+            }
+        };
         if let Some(last) = shape.last_mut() {
             *last = n;
         }

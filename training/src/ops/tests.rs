@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor, Var};
 
 use super::*;
+use crate::matmul::Products;
 use model_core::config::StemLayer;
 
 fn wave(count: usize, seed: f32) -> Vec<f32> {
@@ -221,5 +222,41 @@ fn ops_take_transposed_and_offset_views() {
             ternary_linear(&view, &weight, true, Activations::Int8),
             ternary_linear(&copy, &weight, true, Activations::Int8),
         );
+    }
+}
+
+/// The integer product is exact; the f32 one sums k products of a code and a sign, each rounded to 2^-24 of the sum of
+/// magnitudes, and multiplies step and scale in before.
+#[test]
+fn the_substrate_product_in_integers_equals_the_one_in_f32() {
+    for (m, n, k) in [(1, 1, 1), (5, 7, 12), (300, 48, 130)] {
+        let x = Tensor::from_vec(wave(m * k, 0.2), (m, k), &Device::Cpu).unwrap();
+        let latent = wave(n * k, 0.4);
+        let dense = ternarized(&latent, k);
+        for (weight, ternarize) in [(latent, true), (dense, false)] {
+            let weight = Tensor::from_vec(weight, (n, k), &Device::Cpu).unwrap();
+            let product = |products: Products| {
+                let y = products.scope(|| ternary_linear(&x, &weight, ternarize, Activations::Int8)).unwrap();
+                y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            for (got, expected) in product(Products::fastest()).into_iter().zip(product(Products::F32)) {
+                let bound = (k + 4) as f32 * 1.2e-7 * k as f32;
+                assert!((got - expected).abs() <= bound, "{m} {n} {k}: {got}, {expected}");
+            }
+        }
+    }
+}
+
+/// A matrix that is no scale times signs has no codes, and is multiplied as it is.
+#[test]
+fn a_dense_matrix_has_no_integer_product() {
+    let x = Tensor::from_vec(wave(6, 0.2), (2, 3), &Device::Cpu).unwrap();
+    let weight = Tensor::from_vec(vec![1.0f32, 0.5, 0.0], (1, 3), &Device::Cpu).unwrap();
+    let y = Products::fastest().scope(|| ternary_linear(&x, &weight, false, Activations::Int8)).unwrap();
+    let expected = ternary_linear(&x, &weight, false, Activations::Int8).unwrap();
+    let values = |y: &Tensor| y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (got, expected) in values(&y).into_iter().zip(values(&expected)) {
+        // Both factors of two terms of magnitude at most 1 lose 2^-9.
+        assert!((got - expected).abs() <= 4.0 * 2f32.powi(-9), "{got}, {expected}");
     }
 }
