@@ -601,7 +601,7 @@ fn calibrate_gives_trained_sets_a_temperature_and_what_knows_strangers() {
     let error = fail(&[&given[..], &["--set", text(&borrower)]].concat());
     assert!(error.contains("give the set that lends them"), "{error}");
     let error = fail(&[&given[..2], &[first], &given[5..], &["--set", text(&own), text(&borrower)]].concat());
-    assert!(error.contains("its 2 labels are the classes of no --data"), "{error}");
+    assert!(error.contains("the run learned from data, other; give just that as --data, in that order"), "{error}");
     assert!(!store.exists());
 
     let everything = root.path().join("everything/all");

@@ -1,7 +1,7 @@
 //! `calibrate`: temperature, and statistics of unknown images, for sets that were trained.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
@@ -12,7 +12,7 @@ use super::shared::open_train;
 use crate::background::background;
 use crate::cli::{CalibrateArgs, threads};
 use crate::data::Dataset;
-use crate::data::heads::join;
+use crate::data::heads::{join, set_name};
 use crate::data::sample::sample;
 use crate::data::split::{HeldOut, hold_out};
 use crate::encode::put_sets;
@@ -99,6 +99,20 @@ fn measure_background(
     Ok(())
 }
 
+/// Which images were held out goes by the place of their class among all classes of the run.
+fn check_order(folders: &[PathBuf], recipe: &Recipe) -> Result<()> {
+    let soft = usize::from(recipe.soft_labels.is_some());
+    let learned_from: Vec<&str> = recipe.heads.iter().map(|head| &*head.name).collect();
+    let learned_from = &learned_from[..learned_from.len().saturating_sub(soft)];
+    let given: Vec<String> = folders.iter().map(|folder| set_name(folder)).collect::<Result<_>>()?;
+    ensure!(
+        if learned_from.is_empty() { given.len() == 1 } else { given == learned_from },
+        "the run learned from {}; give just that as --data, in that order",
+        if learned_from.is_empty() { "one folder".to_owned() } else { learned_from.join(", ") }
+    );
+    Ok(())
+}
+
 /// The images of a run, as it saw them.
 struct Data {
     dataset: Dataset,
@@ -109,6 +123,7 @@ struct Data {
 
 impl Data {
     fn open(args: &CalibrateArgs, recipe: &Recipe, backbone: &BackboneArtifact) -> Result<Self> {
+        check_order(&args.data, recipe)?;
         let (mut sets, mut classes, mut end) = (Vec::new(), Vec::new(), 0);
         for folder in &args.data {
             let set =
