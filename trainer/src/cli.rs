@@ -684,7 +684,7 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "DIR")]
     pub background: Option<PathBuf>,
     /// Images of the background, spread over the folder.
-    #[arg(long, value_name = "N", default_value_t = 4000, requires = "background")]
+    #[arg(long, value_name = "N", default_value_t = 4000, requires = "background", value_parser = within::<1, { usize::MAX }>)]
     pub background_images: usize,
     /// Where these images come from, with their terms, for the model card.
     #[arg(long, value_name = "TEXT", default_value = "unsaid", requires = "background")]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use model_core::artifact::{BackboneArtifact, Digest, ExpertSetArtifact, read_backbone, read_expert_set};
 use model_core::config::{FloatFormat, TernaryPacking};
@@ -90,7 +90,7 @@ pub fn run(args: &EncodeArgs) -> Result<()> {
 /// Writes a changed backbone and its changed sets into a store, each bound to what was written before.
 ///
 /// # Errors
-/// When an artifact cannot be written, or a set that borrows its experts comes before the one that lends them.
+/// When an artifact cannot be written, the store has another backbone of that name, or a set that borrows its experts comes before the one that lends them.
 pub fn put_sets(
     store: &Store,
     backbone: &BackboneArtifact,
@@ -98,6 +98,15 @@ pub fn put_sets(
 ) -> Result<()> {
     let bytes = backbone.to_bytes().with_context(|| format!("the backbone {}", backbone.name))?;
     let digest = read_backbone(&bytes)?.digest;
+    let path = store.backbone_path(&backbone.name);
+    if path.exists() {
+        let there = load_backbone(&path)?.digest;
+        ensure!(
+            there == digest,
+            "{} is another backbone, {there}, on which its sets rest; give another --store",
+            path.display()
+        );
+    }
     say(&format!("{} {digest}", store.put_backbone(&backbone.name, &bytes)?.display()));
     let mut lenders: HashMap<Digest, Digest> = HashMap::new();
     for (path, mut set) in sets {

@@ -241,7 +241,7 @@ impl Recipe {
     fn validate_products(&self) -> Result<()> {
         ensure!(
             self.products.is_available(),
-            "products are bf16, which this CPU does not multiply; --products f32 trains anywhere"
+            "products are bf16, which this CPU does not multiply; a new run with --products f32 trains anywhere"
         );
         Ok(())
     }

@@ -626,8 +626,16 @@ fn calibrate_gives_trained_sets_a_temperature_and_what_knows_strangers() {
         assert!(set.weights.familiarity.is_some());
         assert_eq!(set.report["images"], held_out, "{}", set.report);
     }
+    let error = fail(&[&given[..], &["--no-unknown", "--set", text(&own)]].concat());
+    assert!(error.contains("is another backbone") && error.contains("give another --store"), "{error}");
+    let another = root.path().join("another");
+    fs::remove_file(other.join("red/0.png")).unwrap();
+    let error = fail(&[&given[..given.len() - 1], &[text(&another), "--set", text(&own)]].concat());
+    assert!(error.contains("the data folder has changed"), "{error}");
+    fs::copy(data.join("train/red/0.png"), other.join("red/0.png")).unwrap();
+    let given = [&given[..given.len() - 1], &[text(&another)]].concat();
     succeed(&[&given[..], &["--no-unknown", "--set", text(&own)]].concat());
-    let second = store.join("expert-sets/data/2.safetensors");
+    let second = another.join("expert-sets/data/1.safetensors");
     assert!(read_expert_set(&fs::read(second).unwrap()).unwrap().weights.familiarity.is_none());
 }
 

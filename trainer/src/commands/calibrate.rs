@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use model_core::artifact::{BackboneArtifact, ExpertSetArtifact};
 use model_core::image::Preprocess;
+use serde_json::Value;
 use teaching::{Calibrated, Examples, MOST_IMAGES, Options, Share};
 
 use super::shared::open_train;
@@ -41,18 +42,17 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
         let first = complete(first, &args.sets[0])?;
         measure_background(&mut backbone, &first, folder, args, threads)?;
     }
-    let recipe = recipe(&sets[0]).with_context(|| args.sets[0].display().to_string())?;
-    let data = Data::open(args, &recipe, &backbone)?;
+    let data = Data::open(args, &sets, &backbone)?;
     for (set, path) in sets.iter_mut().zip(&args.sets) {
         let engine = Integer::new(&backbone, &complete(set, path)?)?;
         let calibrated =
             data.calibrate(&engine, set, &backbone, threads).with_context(|| path.display().to_string())?;
         say(&describe(&set.name, &calibrated));
         set.weights.temperature = calibrated.temperature;
-        if !args.no_unknown {
-            set.weights.familiarity = Some(calibrated.familiarity);
-        }
-        set.report = calibrated.report.summary();
+        (set.weights.familiarity, set.report) = match args.no_unknown {
+            true => (None, Value::Null),
+            false => (Some(calibrated.familiarity), calibrated.report.summary()),
+        };
     }
     put_sets(&store, &backbone, args.sets.iter().cloned().zip(sets))
 }
@@ -73,7 +73,21 @@ fn complete(set: &ExpertSetArtifact, lenders: &[ExpertSetArtifact]) -> Result<Ex
     Ok(set)
 }
 
-/// How the set was trained.
+/// How the sets were trained, all of them in one run.
+fn recipe_of_all(sets: &[ExpertSetArtifact]) -> Result<Recipe> {
+    let mut recipes = sets.iter().map(|set| recipe(set).with_context(|| format!("the set {}", set.name)));
+    let first = recipes.next().context("--set is missing")??;
+    for (other, set) in recipes.zip(&sets[1..]) {
+        ensure!(
+            other? == first,
+            "the sets {} and {} are not of one run; calibrate each by itself",
+            sets[0].name,
+            set.name
+        );
+    }
+    Ok(first)
+}
+
 fn recipe(set: &ExpertSetArtifact) -> Result<Recipe> {
     let recipe = set.training.get("recipe").context("it does not say how it was trained")?;
     serde_json::from_value(recipe.clone()).context("it does not say in words of this version how it was trained")
@@ -94,7 +108,8 @@ fn measure_background(
         background(&features, config.d_model, &args.background_source).with_context(|| folder.display().to_string())?;
     backbone.weights.background = Some(background);
     if let Some(card) = &mut backbone.card {
-        card.data = format!("{}. Background: {}", card.data, args.background_source);
+        let rest = card.data.split(". Background: ").next().unwrap_or_default();
+        card.data = format!("{rest}. Background: {}", args.background_source);
     }
     Ok(())
 }
@@ -122,8 +137,9 @@ struct Data {
 }
 
 impl Data {
-    fn open(args: &CalibrateArgs, recipe: &Recipe, backbone: &BackboneArtifact) -> Result<Self> {
-        check_order(&args.data, recipe)?;
+    fn open(args: &CalibrateArgs, of: &[ExpertSetArtifact], backbone: &BackboneArtifact) -> Result<Self> {
+        let recipe = recipe_of_all(of)?;
+        check_order(&args.data, &recipe)?;
         let (mut sets, mut classes, mut end) = (Vec::new(), Vec::new(), 0);
         for folder in &args.data {
             let set =
@@ -133,6 +149,13 @@ impl Data {
             sets.push(set);
         }
         let dataset = join(sets)?;
+        let before = of[0].training.get("data_fingerprint").and_then(Value::as_str);
+        // Soft labels have classes that are not here.
+        ensure!(
+            recipe.soft_labels.is_some()
+                || before.is_none_or(|before| before == format!("{:016x}", dataset.fingerprint())),
+            "the images are not those that the run learned from: the data folder has changed"
+        );
         let parts = hold_out(&dataset, recipe.hold_out, recipe.seed);
         Ok(Self { dataset, parts, classes })
     }
@@ -154,6 +177,14 @@ impl Data {
         let classes = self.classes_of(set)?;
         let own = |image: &u32| classes.contains(&usize::from(self.dataset.labels[*image as usize]));
         let held: Vec<u32> = self.parts.validation.iter().copied().filter(own).collect();
+        // Where there are several heads, the record of each says it.
+        let before = set.training.pointer("/held_out/images").and_then(Value::as_u64);
+        ensure!(
+            before.is_none_or(|before| before == held.len() as u64),
+            "its run held out {} images, and of these folders {} would be: the data has changed",
+            before.unwrap_or_default(),
+            held.len()
+        );
         ensure!(held.len() <= MOST_IMAGES / 2, "{} images are too many to hold out", held.len());
         let learned: Vec<u32> = self.parts.train.iter().copied().filter(own).collect();
         let some = learned.len().min(MOST_IMAGES - held.len());

@@ -56,6 +56,7 @@ fn summary(checkpoint: &Checkpoint) -> Result<Value> {
         "seconds": state.seconds.round(),
         "held_out": serde_json::to_value(&state.validation)?,
         "angle_start": serde_json::to_value(&state.angle_start)?,
+        "data_fingerprint": format!("{:016x}", state.data_fingerprint),
     }))
 }
 

@@ -247,6 +247,7 @@ impl Tile<'_> {
 }
 
 /// Where the sums of a tile with one panel go, scaled: the first panel column of the tile's first row, and so on.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "AVX-512 alone scales from registers"))]
 struct Scaled<'a> {
     /// From there on, `stride` from row to row.
     out: &'a mut [f32],
@@ -261,6 +262,7 @@ struct Scaled<'a> {
 
 impl Scaled<'_> {
     /// What kernels rely on: `rows` rows.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "AVX-512 alone scales from registers"))]
     #[inline(always)]
     fn check(&self, rows: usize) {
         assert!(rows > 0 && self.out.len() >= (rows - 1) * self.stride + PANEL);
