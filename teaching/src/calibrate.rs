@@ -8,7 +8,7 @@ use crate::{Calibrated, Options, TeachError};
 use model_core::weights::Background;
 
 /// Least images that must be held out: of fewer than 19 none may be called unknown where 95% are to be known.
-pub const FEWEST_HELD_OUT: usize = 19;
+const FEWEST_HELD_OUT: usize = 19;
 
 /// Fits temperature and statistics of a classifier that learned from all `examples` but those `held_out`, which has given
 /// these the `logits [held_out, classes]`. Means and covariance come of what it learned from, everything else of what was held

@@ -23,7 +23,7 @@ use model_core::projection::Projection;
 use model_core::weights::{ExpertLayerWeights, ExpertSetWeights, Familiarity, Linear};
 use serde_json::Value;
 
-pub use calibrate::{FEWEST_HELD_OUT, calibrate};
+pub use calibrate::calibrate;
 pub use examples::{Examples, MOST_CLASSES, MOST_IMAGES, check_counts, is_none_label};
 pub use fit::{memory, teach};
 pub use report::{Calibration, ClassReport, Confusion, FEW_IMAGES, Report, Share, Suspect, UnknownReport};

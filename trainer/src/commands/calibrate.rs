@@ -38,11 +38,12 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let complete =
         |set: &ExpertSetArtifact, path: &Path| complete(set, &lenders).with_context(|| path.display().to_string());
     let threads = threads(args.threads);
+    // Before minutes of work: folders that are not the run's are said at once.
+    let data = Data::open(args, &sets, &backbone)?;
     if let (Some(folder), Some(first)) = (&args.background, sets.first()) {
         let first = complete(first, &args.sets[0])?;
         measure_background(&mut backbone, &first, folder, args, threads)?;
     }
-    let data = Data::open(args, &sets, &backbone)?;
     for (set, path) in sets.iter_mut().zip(&args.sets) {
         let engine = Integer::new(&backbone, &complete(set, path)?)?;
         let calibrated =
@@ -88,6 +89,7 @@ fn recipe_of_all(sets: &[ExpertSetArtifact]) -> Result<Recipe> {
     Ok(first)
 }
 
+/// How the set was trained, by its own record.
 fn recipe(set: &ExpertSetArtifact) -> Result<Recipe> {
     let recipe = set.training.get("recipe").context("it does not say how it was trained")?;
     serde_json::from_value(recipe.clone()).context("it does not say in words of this version how it was trained")
