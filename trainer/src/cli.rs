@@ -689,6 +689,9 @@ pub struct CalibrateArgs {
     /// Where these images come from, with their terms, for the model card.
     #[arg(long, value_name = "TEXT", default_value = "unsaid", requires = "background")]
     pub background_source: String,
+    /// Where the images of --data come from, with their terms, for the model card inside the backbone.
+    #[arg(long, value_name = "TEXT")]
+    pub data_source: Option<String>,
     /// Threads that compute [default: one per core]. Does not change the result.
     #[arg(long)]
     pub threads: Option<usize>,

@@ -602,6 +602,8 @@ fn calibrate_gives_trained_sets_a_temperature_and_what_knows_strangers() {
     assert!(error.contains("give the set that lends them"), "{error}");
     let error = fail(&[&given[..2], &[first], &given[5..], &["--set", text(&own), text(&borrower)]].concat());
     assert!(error.contains("the run learned from data, other; give just that as --data, in that order"), "{error}");
+    let error = fail(&[&given[..], &["--data-source", "drawn", "--set", text(&own), text(&borrower)]].concat());
+    assert!(error.contains("no model card, in which --data-source would stand"), "{error}");
     assert!(!store.exists());
 
     let everything = root.path().join("everything/all");

@@ -23,6 +23,10 @@ use crate::stop::Stop;
 use crate::store::{Store, load_backbone, load_set};
 use crate::terminal::say;
 
+/// What stands in a card's words about data in front of what the blocks, and the background, are from.
+const BLOCKS: &str = ". Blocks: ";
+const BACKGROUND: &str = ". Background: ";
+
 /// `calibrate`: fits temperature and statistics to what was held out of a run, and writes its sets with them.
 ///
 /// # Errors
@@ -30,6 +34,11 @@ use crate::terminal::say;
 pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let store = Store::new(&args.store);
     let mut backbone = load_backbone(&args.backbone)?;
+    ensure!(
+        args.data_source.is_none() || backbone.card.is_some(),
+        "the backbone {} has no model card, in which --data-source would stand",
+        backbone.name
+    );
     let mut sets = Vec::new();
     for path in &args.sets {
         sets.push(load_set(path, &backbone)?);
@@ -43,6 +52,10 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     if let (Some(folder), Some(first)) = (&args.background, sets.first()) {
         let first = complete(first, &args.sets[0])?;
         measure_background(&mut backbone, &first, folder, args, threads)?;
+    }
+    if let Some(card) = &mut backbone.card {
+        let background = args.background.as_ref().map(|_| &*args.background_source);
+        card.data = describe_data(&card.data, args.data_source.as_deref(), background);
     }
     for (set, path) in sets.iter_mut().zip(&args.sets) {
         let engine = Integer::new(&backbone, &complete(set, path)?)?;
@@ -109,11 +122,22 @@ fn measure_background(
     let background =
         background(&features, config.d_model, &args.background_source).with_context(|| folder.display().to_string())?;
     backbone.weights.background = Some(background);
-    if let Some(card) = &mut backbone.card {
-        let rest = card.data.split(". Background: ").next().unwrap_or_default();
-        card.data = format!("{rest}. Background: {}", args.background_source);
-    }
     Ok(())
+}
+
+/// What a card says of data, with these words of blocks and background in place of those before.
+fn describe_data(before: &str, blocks: Option<&str>, background: Option<&str>) -> String {
+    let (rest, background_before) = split(before, BACKGROUND);
+    let (stem, blocks_before) = split(rest, BLOCKS);
+    let mut data = stem.to_owned();
+    for (part, text) in [(BLOCKS, blocks.or(blocks_before)), (BACKGROUND, background.or(background_before))] {
+        data += &text.map_or_else(String::new, |text| format!("{part}{text}"));
+    }
+    data
+}
+
+fn split<'a>(text: &'a str, part: &str) -> (&'a str, Option<&'a str>) {
+    text.split_once(part).map_or((text, None), |(rest, part)| (rest, Some(part)))
 }
 
 /// Which images were held out goes by the place of their class among all classes of the run.
@@ -244,4 +268,19 @@ fn describe(name: &str, calibrated: &Calibrated) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::describe_data;
+
+    #[test]
+    fn cards_say_once_what_blocks_and_background_are_from() {
+        let said = describe_data("weights: A", None, Some("B"));
+        assert_eq!(said, "weights: A. Background: B");
+        let said = describe_data(&said, Some("C, MIT"), None);
+        assert_eq!(said, "weights: A. Blocks: C, MIT. Background: B");
+        assert_eq!(describe_data(&said, Some("D"), Some("E")), "weights: A. Blocks: D. Background: E");
+        assert_eq!(describe_data(&said, None, None), said);
+    }
 }
