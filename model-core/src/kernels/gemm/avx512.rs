@@ -5,9 +5,10 @@
 //! broadcasts, so they cost no instruction.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_add_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_maskz_loadu_epi8, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_set1_epi8, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
+    __m512i, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_maskz_loadu_epi8, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps,
+    _mm512_storeu_si512,
 };
 
 use super::{Acc, GROUP_BYTES, GROUPS, Kernel, MAX_TILE_ROWS, Packed, Scaled, Sink, Tile};
@@ -26,6 +27,7 @@ pub(super) unsafe fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut S
 impl Kernel for Avx512 {
     const TILE_ROWS: usize = MAX_TILE_ROWS;
     const UNSIGNED_INT8: bool = true;
+    const SCALES: bool = true;
 
     /// Ternary or not, weights are unsigned bytes.
     unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
@@ -41,6 +43,13 @@ impl Kernel for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn scaled_dots_of_two_bits(rows: usize, tile: Tile<'_>, packed: &[u8], scaled: &mut Scaled<'_>) -> bool {
+        // SAFETY: passed on to the caller.
+        unsafe { for_rows_scaled_two_bits(rows, tile, packed, scaled) };
+        true
+    }
+
+    #[inline(always)]
     unsafe fn sum(row: &[i8]) -> i32 {
         // SAFETY: passed on to the caller.
         unsafe { sum(row) }
@@ -49,36 +58,37 @@ impl Kernel for Avx512 {
 
 /// Makes a function that turns `rows` into a constant, so that the accumulators are registers.
 macro_rules! for_rows {
-    ($name:ident, $dots:ident, $out:ty) => {
+    ($name:ident, $dots:ident, [$($two_bits:literal)?], $out:ty) => {
         /// # Safety
         /// The CPU has these features.
         #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
         unsafe fn $name(rows: usize, tile: Tile<'_>, weights: &[u8], out: $out) {
             match rows {
-                1 => $dots::<1>(tile, weights, out),
-                2 => $dots::<2>(tile, weights, out),
-                3 => $dots::<3>(tile, weights, out),
-                4 => $dots::<4>(tile, weights, out),
-                5 => $dots::<5>(tile, weights, out),
-                6 => $dots::<6>(tile, weights, out),
-                7 => $dots::<7>(tile, weights, out),
-                8 => $dots::<8>(tile, weights, out),
-                9 => $dots::<9>(tile, weights, out),
-                10 => $dots::<10>(tile, weights, out),
-                11 => $dots::<11>(tile, weights, out),
-                12 => $dots::<12>(tile, weights, out),
-                13 => $dots::<13>(tile, weights, out),
-                14 => $dots::<14>(tile, weights, out),
-                15 => $dots::<15>(tile, weights, out),
-                16 => $dots::<16>(tile, weights, out),
+                1 => $dots::<1 $(, $two_bits)?>(tile, weights, out),
+                2 => $dots::<2 $(, $two_bits)?>(tile, weights, out),
+                3 => $dots::<3 $(, $two_bits)?>(tile, weights, out),
+                4 => $dots::<4 $(, $two_bits)?>(tile, weights, out),
+                5 => $dots::<5 $(, $two_bits)?>(tile, weights, out),
+                6 => $dots::<6 $(, $two_bits)?>(tile, weights, out),
+                7 => $dots::<7 $(, $two_bits)?>(tile, weights, out),
+                8 => $dots::<8 $(, $two_bits)?>(tile, weights, out),
+                9 => $dots::<9 $(, $two_bits)?>(tile, weights, out),
+                10 => $dots::<10 $(, $two_bits)?>(tile, weights, out),
+                11 => $dots::<11 $(, $two_bits)?>(tile, weights, out),
+                12 => $dots::<12 $(, $two_bits)?>(tile, weights, out),
+                13 => $dots::<13 $(, $two_bits)?>(tile, weights, out),
+                14 => $dots::<14 $(, $two_bits)?>(tile, weights, out),
+                15 => $dots::<15 $(, $two_bits)?>(tile, weights, out),
+                16 => $dots::<16 $(, $two_bits)?>(tile, weights, out),
                 _ => unreachable!("a tile has 1..=16 rows"),
             }
         }
     };
 }
 
-for_rows!(for_rows, dots, &mut Acc);
-for_rows!(for_rows_scaled, scaled_dots, &mut Scaled<'_>);
+for_rows!(for_rows, dots, [], &mut Acc);
+for_rows!(for_rows_scaled, scaled_dots, [false], &mut Scaled<'_>);
+for_rows!(for_rows_scaled_two_bits, scaled_dots, [true], &mut Scaled<'_>);
 
 /// One function with everything in it, so that `sums` are registers whatever the inliner thinks of the driver.
 #[inline(never)]
@@ -93,7 +103,7 @@ fn dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
         }
     }
     // SAFETY: this function has the features; checked above.
-    unsafe { add_dots(tile, weights, &mut sums) };
+    unsafe { add_dots::<ROWS, false>(tile, weights, &mut sums) };
     for r in 0..ROWS {
         // SAFETY: a row of `acc` is 64 bytes, and there are `ROWS` (checked above).
         unsafe { _mm512_storeu_si512(acc[r].as_mut_ptr().cast(), sums[r]) };
@@ -103,22 +113,25 @@ fn dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], acc: &mut Acc) {
 /// The same for all of k, with the sums scaled on their way from registers to the output.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn scaled_dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], scaled: &mut Scaled<'_>) {
-    tile.check_reads(ROWS, weights);
+fn scaled_dots<const ROWS: usize, const TWO_BITS: bool>(tile: Tile<'_>, weights: &[u8], scaled: &mut Scaled<'_>) {
+    tile.check_reads(ROWS, weights, if TWO_BITS { 4 } else { 1 });
     scaled.check(ROWS);
     let mut sums = [_mm512_setzero_si512(); ROWS];
+    for r in 0..ROWS {
+        // Sums wrap, so that what is to be subtracted may come first.
+        sums[r] = _mm512_set1_epi32(-scaled.corrections[r]);
+    }
     // SAFETY: this function has the features; checked above.
-    unsafe { add_dots(tile, weights, &mut sums) };
+    unsafe { add_dots::<ROWS, TWO_BITS>(tile, weights, &mut sums) };
     // SAFETY: an array of sixteen floats.
     let scale = unsafe { _mm512_loadu_ps(scaled.scale.as_ptr()) };
     let (out, stride) = (scaled.out.as_mut_ptr(), scaled.stride);
-    let (steps, corrections) = (scaled.steps.as_ptr(), scaled.corrections.as_ptr());
+    let steps = scaled.steps.as_ptr();
     let mut products = [_mm512_setzero_ps(); ROWS];
     for r in 0..ROWS {
-        // SAFETY: there are `ROWS` steps and corrections (checked above).
-        let (step, correction) = unsafe { (*steps.add(r), *corrections.add(r)) };
-        let dots = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r], _mm512_set1_epi32(correction)));
-        products[r] = _mm512_mul_ps(_mm512_mul_ps(dots, _mm512_set1_ps(step)), scale);
+        // SAFETY: there are `ROWS` steps (checked above).
+        let step = _mm512_set1_ps(unsafe { *steps.add(r) });
+        products[r] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r]), step), scale);
     }
     if let Some(bias) = scaled.bias {
         // SAFETY: an array of sixteen floats.
@@ -133,19 +146,26 @@ fn scaled_dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], scaled: &mut S
     }
 }
 
-/// Adds the products of a tile.
+/// Adds the products of a tile, whose weights are bytes or `TWO_BITS`.
 ///
 /// # Safety
 /// The CPU has the kernel's features, and `tile` and `weights` were checked for `ROWS` rows.
 #[inline(always)]
-unsafe fn add_dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], sums: &mut [__m512i; ROWS]) {
+unsafe fn add_dots<const ROWS: usize, const TWO_BITS: bool>(
+    tile: Tile<'_>,
+    weights: &[u8],
+    sums: &mut [__m512i; ROWS],
+) {
     for block in 0..tile.blocks {
         let (lhs, stride) = tile.lhs_block(block);
-        // SAFETY: `weights` has the groups of `blocks` blocks, of 64 bytes each, as the caller vouches.
-        let load = |group: usize| unsafe {
-            _mm512_loadu_si512(weights.as_ptr().add((block * GROUPS + group) * GROUP_BYTES).cast())
+        // SAFETY: the caller vouches for the features, and `weights` has the groups of `blocks` blocks, of 64 bytes each,
+        // or 64 bytes for all groups of a block.
+        let w = unsafe {
+            match TWO_BITS {
+                true => two_bits(weights.as_ptr().add(block * GROUP_BYTES)),
+                false => bytes(weights.as_ptr().add(block * GROUPS * GROUP_BYTES)),
+            }
         };
-        let w: [__m512i; GROUPS] = [load(0), load(1), load(2), load(3)];
         for r in 0..ROWS {
             for (i, &w) in w.iter().enumerate() {
                 // SAFETY: the caller vouches for the features, and `lhs_block` gives 16 bytes in each of `ROWS` rows; these
@@ -157,6 +177,38 @@ unsafe fn add_dots<const ROWS: usize>(tile: Tile<'_>, weights: &[u8], sums: &mut
             }
         }
     }
+}
+
+/// The groups of a block.
+///
+/// # Safety
+/// `weights` is valid for them, 64 bytes each.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn bytes(weights: *const u8) -> [__m512i; GROUPS] {
+    // SAFETY: passed on to the caller.
+    let load = |group: usize| unsafe { _mm512_loadu_si512(weights.add(group * GROUP_BYTES).cast()) };
+    [load(0), load(1), load(2), load(3)]
+}
+
+/// The groups of a block, two bits a weight: what `pack::unpack_groups` writes.
+///
+/// # Safety
+/// `packed` is valid for 64 bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn two_bits(packed: *const u8) -> [__m512i; GROUPS] {
+    // SAFETY: passed on to the caller.
+    let packed = unsafe { _mm512_loadu_si512(packed.cast()) };
+    // Bits that cross from one byte of a lane to the other are masked.
+    let mask = _mm512_set1_epi8(3);
+    let group = |shifted: __m512i| _mm512_and_si512(shifted, mask);
+    [
+        group(packed),
+        group(_mm512_srli_epi16::<2>(packed)),
+        group(_mm512_srli_epi16::<4>(packed)),
+        group(_mm512_srli_epi16::<6>(packed)),
+    ]
 }
 
 /// Products with ones: four codes an instruction and lane.

@@ -25,7 +25,8 @@
 //! - **Columns sit in lanes, four k at a time**: a 32-bit lane holds four consecutive k of one column, which is what
 //!   `vpdpbusd` and `sdot` reduce, and an activation is a broadcast of four bytes. No horizontal sums.
 //! - **Ternary weights stay packed until they are needed**, at two bits or five to a byte: a byte holds the same lane of
-//!   four or five successive k groups, so unpacking is a few operations a register, and its result serves 64 rows.
+//!   four or five successive k groups, so unpacking is a few operations a register, and its result serves 64 rows. With
+//!   AVX-512 two bits are unpacked in registers, for a tile at a time, beside products that leave those units idle.
 //! - **Unsigned weights**: x86 multiplies u8 by i8, so weights are stored as w + offset, and `offset * sum(lhs row)` is
 //!   subtracted once per output. For ternary w + 1 in {0, 1, 2} the products are so small that `vpmaddubsw` and `smlal`
 //!   sum many of them in 16 bits.
@@ -96,6 +97,9 @@ const MAX_TILE_ROWS: usize = 16;
 
 /// Rows of `lhs` that share the unpacking of a panel: a multiple of every kernel's tile.
 const UNPACK_ROWS: usize = 64;
+
+/// Rows of `lhs` that go through int8 panels together, where sums are scaled in registers: one tile, as in [`drive`].
+const INT8_ROWS: usize = 16;
 
 /// Blocks of a panel that are unpacked at a time: 1024 columns, 16 kB.
 const SEGMENT: usize = 64;
@@ -234,15 +238,15 @@ impl Tile<'_> {
     #[inline(always)]
     fn check(&self, rows: usize, weights: &[u8], acc: &Acc) {
         assert!(acc.len() >= rows);
-        self.check_reads(rows, weights);
+        self.check_reads(rows, weights, 1);
     }
 
-    /// What they rely on before they read.
+    /// What they rely on before they read weights, `per_byte` in a byte.
     #[inline(always)]
-    fn check_reads(&self, rows: usize, weights: &[u8]) {
+    fn check_reads(&self, rows: usize, weights: &[u8], per_byte: usize) {
         assert!(self.lhs.len() >= rows * self.cols && self.tail.len() >= rows);
         assert!(self.first_block + self.blocks <= self.cols.div_ceil(K_BLOCK));
-        assert!(weights.len() >= self.blocks * GROUPS * GROUP_BYTES);
+        assert!(weights.len() >= self.blocks * GROUPS * GROUP_BYTES / per_byte);
     }
 }
 
@@ -280,6 +284,8 @@ trait Kernel {
     const TILE_ROWS: usize;
     /// Whether int8 weights are stored as w + 128.
     const UNSIGNED_INT8: bool;
+    /// Whether it scales sums while they are in registers.
+    const SCALES: bool = false;
 
     /// Writes the products of a tile of `rows` rows to `acc[..rows]`, where `rows` is in `1..=TILE_ROWS`, or adds them if
     /// the tile does not begin with the first block. `weights` has the
@@ -296,6 +302,16 @@ trait Kernel {
     /// The CPU has the kernel's instruction set.
     #[inline(always)]
     unsafe fn scaled_dots(_rows: usize, _tile: Tile<'_>, _weights: &[u8], _scaled: &mut Scaled<'_>) -> bool {
+        false
+    }
+
+    /// The same with weights of two bits as they rest in memory, unpacked in registers. A kernel can do both, or
+    /// neither of the two.
+    ///
+    /// # Safety
+    /// The CPU has the kernel's instruction set.
+    #[inline(always)]
+    unsafe fn scaled_dots_of_two_bits(_rows: usize, _tile: Tile<'_>, _packed: &[u8], _scaled: &mut Scaled<'_>) -> bool {
         false
     }
 
@@ -365,11 +381,82 @@ fn matmul(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) -> Result
 #[inline(always)]
 fn drive<K: Kernel>(weights: &Packed, lhs: &[i8], m: usize, sink: &mut Sink<'_>) {
     match weights.format {
+        Format::TwoBits | Format::Int8 if K::SCALES && weights.rows.is_multiple_of(PANEL) => {
+            if let Sink::Scaled { out, steps, scale, bias } = sink {
+                return drive_scaled::<K>(weights, lhs, (out, steps), scale, *bias);
+            }
+        }
+        _ => {}
+    }
+    match weights.format {
         Format::TwoBits | Format::FiveTrits => {
             drive_rows::<K, UNPACK_ROWS, UNPACKED_BYTES>(weights, lhs, m, UNPACK_ROWS, sink);
         }
         // Nothing is unpacked: a tile's activations stay in the first-level cache while the weights pass by.
         Format::Int8 => drive_rows::<K, MAX_TILE_ROWS, 0>(weights, lhs, m, K::TILE_ROWS, sink),
+    }
+}
+
+/// The loops around a micro-kernel that scales, where nothing but the product itself has to be written.
+#[inline(always)]
+fn drive_scaled<K: Kernel>(
+    weights: &Packed,
+    lhs: &[i8],
+    (out, steps): (&mut [f32], &[f32]),
+    scales: &Scales,
+    bias: Option<&[f32]>,
+) {
+    let (cols, columns, m) = (weights.cols, weights.rows, steps.len());
+    let blocks = cols.div_ceil(K_BLOCK);
+    let panel_bytes = blocks * GROUPS * GROUP_BYTES / pack::per_byte(weights.format);
+    let rows_at_once = if weights.format == Format::Int8 { INT8_ROWS } else { UNPACK_ROWS };
+    let (mut tail, mut corrections) = ([[0; K_BLOCK]; UNPACK_ROWS], [0; UNPACK_ROWS]);
+    let mut first = 0;
+    while first < m {
+        let rows = (m - first).div_ceil((m - first).div_ceil(rows_at_once));
+        let lhs = &lhs[first * cols..][..rows * cols];
+        read_rows::<K>(weights, lhs, &mut tail, &mut corrections);
+        for column in (0..columns).step_by(PANEL) {
+            let mut scale = [0.0; PANEL];
+            scales.read(column, &mut scale);
+            let bias = bias.and_then(|bias| bias[column..].first_chunk());
+            let panel = &weights.panels[column / PANEL * panel_bytes..][..panel_bytes];
+            let mut row = 0;
+            while row < rows {
+                let tile_rows = (rows - row).div_ceil((rows - row).div_ceil(K::TILE_ROWS));
+                let tile = Tile { lhs: &lhs[row * cols..], cols, tail: &tail[row..], first_block: 0, blocks };
+                let out = &mut out[(first + row) * columns + column..];
+                let (steps, corrections) = (&steps[first + row..], &corrections[row..]);
+                let mut scaled = Scaled { out, stride: columns, steps, corrections, scale: &scale, bias };
+                // SAFETY: the caller of the entry vouched for the instruction set.
+                unsafe {
+                    match weights.format {
+                        Format::TwoBits => K::scaled_dots_of_two_bits(tile_rows, tile, panel, &mut scaled),
+                        _ => K::scaled_dots(tile_rows, tile, panel, &mut scaled),
+                    };
+                }
+                row += tile_rows;
+            }
+        }
+        first += rows;
+    }
+}
+
+/// Notes of rows of activations what does not depend on the panel: their last columns, and what to subtract from sums.
+#[inline(always)]
+fn read_rows<K: Kernel>(weights: &Packed, lhs: &[i8], tail: &mut [[i8; K_BLOCK]], corrections: &mut [i32]) {
+    let offset = match weights.format {
+        Format::TwoBits | Format::FiveTrits => 1,
+        Format::Int8 if K::UNSIGNED_INT8 => 128,
+        Format::Int8 => 0,
+    };
+    for (r, row) in lhs.chunks_exact(weights.cols.max(1)).enumerate() {
+        let rest = row.chunks_exact(K_BLOCK).remainder();
+        tail[r][..rest.len()].copy_from_slice(rest);
+        if offset != 0 {
+            // SAFETY: the caller of the entry vouched for the instruction set.
+            corrections[r] = offset * unsafe { K::sum(row) };
+        }
     }
 }
 
@@ -384,11 +471,6 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
 ) {
     let cols = weights.cols;
     let panels = weights.rows.div_ceil(PANEL);
-    let offset = match weights.format {
-        Format::TwoBits | Format::FiveTrits => 1,
-        Format::Int8 if K::UNSIGNED_INT8 => 128,
-        Format::Int8 => 0,
-    };
     let (mut unpacked, mut acc) = (Aligned([0; UNPACKED]), Aligned([[[0; PANEL]; ROWS]; PANELS_AT_ONCE]));
     let (unpacked, acc) = (&mut unpacked.0, &mut acc.0);
     let mut tail = [[0; K_BLOCK]; ROWS];
@@ -398,14 +480,7 @@ fn drive_rows<K: Kernel, const ROWS: usize, const UNPACKED: usize>(
         // Nearly equal shares: 65 rows run as 33 + 32.
         let rows = (m - first).div_ceil((m - first).div_ceil(ROWS.min(rows_at_once)));
         let lhs = &lhs[first * cols..][..rows * cols];
-        for (r, row) in lhs.chunks_exact(cols.max(1)).enumerate() {
-            let rest = row.chunks_exact(K_BLOCK).remainder();
-            tail[r][..rest.len()].copy_from_slice(rest);
-            if offset != 0 {
-                // SAFETY: the caller of the entry vouched for the instruction set.
-                corrections[r] = offset * unsafe { K::sum(row) };
-            }
-        }
+        read_rows::<K>(weights, lhs, &mut tail, &mut corrections);
         for first_panel in (0..panels).step_by(PANELS_AT_ONCE) {
             let last_panel = panels.min(first_panel + PANELS_AT_ONCE);
             let columns = first_panel * PANEL..weights.rows.min(last_panel * PANEL);

@@ -209,23 +209,26 @@ mod tests {
 
     #[test]
     fn scaled_products_are_the_same_floats_on_every_isa() {
-        let (m, n, k) = (33, 37, 300);
-        let codes: Vec<i8> = (0..n * k).map(|i| (i * 7 % 3) as i8 - 1).collect();
-        let lhs: Vec<i8> = (0..m * k).map(|i| (i * 31 % 255) as u8 as i8).collect();
-        // Values that half precision has, too.
-        let scale: Vec<f32> = (0..n).map(|i| (i + 5) as f32 / 1024.0).collect();
-        let steps: Vec<f32> = (0..m).map(|i| 0.02 + i as f32 * 0.001).collect();
-        let dots = definition(&codes, &lhs, m, n, k);
-        let expected: Vec<f32> =
-            dots.iter().enumerate().map(|(i, &dot)| dot as f32 * steps[i / n] * scale[i % n]).collect();
-        for (isa, storage) in Isa::available().flat_map(|isa| STORAGES.map(|storage| (isa, storage))) {
-            let packed = PackedTernary::pack(isa, storage, &codes, &scale, [n, k]).unwrap();
-            let mut out = vec![f32::NAN; m * n];
-            packed.matmul(&lhs, &steps, &mut out).unwrap();
-            assert_eq!(out, expected, "{isa} {storage:?}");
-            let doubled: Vec<f32> = scale.iter().map(|scale| 2.0 * scale).collect();
-            packed.with_scale(&doubled).unwrap().matmul(&lhs, &steps, &mut out).unwrap();
-            assert!(out.iter().zip(&expected).all(|(got, expected)| *got == 2.0 * expected), "{isa} {storage:?}");
+        // Whole panels, and not; fewer columns than a block has, whole blocks, and more than a segment has.
+        for [m, n, k] in [[33, 37, 300], [33, 48, 300], [1, 16, 5], [130, 32, 64], [70, 16, 1100]] {
+            let codes: Vec<i8> = (0..n * k).map(|i| (i * 7 % 3) as i8 - 1).collect();
+            let lhs: Vec<i8> = (0..m * k).map(|i| (i * 31 % 255) as u8 as i8).collect();
+            // Values that half precision has, too.
+            let scale: Vec<f32> = (0..n).map(|i| (i + 5) as f32 / 1024.0).collect();
+            let steps: Vec<f32> = (0..m).map(|i| 0.02 + i as f32 * 0.001).collect();
+            let dots = definition(&codes, &lhs, m, n, k);
+            let expected: Vec<f32> =
+                dots.iter().enumerate().map(|(i, &dot)| dot as f32 * steps[i / n] * scale[i % n]).collect();
+            for (isa, storage) in Isa::available().flat_map(|isa| STORAGES.map(|storage| (isa, storage))) {
+                let packed = PackedTernary::pack(isa, storage, &codes, &scale, [n, k]).unwrap();
+                let mut out = vec![f32::NAN; m * n];
+                packed.matmul(&lhs, &steps, &mut out).unwrap();
+                assert_eq!(out, expected, "{isa} {storage:?} {m}x{n}x{k}");
+                let doubled: Vec<f32> = scale.iter().map(|scale| 2.0 * scale).collect();
+                packed.with_scale(&doubled).unwrap().matmul(&lhs, &steps, &mut out).unwrap();
+                let doubles = out.iter().zip(&expected).all(|(got, expected)| *got == 2.0 * expected);
+                assert!(doubles, "{isa} {storage:?} {m}x{n}x{k}");
+            }
         }
     }
 
