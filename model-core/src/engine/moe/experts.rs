@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::config::{BackboneShape, ExpertConfig, FloatFormat, SubstrateConfig, TernaryPacking};
 use crate::kernels::gemm::float::{PANEL, Rows, RowsMut, matmul_panels};
-use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary, Scales, TernaryStorage};
+use crate::kernels::{Isa, KernelError, LaneOrder, PackedAngles, PackedTernary, Scales, TernaryStorage, vectorized};
 use crate::weights::{ExpertLayerWeights, Ternary};
 
 /// Why the kernels called here cannot refuse.
@@ -184,14 +184,17 @@ impl ExpertLayer {
             let mut scales = [0.0; PANEL];
             self.router_scale.read(first, &mut scales);
             let scale = &scales[..n];
-            match &self.router {
-                RouterCodes::Bits4(all) => {
-                    let half = d_model.div_ceil(2);
-                    decode_nibbles(&all[first * half..][..n * half], scale, &mut panel[..n * d_model]);
-                }
-                RouterCodes::Bits8(all) => decode_router(&all[codes], scale, panel),
-                RouterCodes::Bits16(all) => decode_router(&all[codes], scale, panel),
-            }
+            vectorized(
+                #[inline(always)]
+                || match &self.router {
+                    RouterCodes::Bits4(all) => {
+                        let half = d_model.div_ceil(2);
+                        decode_nibbles(&all[first * half..][..n * half], scale, &mut panel[..n * d_model]);
+                    }
+                    RouterCodes::Bits8(all) => decode_router(&all[codes], scale, panel),
+                    RouterCodes::Bits16(all) => decode_router(&all[codes], scale, panel),
+                },
+            );
             let lhs = Rows { data: tokens, stride: d_model };
             let out = RowsMut { data: &mut logits[first..], stride: self.num_experts };
             matmul_panels(isa, tokens.len() / d_model, lhs, panel, None, n, d_model, out);
@@ -199,6 +202,7 @@ impl ExpertLayer {
     }
 }
 
+#[inline(always)]
 fn decode_router<T: Copy + Into<f32>>(codes: &[T], scale: &[f32], panel: &mut [f32]) {
     let width = scale.len();
     for (out, codes) in panel.chunks_exact_mut(width).zip(codes.chunks_exact(width)) {
@@ -209,17 +213,21 @@ fn decode_router<T: Copy + Into<f32>>(codes: &[T], scale: &[f32], panel: &mut [f
 }
 
 /// One panel of [`RouterCodes::Bits4`].
+#[inline(always)]
 fn decode_nibbles(codes: &[u8], scale: &[f32], panel: &mut [f32]) {
-    let width = scale.len();
     let (low, high) = panel.split_at_mut(codes.len());
-    let rows = |out: &mut [f32], value: fn(u8) -> i8| {
-        for (out, codes) in out.chunks_exact_mut(width).zip(codes.chunks_exact(width)) {
-            for ((out, &code), scale) in out.iter_mut().zip(codes).zip(scale) {
-                *out = f32::from(value(code)) * scale;
-            }
+    decode_half::<false>(codes, scale, low);
+    decode_half::<true>(codes, scale, high);
+}
+
+#[inline(always)]
+fn decode_half<const HIGH: bool>(codes: &[u8], scale: &[f32], out: &mut [f32]) {
+    let width = scale.len();
+    for (out, codes) in out.chunks_exact_mut(width).zip(codes.chunks_exact(width)) {
+        for ((out, &code), scale) in out.iter_mut().zip(codes).zip(scale) {
+            // Shifts of signed numbers keep the sign.
+            let code = if HIGH { code } else { code << 4 };
+            *out = f32::from(code.cast_signed() >> 4) * scale;
         }
-    };
-    // Shifts of signed numbers keep the sign.
-    rows(low, |code| (code << 4).cast_signed() >> 4);
-    rows(high, |code| code.cast_signed() >> 4);
+    }
 }
