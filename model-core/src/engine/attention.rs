@@ -2,8 +2,9 @@
 
 use super::lines::Lines;
 use crate::kernels::Isa;
-use crate::kernels::gemm::float::{Rows, RowsMut, matmul_panels, panels_len, panels_mut};
+use crate::kernels::gemm::float::{Rows, RowsMut, matmul_panels, panels_len, panels_mut, whole_panels_mut};
 use crate::kernels::softmax::softmax;
+use crate::kernels::transpose::transpose;
 
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 32;
@@ -66,12 +67,9 @@ impl Head<'_> {
 
     fn pack_keys(&self, k: &[f32], panels: &mut [f32]) {
         let (head_dim, stride) = (self.head_dim, 3 * self.d_model);
-        for (first, rows) in panels_mut(self.tokens, head_dim, panels) {
-            for (feature, values) in rows.enumerate() {
-                for (i, value) in values.iter_mut().enumerate() {
-                    *value = k[(first + i) * stride + feature];
-                }
-            }
+        for (first, width, panel) in whole_panels_mut(self.tokens, head_dim, panels) {
+            let from = Rows { data: &k[first * stride..], stride };
+            transpose(self.isa, [width, head_dim], from, RowsMut { data: panel, stride: width });
         }
     }
 

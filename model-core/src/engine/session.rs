@@ -336,7 +336,7 @@ impl Pass {
             let Norm { gamma, beta } = &block.norm2;
             layer_norm(isa, x, gamma, beta, LAYER_NORM_EPS, out);
             for (natural, ordered) in out.chunks_exact(d_model).zip(normed.chunks_exact_mut(d_model)) {
-                order.permute_row(natural, ordered);
+                order.permute_row(isa, natural, ordered);
             }
         });
     }

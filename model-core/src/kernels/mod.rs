@@ -21,6 +21,7 @@ pub mod router;
 mod scales;
 mod simd;
 pub mod softmax;
+pub mod transpose;
 
 pub use depthwise::PackedDepthwise;
 pub use error::KernelError;

@@ -62,6 +62,20 @@ pub(super) trait Simd: Copy {
     /// `codes` is valid for reading [`Simd::LANES`] bytes.
     unsafe fn cos_sin_ptr(self, turn: &Turn, codes: *const u8) -> (Self::V, Self::V);
 
+    /// Writes the transpose of [`BLOCK`] rows of as many floats, whose rows are `stride` and `to_stride` apart.
+    ///
+    /// # Safety
+    /// `from` is valid for reading those rows, and `to` for writing as many.
+    #[inline(always)]
+    unsafe fn transpose_ptr(self, from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+        for j in 0..BLOCK {
+            for i in 0..BLOCK {
+                // SAFETY: row i of the one and row j of the other, for which the caller vouches.
+                unsafe { *to.add(j * to_stride + i) = *from.add(i * stride + j) };
+            }
+        }
+    }
+
     /// The first [`Simd::LANES`] floats of `from`.
     #[inline(always)]
     fn load(self, from: &[f32]) -> Self::V {
@@ -132,6 +146,9 @@ pub(super) trait Simd: Copy {
         }
     }
 }
+
+/// Rows and columns of what [`Simd::transpose_ptr`] transposes.
+pub(super) const BLOCK: usize = 16;
 
 /// Most floats in any [`Simd::V`].
 pub(super) const MAX_LANES: usize = 16;
@@ -296,7 +313,7 @@ impl Simd for Portable {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Simd, Turn, Work};
+    use super::{BLOCK, Simd, Turn, Work};
 
     /// Reached only through [`run_avx2`]; the private field keeps other modules from making one.
     #[derive(Clone, Copy)]
@@ -419,6 +436,37 @@ mod x86 {
                 };
                 let ([c1, s1], [c2, s2]) = ([lookup(0, 0), lookup(0, 1)], [lookup(1, 0), lookup(1, 1)]);
                 (_mm512_fnmadd_ps(s1, s2, _mm512_mul_ps(c1, c2)), _mm512_fmadd_ps(s1, c2, _mm512_mul_ps(c1, s2)))
+            }
+        }
+        /// In four steps: floats of two rows, then pairs of them change places in each quarter of a register, and then
+        /// the quarters do so twice.
+        #[inline(always)]
+        unsafe fn transpose_ptr(self, from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+            // SAFETY: the token proves AVX-512F; the caller vouches for sixteen floats in each of sixteen rows.
+            unsafe {
+                let (mut pairs, mut fours) = ([_mm512_setzero_ps(); BLOCK], [_mm512_setzero_pd(); BLOCK]);
+                for i in (0..BLOCK).step_by(2) {
+                    let (a, b) = (_mm512_loadu_ps(from.add(i * stride)), _mm512_loadu_ps(from.add((i + 1) * stride)));
+                    (pairs[i], pairs[i + 1]) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                }
+                for i in (0..BLOCK).step_by(4) {
+                    for half in 0..2 {
+                        let (a, b) = (_mm512_castps_pd(pairs[i + half]), _mm512_castps_pd(pairs[i + half + 2]));
+                        fours[i + 2 * half] = _mm512_unpacklo_pd(a, b);
+                        fours[i + 2 * half + 1] = _mm512_unpackhi_pd(a, b);
+                    }
+                }
+                for column in 0..4 {
+                    let (a, b) = (_mm512_castpd_ps(fours[column]), _mm512_castpd_ps(fours[column + 4]));
+                    let (c, d) = (_mm512_castpd_ps(fours[column + 8]), _mm512_castpd_ps(fours[column + 12]));
+                    let even = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+                    let odd = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                    let at = |quarter: usize| to.add((4 * quarter + column) * to_stride);
+                    _mm512_storeu_ps(at(0), _mm512_shuffle_f32x4::<0x88>(even.0, even.1));
+                    _mm512_storeu_ps(at(1), _mm512_shuffle_f32x4::<0x88>(odd.0, odd.1));
+                    _mm512_storeu_ps(at(2), _mm512_shuffle_f32x4::<0xdd>(even.0, even.1));
+                    _mm512_storeu_ps(at(3), _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1));
+                }
             }
         }
         #[inline(always)]

@@ -123,7 +123,7 @@ impl<'a, F: Fn(usize) -> &'a ExpertLayer + Sync> Moe<'a, F> {
             let narrow = &mut narrow[..tile.rows * d_model];
             down.matmul(codes, steps, narrow).expect(LENGTHS);
             for (ordered, natural) in outputs.chunks_exact_mut(d_model).zip(narrow.chunks_exact(d_model)) {
-                model.permute_row(natural, ordered);
+                model.permute_row(*isa, natural, ordered);
             }
             for segment in segments {
                 let rows = &mut outputs[(segment.first - first) * d_model..][..segment.rows * d_model];

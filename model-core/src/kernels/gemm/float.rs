@@ -83,12 +83,17 @@ pub const fn panels_len(n: usize, k: usize) -> usize {
     n * k + beyond
 }
 
-/// The panels of a `[n, k]` matrix, each with its first column and as rows of its own width. `n` and `k` at least 1.
-pub fn panels_mut(n: usize, k: usize, panels: &mut [f32]) -> impl Iterator<Item = (usize, ChunksExactMut<'_, f32>)> {
+/// The panels of a `[n, k]` matrix, each with its first column and its width. `n` and `k` at least 1.
+pub fn whole_panels_mut(n: usize, k: usize, panels: &mut [f32]) -> impl Iterator<Item = (usize, usize, &mut [f32])> {
     panels[..n * k].chunks_mut(PANEL * k).enumerate().map(move |(p, panel)| {
         let first = p * PANEL;
-        (first, panel.chunks_exact_mut(PANEL.min(n - first)))
+        (first, PANEL.min(n - first), panel)
     })
+}
+
+/// [`whole_panels_mut`] as rows of their own width.
+pub fn panels_mut(n: usize, k: usize, panels: &mut [f32]) -> impl Iterator<Item = (usize, ChunksExactMut<'_, f32>)> {
+    whole_panels_mut(n, k, panels).map(|(first, width, panel)| (first, panel.chunks_exact_mut(width)))
 }
 
 /// Fills the panels of a `[n, k]` matrix given elementwise.

@@ -1,5 +1,9 @@
 //! The order of features in memory that lets the first stages pair whole registers.
 
+use crate::kernels::gemm::float::{Rows, RowsMut};
+use crate::kernels::isa::Isa;
+use crate::kernels::transpose::transpose;
+
 /// Lanes that the order is made for: one AVX-512 register of f32, two of AVX2, four of NEON. The same for every
 /// instruction set, so that packed models do not depend on it.
 const LANES: usize = 16;
@@ -51,20 +55,17 @@ impl LaneOrder {
         (register / self.segment * self.lanes + lane) * self.segment + register % self.segment
     }
 
-    /// Moves one row into this order. Loops over (block, register, lane) instead of asking for each position, which
-    /// would divide twice a feature.
+    /// Moves one row into this order: each block is transposed, from lanes of registers to registers of lanes.
     ///
     /// # Panics
     /// When a row does not have that many features.
-    pub fn permute_row(&self, natural: &[f32], ordered: &mut [f32]) {
+    pub fn permute_row(&self, isa: Isa, natural: &[f32], ordered: &mut [f32]) {
         assert!(natural.len() == self.features && ordered.len() == self.features, "rows of another length");
-        let block = self.segment * self.lanes;
+        let Self { lanes, segment, .. } = *self;
+        let block = segment * lanes;
         for (natural, ordered) in natural.chunks_exact(block).zip(ordered.chunks_exact_mut(block)) {
-            for (r, register) in ordered.chunks_exact_mut(self.lanes).enumerate() {
-                for (out, lane) in register.iter_mut().zip(natural.chunks_exact(self.segment)) {
-                    *out = lane[r];
-                }
-            }
+            let (from, to) = (Rows { data: natural, stride: segment }, RowsMut { data: ordered, stride: lanes });
+            transpose(isa, [lanes, segment], from, to);
         }
     }
 

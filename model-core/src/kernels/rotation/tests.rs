@@ -20,9 +20,11 @@ fn lane_order_is_a_permutation_that_undoes_itself() {
         let mut positions: Vec<_> = (0..features).map(|j| order.position(j)).collect();
         assert!(positions.iter().enumerate().all(|(j, &p)| order.feature(p) == j), "{features} features");
         let row: Vec<f32> = (0..features).map(|j| j as f32).collect();
-        let mut ordered = vec![f32::NAN; features];
-        order.permute_row(&row, &mut ordered);
-        assert_eq!(ordered, order.permute_columns(&row), "{features} features");
+        for isa in Isa::available() {
+            let mut ordered = vec![f32::NAN; features];
+            order.permute_row(isa, &row, &mut ordered);
+            assert_eq!(ordered, order.permute_columns(&row), "{isa}, {features} features");
+        }
         positions.sort_unstable();
         assert!(positions.into_iter().eq(0..features), "{features} features");
     }
