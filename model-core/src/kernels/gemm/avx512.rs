@@ -36,17 +36,15 @@ impl Kernel for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn scaled_dots(rows: usize, tile: Tile<'_>, weights: &[u8], scaled: &mut Scaled<'_>) -> bool {
+    unsafe fn scaled_dots(rows: usize, tile: Tile<'_>, weights: &[u8], scaled: &mut Scaled<'_>) {
         // SAFETY: passed on to the caller.
         unsafe { for_rows_scaled(rows, tile, weights, scaled) };
-        true
     }
 
     #[inline(always)]
-    unsafe fn scaled_dots_of_two_bits(rows: usize, tile: Tile<'_>, packed: &[u8], scaled: &mut Scaled<'_>) -> bool {
+    unsafe fn scaled_dots_of_two_bits(rows: usize, tile: Tile<'_>, packed: &[u8], scaled: &mut Scaled<'_>) {
         // SAFETY: passed on to the caller.
         unsafe { for_rows_scaled_two_bits(rows, tile, packed, scaled) };
-        true
     }
 
     #[inline(always)]

@@ -98,9 +98,6 @@ const MAX_TILE_ROWS: usize = 16;
 /// Rows of `lhs` that share the unpacking of a panel: a multiple of every kernel's tile.
 const UNPACK_ROWS: usize = 64;
 
-/// Rows of `lhs` that go through int8 panels together, where sums are scaled in registers: one tile, as in [`drive`].
-const INT8_ROWS: usize = 16;
-
 /// Blocks of a panel that are unpacked at a time: 1024 columns, 16 kB.
 const SEGMENT: usize = 64;
 
@@ -284,7 +281,7 @@ trait Kernel {
     const TILE_ROWS: usize;
     /// Whether int8 weights are stored as w + 128.
     const UNSIGNED_INT8: bool;
-    /// Whether it scales sums while they are in registers.
+    /// Whether the kernel scales sums while they are in registers, by the two functions whose names begin with `scaled`.
     const SCALES: bool = false;
 
     /// Writes the products of a tile of `rows` rows to `acc[..rows]`, where `rows` is in `1..=TILE_ROWS`, or adds them if
@@ -295,24 +292,22 @@ trait Kernel {
     /// The CPU has the kernel's instruction set.
     unsafe fn dots<const TERNARY: bool>(rows: usize, tile: Tile<'_>, weights: &[u8], acc: &mut Acc);
 
-    /// Writes scaled products of a tile that has all of k, if the kernel can, and returns whether it did. What
-    /// [`Sums::scaled_panel`] says, to the last bit.
+    /// Writes scaled products of a tile that has all of k: what [`Sums::scaled_panel`] says, to the last bit.
     ///
     /// # Safety
     /// The CPU has the kernel's instruction set.
     #[inline(always)]
-    unsafe fn scaled_dots(_rows: usize, _tile: Tile<'_>, _weights: &[u8], _scaled: &mut Scaled<'_>) -> bool {
-        false
+    unsafe fn scaled_dots(_rows: usize, _tile: Tile<'_>, _weights: &[u8], _scaled: &mut Scaled<'_>) {
+        unreachable!("the kernel does not scale");
     }
 
-    /// The same with weights of two bits as they rest in memory, unpacked in registers. A kernel can do both, or
-    /// neither of the two.
+    /// The same with weights of two bits as they rest in memory, unpacked in registers.
     ///
     /// # Safety
     /// The CPU has the kernel's instruction set.
     #[inline(always)]
-    unsafe fn scaled_dots_of_two_bits(_rows: usize, _tile: Tile<'_>, _packed: &[u8], _scaled: &mut Scaled<'_>) -> bool {
-        false
+    unsafe fn scaled_dots_of_two_bits(_rows: usize, _tile: Tile<'_>, _packed: &[u8], _scaled: &mut Scaled<'_>) {
+        unreachable!("the kernel does not scale");
     }
 
     /// The sum of a row's codes.
@@ -409,7 +404,7 @@ fn drive_scaled<K: Kernel>(
     let (cols, columns, m) = (weights.cols, weights.rows, steps.len());
     let blocks = cols.div_ceil(K_BLOCK);
     let panel_bytes = blocks * GROUPS * GROUP_BYTES / pack::per_byte(weights.format);
-    let rows_at_once = if weights.format == Format::Int8 { INT8_ROWS } else { UNPACK_ROWS };
+    let rows_at_once = if weights.format == Format::Int8 { K::TILE_ROWS } else { UNPACK_ROWS };
     let (mut tail, mut corrections) = ([[0; K_BLOCK]; UNPACK_ROWS], [0; UNPACK_ROWS]);
     let mut first = 0;
     while first < m {
@@ -433,7 +428,7 @@ fn drive_scaled<K: Kernel>(
                     match weights.format {
                         Format::TwoBits => K::scaled_dots_of_two_bits(tile_rows, tile, panel, &mut scaled),
                         _ => K::scaled_dots(tile_rows, tile, panel, &mut scaled),
-                    };
+                    }
                 }
                 row += tile_rows;
             }
@@ -579,7 +574,7 @@ fn multiply_panel<K: Kernel>(
             // Tiles of nearly equal size: 17 rows run as 9 + 8, not as 16 + 1.
             let tile_rows = (rows - row).div_ceil((rows - row).div_ceil(K::TILE_ROWS));
             let tile = Tile { lhs: &lhs[row * cols..], cols, tail: &tail[row..], first_block, blocks };
-            if let Some(scaled) = scaled.as_mut().filter(|_| blocks == all_blocks) {
+            if let Some(scaled) = scaled.as_mut().filter(|_| K::SCALES && blocks == all_blocks) {
                 let mut scaled = Scaled {
                     out: &mut scaled.out[row * scaled.stride..],
                     steps: &scaled.steps[row..],
@@ -587,11 +582,10 @@ fn multiply_panel<K: Kernel>(
                     ..*scaled
                 };
                 // SAFETY: the caller of the entry vouched for the instruction set.
-                written = unsafe { K::scaled_dots(tile_rows, tile, segment, &mut scaled) };
-                if written {
-                    row += tile_rows;
-                    continue;
-                }
+                unsafe { K::scaled_dots(tile_rows, tile, segment, &mut scaled) };
+                written = true;
+                row += tile_rows;
+                continue;
             }
             let acc = &mut acc[row..row + tile_rows];
             // SAFETY: the caller of the entry vouched for the instruction set.
