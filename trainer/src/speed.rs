@@ -77,7 +77,7 @@ pub fn measure(recipe: &Recipe, threads: usize, duration: Duration) -> Result<Sp
         let sizes = (recipe.shard_size, threads);
         let (gradients, _) = gradients_in(recipe.products, &vit, recipe.quantizers(), &batch, recipe.losses, sizes)?;
         // A rate of nothing: the weights stay where they are, and the work is the same.
-        optimizer.step(vit.parameters(), &gradients, 0.0)?;
+        optimizer.step(vit.parameters(), &gradients, 0.0, threads)?;
         Ok(started.elapsed())
     };
     // The first step of each pays for memory and instruction caches.

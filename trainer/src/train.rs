@@ -4,18 +4,21 @@
 //! (a picture of it) and `store/` (the artifacts, at the end). The loop stops at the end of the recipe, at a time
 //! limit, when asked to, or when the loss stops being a number; all but the last leave a checkpoint of the last step.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::Var;
 use indicatif::{ProgressBar, ProgressStyle};
 use model_core::config::ViTConfig;
 use model_core::image::Preprocess;
 use model_core::random::AngleStart;
 use training::optimizer::AdamW;
 use training::parameters::Quantizers;
+use training::shards::in_turn;
 use training::step::{Batch, Inputs, StepStats, gradients_in};
 use training::vit::ViT;
 
@@ -247,18 +250,17 @@ impl Run {
             self.recipe.losses,
             (self.recipe.shard_size, self.settings.threads),
         )?;
-        let finite = gradients.values().all(|g| g.iter().all(|v| v.is_finite()));
-        if !stats.loss.is_finite() || !finite {
+        let norm = self.optimizer.step(self.vit.parameters(), &gradients, rate, self.settings.threads)?;
+        if !stats.loss.is_finite() || !norm.is_finite() {
             bail!(
                 "the loss stopped being a number at step {} (loss {}, gradient {}); the last checkpoint in {} is from \
                  before. A lower learning rate or a longer warm-up usually helps",
                 self.optimizer.step,
                 stats.loss,
-                if finite { "finite" } else { "not finite" },
+                if norm.is_finite() { "finite" } else { "not finite" },
                 self.settings.out.display()
             );
         }
-        let norm = self.optimizer.step(self.vit.parameters(), &gradients, rate)?;
         self.update_average()?;
         self.position.batch += 1;
         if self.position.batch == batches_per_epoch(self.parts.train.len(), self.recipe.batch_size) {
@@ -275,11 +277,14 @@ impl Run {
         }
         let steps = self.optimizer.step as f64;
         let decay = self.recipe.ema_decay.min((1.0 + steps) / (10.0 + steps)) as f32;
-        for (name, var) in self.vit.parameters().trainable() {
+        let moved: BTreeMap<&String, &Var> = self.vit.parameters().trainable().collect();
+        let averages =
+            self.average.iter_mut().filter_map(|(name, average)| Some((*moved.get(name)?, average))).collect();
+        in_turn(self.settings.threads, averages, |(var, average): (&Var, &mut Vec<f32>)| {
             let values = var.flatten_all()?.to_vec1::<f32>()?;
-            let average = self.average.get_mut(name).context("the average misses a parameter")?;
             average.iter_mut().zip(&values).for_each(|(a, v)| *a += (1.0 - decay) * (v - *a));
-        }
+            anyhow::Ok(())
+        })?;
         Ok(())
     }
 

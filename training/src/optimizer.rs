@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 
 use crate::parameters::{Parameters, is_angle, is_router};
+use crate::shards::in_turn;
 
 /// Settings that stay the same through a run; the learning rate comes with each step.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -63,6 +64,12 @@ pub struct Moments {
     pub square: Vec<f32>,
 }
 
+impl Moments {
+    fn zeros(len: usize) -> Self {
+        Self { mean: vec![0.0; len], square: vec![0.0; len] }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -80,43 +87,73 @@ impl AdamW {
         Self { config, step: 0, moments: BTreeMap::new() }
     }
 
-    /// Moves every parameter that has a gradient; returns the gradient's global norm before clipping.
+    /// Moves every parameter that has a gradient, on so many threads; returns the gradient's global norm before clipping.
+    /// A gradient whose norm is no number moves nothing.
     ///
     /// # Errors
     /// When a gradient's length is not its parameter's.
-    pub fn step(&mut self, parameters: &Parameters, gradients: &Gradients, learning_rate: f64) -> Result<f64> {
-        let c = self.config;
-        self.step += 1;
-        let square_sum: f64 = gradients.values().map(|g| g.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>()).sum();
-        let norm = square_sum.sqrt();
-        let clip = if norm > c.max_grad_norm { c.max_grad_norm / norm } else { 1.0 } as f32;
-        let steps = i32::try_from(self.step).unwrap_or(i32::MAX);
-        let (correction1, correction2) = (1.0 - c.beta1.powi(steps), 1.0 - c.beta2.powi(steps));
-        let (beta1, beta2, eps) = (c.beta1 as f32, c.beta2 as f32, c.eps as f32);
-        let root_correction = (1.0 / correction2.sqrt()) as f32;
-        for (name, gradient) in gradients {
-            let var = parameters.var(name)?;
-            let mut values = var.flatten_all()?.to_vec1::<f32>()?;
-            if values.len() != gradient.len() {
-                candle_core::bail!("gradient of {name} has {} values, the parameter {}", gradient.len(), values.len());
-            }
-            let moments = self
-                .moments
-                .entry(name.clone())
-                .or_insert_with(|| Moments { mean: vec![0.0; gradient.len()], square: vec![0.0; gradient.len()] });
-            let learning_rate = learning_rate * c.rate_factor(name);
-            let rate = (learning_rate / correction1) as f32;
-            let decay = if is_decayed(name) { 1.0 - (learning_rate * c.weight_decay) as f32 } else { 1.0 };
-            let state = moments.mean.iter_mut().zip(&mut moments.square);
-            for ((value, g), (mean, square)) in values.iter_mut().zip(gradient).zip(state) {
-                let g = g * clip;
-                *mean = beta1 * *mean + (1.0 - beta1) * g;
-                *square = beta2 * *square + (1.0 - beta2) * g * g;
-                *value = *value * decay - rate * *mean / (square.sqrt() * root_correction + eps);
-            }
-            var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
+    pub fn step(
+        &mut self,
+        parameters: &Parameters,
+        gradients: &Gradients,
+        learning_rate: f64,
+        threads: usize,
+    ) -> Result<f64> {
+        let square_sum = |g: &Vec<f32>| Result::Ok(g.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>());
+        let norm = in_turn(threads, gradients.values().collect(), square_sum)?.iter().sum::<f64>().sqrt();
+        if !norm.is_finite() {
+            return Ok(norm);
         }
+        self.step += 1;
+        for (name, gradient) in gradients {
+            self.moments.entry(name.clone()).or_insert_with(|| Moments::zeros(gradient.len()));
+        }
+        let update = Update::new(self.config, self.step, learning_rate, norm);
+        let moments = self.moments.iter_mut();
+        let moved = moments.filter_map(|(name, moments)| Some((name, gradients.get(name)?, moments))).collect();
+        in_turn(threads, moved, |(name, gradient, moments)| update.apply(parameters, name, gradient, moments))?;
         Ok(norm)
+    }
+}
+
+/// One step's numbers.
+struct Update {
+    config: AdamWConfig,
+    learning_rate: f64,
+    /// Gradients are multiplied by this.
+    clip: f32,
+    /// `1 - beta^step` of the mean and of the mean square.
+    corrections: (f64, f64),
+}
+
+impl Update {
+    fn new(config: AdamWConfig, step: u64, learning_rate: f64, norm: f64) -> Self {
+        let clip = if norm > config.max_grad_norm { config.max_grad_norm / norm } else { 1.0 };
+        let steps = i32::try_from(step).unwrap_or(i32::MAX);
+        let corrections = (1.0 - config.beta1.powi(steps), 1.0 - config.beta2.powi(steps));
+        Self { config, learning_rate, clip: clip as f32, corrections }
+    }
+
+    fn apply(&self, parameters: &Parameters, name: &str, gradient: &[f32], moments: &mut Moments) -> Result<()> {
+        let c = self.config;
+        let var = parameters.var(name)?;
+        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
+        if values.len() != gradient.len() {
+            candle_core::bail!("gradient of {name} has {} values, the parameter {}", gradient.len(), values.len());
+        }
+        let (beta1, beta2, eps) = (c.beta1 as f32, c.beta2 as f32, c.eps as f32);
+        let root_correction = (1.0 / self.corrections.1.sqrt()) as f32;
+        let learning_rate = self.learning_rate * c.rate_factor(name);
+        let rate = (learning_rate / self.corrections.0) as f32;
+        let decay = if is_decayed(name) { 1.0 - (learning_rate * c.weight_decay) as f32 } else { 1.0 };
+        let state = moments.mean.iter_mut().zip(&mut moments.square);
+        for ((value, g), (mean, square)) in values.iter_mut().zip(gradient).zip(state) {
+            let g = g * self.clip;
+            *mean = beta1 * *mean + (1.0 - beta1) * g;
+            *square = beta2 * *square + (1.0 - beta2) * g * g;
+            *value = *value * decay - rate * *mean / (square.sqrt() * root_correction + eps);
+        }
+        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)
     }
 }
 

@@ -1,8 +1,9 @@
 //! Gradients of one batch, computed by shards on several threads.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Error, Result, Tensor};
 
 use crate::layers::RouterNoise;
 use crate::losses::{LossWeights, expert_loads, losses};
@@ -100,14 +101,11 @@ pub fn gradients_in(
     let shards = in_turn(threads, forward, |(output, images)| {
         products.scope(|| backward(vit, &output, &loads, batch, &images, weights))
     })?;
-    let mut sum = Gradients::new();
+    let mut by_name: BTreeMap<String, Vec<Vec<f32>>> = BTreeMap::new();
     let mut stats = StepStats::default();
     for (gradients, shard) in shards {
         for (name, gradient) in gradients {
-            match sum.get_mut(&name) {
-                Some(sum) => sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += g),
-                None => drop(sum.insert(name, gradient)),
-            }
+            by_name.entry(name).or_default().push(gradient);
         }
         stats.loss += shard.loss;
         stats.cross_entropy += shard.cross_entropy;
@@ -116,7 +114,17 @@ pub fn gradients_in(
         stats.contiguity += shard.contiguity;
         stats.accuracy += shard.accuracy;
     }
-    Ok((sum, stats))
+    let sums = in_turn(threads, by_name.into_iter().collect(), |(name, shards)| Ok::<_, Error>((name, sum(shards))))?;
+    Ok((sums.into_iter().collect(), stats))
+}
+
+/// The sum of equally long vectors, in their order.
+fn sum(vectors: Vec<Vec<f32>>) -> Vec<f32> {
+    let add = |mut sum: Vec<f32>, vector: Vec<f32>| {
+        sum.iter_mut().zip(vector).for_each(|(sum, value)| *sum += value);
+        sum
+    };
+    vectors.into_iter().reduce(add).unwrap_or_default()
 }
 
 fn forward(vit: &ViT, quantizers: Quantizers, batch: &Batch, images: &Range<usize>) -> Result<Output> {

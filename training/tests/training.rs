@@ -307,7 +307,7 @@ fn angles_and_routers_move_at_rates_of_their_own() {
         };
         let before = values(&vit);
         let (gradients, _) = gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 8, 1).unwrap();
-        AdamW::new(factors).step(vit.parameters(), &gradients, 1e-3).unwrap();
+        AdamW::new(factors).step(vit.parameters(), &gradients, 1e-3, 1).unwrap();
         before.iter().zip(values(&vit)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
     };
     let factors = AdamWConfig { angle_rate: 30.0, router_rate: 0.5, weight_decay: 0.0, ..AdamWConfig::default() };
@@ -345,7 +345,7 @@ fn a_few_steps_lower_the_loss() {
     let mut losses = Vec::new();
     for _ in 0..40 {
         let (gradients, stats) = gradients(&vit, Quantizers::ALL, &batch, LossWeights::default(), 5, 2).unwrap();
-        optimizer.step(vit.parameters(), &gradients, 3e-3).unwrap();
+        optimizer.step(vit.parameters(), &gradients, 3e-3, 2).unwrap();
         losses.push(stats.loss);
     }
     assert!(losses[39] < 0.5 * losses[0], "{losses:?}");
