@@ -49,6 +49,16 @@ pub enum Variant {
     UniformAngleRate30,
     /// The same, and they stay there.
     UniformFrozenAngles,
+    /// Routers move at a tenth of the learning rate.
+    #[value(name = "router-rate0.1")]
+    #[serde(rename = "router-rate0.1")]
+    RouterRateTenth,
+    /// Routers move at ten times the learning rate.
+    RouterRate10,
+    /// Experts are drawn from the router's probabilities in training.
+    RouterNoise,
+    /// One expert for each token.
+    Top1,
     /// As many experts, each with ternary matrices of its own. Cannot be served.
     TernaryExperts,
     /// As many experts, each with 4-bit matrices of its own. Cannot be served.
@@ -108,6 +118,10 @@ impl Variant {
             Self::UniformFrozenAngles => {
                 (recipe.angle_spread, recipe.optimizer.angle_rate) = (AngleSpread::Uniform, 0.0);
             }
+            Self::RouterRateTenth => recipe.optimizer.router_rate = 0.1,
+            Self::RouterRate10 => recipe.optimizer.router_rate = 10.0,
+            Self::RouterNoise => recipe.router_noise = 1.0,
+            Self::Top1 => experts.top_k = 1,
             Self::TernaryExperts => recipe.feed_forward = FeedForwardKind::TernaryExperts,
             Self::Int4Experts => recipe.feed_forward = FeedForwardKind::Int4Experts,
             Self::Int8Experts => recipe.feed_forward = FeedForwardKind::Int8Experts,
