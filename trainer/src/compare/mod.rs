@@ -67,6 +67,8 @@ pub enum Variant {
     Int8Experts,
     /// As many experts, each with fp32 matrices of low rank of its own. Cannot be served.
     LowRankExperts,
+    /// A hidden layer four times as wide.
+    Wide,
     /// Two stages in both rotations.
     Stages2,
     /// Four stages in both rotations.
@@ -126,6 +128,7 @@ impl Variant {
             Self::Int4Experts => recipe.feed_forward = FeedForwardKind::Int4Experts,
             Self::Int8Experts => recipe.feed_forward = FeedForwardKind::Int8Experts,
             Self::LowRankExperts => recipe.feed_forward = FeedForwardKind::LowRankExperts,
+            Self::Wide => recipe.model.backbone.d_ff *= 4,
             Self::Stages2 => stages(2),
             Self::Stages4 => stages(4),
             Self::StagesAll => stages(16),
