@@ -278,8 +278,9 @@ impl Run {
         let steps = self.optimizer.step as f64;
         let decay = self.recipe.ema_decay.min((1.0 + steps) / (10.0 + steps)) as f32;
         let moved: BTreeMap<&String, &Var> = self.vit.parameters().trainable().collect();
-        let averages =
+        let averages: Vec<_> =
             self.average.iter_mut().filter_map(|(name, average)| Some((*moved.get(name)?, average))).collect();
+        ensure!(averages.len() == moved.len(), "the average misses a parameter");
         in_turn(self.settings.threads, averages, |(var, average): (&Var, &mut Vec<f32>)| {
             let values = var.flatten_all()?.to_vec1::<f32>()?;
             average.iter_mut().zip(&values).for_each(|(a, v)| *a += (1.0 - decay) * (v - *a));

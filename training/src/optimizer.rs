@@ -88,7 +88,7 @@ impl AdamW {
     }
 
     /// Moves every parameter that has a gradient, on so many threads; returns the gradient's global norm before clipping.
-    /// A gradient whose norm is no number moves nothing.
+    /// A gradient whose norm is not finite moves nothing.
     ///
     /// # Errors
     /// When a gradient's length is not its parameter's.
@@ -122,16 +122,23 @@ struct Update {
     learning_rate: f64,
     /// Gradients are multiplied by this.
     clip: f32,
-    /// `1 - beta^step` of the mean and of the mean square.
-    corrections: (f64, f64),
+    /// `1 - beta1^step`, by which the mean is too small.
+    mean_correction: f64,
+    /// `1 - beta2^step`, by which the mean square is too small.
+    square_correction: f64,
 }
 
 impl Update {
     fn new(config: AdamWConfig, step: u64, learning_rate: f64, norm: f64) -> Self {
         let clip = if norm > config.max_grad_norm { config.max_grad_norm / norm } else { 1.0 };
         let steps = i32::try_from(step).unwrap_or(i32::MAX);
-        let corrections = (1.0 - config.beta1.powi(steps), 1.0 - config.beta2.powi(steps));
-        Self { config, learning_rate, clip: clip as f32, corrections }
+        Self {
+            config,
+            learning_rate,
+            clip: clip as f32,
+            mean_correction: 1.0 - config.beta1.powi(steps),
+            square_correction: 1.0 - config.beta2.powi(steps),
+        }
     }
 
     fn apply(&self, parameters: &Parameters, name: &str, gradient: &[f32], moments: &mut Moments) -> Result<()> {
@@ -142,9 +149,9 @@ impl Update {
             candle_core::bail!("gradient of {name} has {} values, the parameter {}", gradient.len(), values.len());
         }
         let (beta1, beta2, eps) = (c.beta1 as f32, c.beta2 as f32, c.eps as f32);
-        let root_correction = (1.0 / self.corrections.1.sqrt()) as f32;
+        let root_correction = (1.0 / self.square_correction.sqrt()) as f32;
         let learning_rate = self.learning_rate * c.rate_factor(name);
-        let rate = (learning_rate / self.corrections.0) as f32;
+        let rate = (learning_rate / self.mean_correction) as f32;
         let decay = if is_decayed(name) { 1.0 - (learning_rate * c.weight_decay) as f32 } else { 1.0 };
         let state = moments.mean.iter_mut().zip(&mut moments.square);
         for ((value, g), (mean, square)) in values.iter_mut().zip(gradient).zip(state) {

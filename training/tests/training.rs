@@ -319,6 +319,25 @@ fn angles_and_routers_move_at_rates_of_their_own() {
     assert_eq!(largest_step(AdamWConfig { angle_rate: 0.0, ..factors }, ".rotation_"), 0.0);
 }
 
+#[test]
+fn a_gradient_that_is_not_finite_moves_nothing() {
+    let vit = ViT::init(&tiny(), 4).unwrap();
+    let values = |vit: &ViT| -> Vec<f32> {
+        vit.parameters().all().values().flat_map(|var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
+    };
+    let before = values(&vit);
+    let (good, _) = gradients(&vit, Quantizers::ALL, &batch(&tiny(), 8), LossWeights::default(), 8, 1).unwrap();
+    let mut optimizer = AdamW::new(AdamWConfig::default());
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut gradients = good.clone();
+        *gradients.values_mut().last().unwrap().last_mut().unwrap() = bad;
+        assert!(!optimizer.step(vit.parameters(), &gradients, 1e-3, 2).unwrap().is_finite());
+        assert_eq!((optimizer.step, values(&vit) == before), (0, true), "{bad}");
+    }
+    optimizer.step(vit.parameters(), &good, 1e-3, 2).unwrap();
+    assert_ne!(values(&vit), before);
+}
+
 /// The start that an artifact's training record names is the start that the model had.
 #[test]
 fn the_start_of_the_angles_can_be_rebuilt() {
